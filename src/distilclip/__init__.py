@@ -1,0 +1,1 @@
+"""Small CLIP models from large ones."""

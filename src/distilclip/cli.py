@@ -1,0 +1,70 @@
+"""The command line: a table of stages, imported on use, so that `distilclip --help` is immediate."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+STAGES = {
+    "corpus": "write the synthetic corpus: image-text pairs with known duplicates, and labelled sets",
+    "embed": "embed image-text pairs once with the teacher, into a store",
+    "balance": "group semantically similar images exactly; keep one of each group",
+    "cluster": "spherical k-means of the kept images: centers and labels",
+    "train": "train a student with contrastive, feature, relational, instance and cluster terms",
+    "evaluate": "zero-shot, linear probe and retrieval of any number of models, in one table",
+    "report": "one self-contained HTML page from any of these folders",
+    "run": "every step of one recipe in one folder; finished steps are skipped",
+    "demo": "the whole story on a made-up corpus, in minutes, on two CPU cores",
+}
+
+
+def usage() -> str:
+    """The text of `distilclip --help`."""
+    lines = [f"  {name:10} {text}" for name, text in STAGES.items()]
+    return "\n".join(
+        [
+            "usage: distilclip STAGE [RECIPE.toml[#STEP]] [--flag value ...]",
+            "",
+            "Small CLIP models from large ones. Stages:",
+            "",
+            *lines,
+            "",
+            "`distilclip STAGE --help` lists the flags of a stage. Flags win over the recipe.",
+        ]
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage; 0 on success, 2 on bad input (one line on stderr, no traceback)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("distilclip"))
+        return 0
+    name = argv.pop(0)
+    from distilclip.errors import InputError, did_you_mean
+
+    if name not in STAGES:
+        print(f"distilclip: no stage {name!r}. {did_you_mean(name, STAGES)}", file=sys.stderr)
+        return 2
+    from distilclip import config
+
+    stage = importlib.import_module(f"distilclip.stages.{name}")
+    try:
+        stage.main(config.parse(stage.Config, argv, stage=name, description=stage.__doc__ or ""))
+    except InputError as error:
+        print(f"distilclip {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"distilclip {name}: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

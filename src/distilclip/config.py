@@ -1,0 +1,113 @@
+"""Recipes and flags to a stage's Config: the only file that knows tyro.
+
+A recipe is nothing but saved flags: TOML (or a finished folder's config.json) is turned into flags, the user's own
+flags come after them, and tyro parses the lot. So both are checked by the same code and flags win.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from distilclip.data import files
+from distilclip.errors import InputError, did_you_mean
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+C = TypeVar("C")
+
+
+def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description: str = "") -> C:
+    """A stage's Config from `[RECIPE[#STEP]] [--flag value ...]`.
+
+    `RECIPE` is a TOML file whose `[stage]` table (with `#name`, its `[stage.name]` table) holds the flags, or a
+    config.json. Raises `InputError` for a recipe with an unknown key or stage; tyro exits with its own message for a
+    bad flag.
+    """
+    import tyro
+
+    argv = list(argv)
+    flags: list[str] = []
+    if argv and not argv[0].startswith("-"):
+        path, _, name = argv.pop(0).partition("#")
+        given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in argv if a.startswith("--")}
+        values = recipe_values(read_recipe(path), config_type, stage=stage, name=name, source=path)
+        flags = as_flags({k: v for k, v in values.items() if k not in given})
+    return tyro.cli(
+        config_type,
+        args=[*flags, *argv],
+        prog=f"distilclip {stage}",
+        description=description,
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
+    )
+
+
+def build(config_type: type[C], values: dict[str, Any], *, stage: str) -> C:
+    """A Config from plain values, parsed as the same flags would be."""
+    return parse(config_type, as_flags(values), stage=stage)
+
+
+def read_recipe(path: str) -> dict[str, Any]:
+    """A recipe file's tables; a config.json counts as a recipe with one stage."""
+    if not files.exists(path):
+        raise InputError(f"The recipe {path!r} does not exist.")
+    content = files.read_bytes(path).decode()
+    try:
+        if path.endswith(".json"):
+            values = json.loads(content)
+            return {values.pop("stage"): values}
+        return tomllib.loads(content)
+    except (json.JSONDecodeError, tomllib.TOMLDecodeError, KeyError) as error:
+        raise InputError(f"The recipe {path} cannot be read: {error!r}.") from error
+
+
+def step_names(table: dict[str, Any], config_type: type) -> list[str]:
+    """Names of a stage's steps: sub-tables that are no field; `[train.teacher]` and `[train.student]` are two."""
+    fields = {f.name for f in dataclasses.fields(config_type)}
+    return [key for key, value in table.items() if isinstance(value, dict) and key not in fields]
+
+
+def recipe_values(
+    recipe: dict[str, Any], config_type: type, *, stage: str, name: str = "", source: str = "recipe"
+) -> dict[str, Any]:
+    """One step's values: the stage's table, overlaid with the step's own table. Unknown keys are errors."""
+    if stage not in recipe:
+        tables = [key for key, value in recipe.items() if isinstance(value, dict)]
+        raise InputError(f"{source} has no [{stage}] table. {did_you_mean(stage, tables)}")
+    table = recipe[stage]
+    steps = step_names(table, config_type)
+    if name and name not in steps:
+        raise InputError(f"{source} has no [{stage}.{name}] table. {did_you_mean(name, steps)}")
+    if steps and not name:
+        raise InputError(f"{source} has several {stage} steps: choose one as {source}#NAME, NAME one of {steps}.")
+    values = {key: value for key, value in table.items() if key not in steps}
+    values.update(table[name] if name else {})
+    fields = {f.name for f in dataclasses.fields(config_type)}
+    for key in values:
+        if key not in fields:
+            raise InputError(f"{source}, [{stage}]: unknown key {key!r}. {did_you_mean(key, fields)}")
+    return values
+
+
+def as_flags(values: dict[str, Any]) -> list[str]:
+    """Values as command-line flags; a `None` is left to the default."""
+    flags: list[str] = []
+    for key, value in values.items():
+        if value is None:
+            continue
+        flags.append("--" + key.replace("_", "-"))
+        if isinstance(value, dict) and all(isinstance(v, int | float) for v in value.values()):
+            flags += [str(part) for item in value.items() for part in item]
+        elif isinstance(value, dict):
+            flags.append(json.dumps(value))
+        elif isinstance(value, list | tuple):
+            flags += [str(v) for v in value]
+        else:
+            flags.append(str(value))
+    return flags

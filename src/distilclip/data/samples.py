@@ -1,0 +1,186 @@
+"""One image-text pair as it lies in a shard, and the decoding of its image."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+MAX_PIXELS = 178_956_970 // 2
+"""The pixel count above which Pillow, too, suspects a decompression bomb."""
+
+IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2"})
+LABEL_EXTENSIONS = frozenset({"cls", "cls.txt"})
+
+# Formats that decode in this process; Pillow's others (EPS calls Ghostscript) have no place in web data.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
+
+# How each EXIF orientation is undone (EXIF 2.32, tag 0x0112).
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadSample(Exception):  # noqa: N818  (a verdict on a sample, not a fault of the program)
+    """One sample cannot be used; never fatal by itself.
+
+    `reason` is one of a small fixed set of phrases, so that reasons can be counted; `detail` is what this sample adds
+    to it; `where` names the file and the member.
+    """
+
+    def __init__(self, reason: str, *, detail: str = "", where: str = "") -> None:
+        self.reason, self.detail, self.where = reason, detail, where
+        super().__init__(f"{where}: {self.error}" if where else self.error)
+
+    @property
+    def error(self) -> str:
+        """`reason: detail`, as the `error` column of a store holds it."""
+        return f"{self.reason}: {self.detail}" if self.detail else self.reason
+
+
+def reason_of(error: str) -> str:
+    """The countable reason of an `error` column's value."""
+    return error.partition(": ")[0]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a shard holds of one sample. `caption` is stripped, and None where there is none or it is blank."""
+
+    key: str
+    image: bytes | None
+    caption: str | None
+    meta: dict[str, Any] = field(default_factory=dict)
+    label: str | None = None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a sample lies in its shard. `error` says why the index already knows that it is unusable."""
+
+    key: str
+    offset: int
+    size: int
+    error: str = ""
+
+
+def decode_text(data: bytes, *, name: str, where: str = "") -> str:
+    """UTF-8 text, stripped. Raises `BadSample` on bytes that are none."""
+    try:
+        return data.decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise BadSample(f"{name} is not UTF-8", detail=f"byte {error.start}", where=where) from error
+
+
+def decode_meta(data: bytes, *, where: str = "") -> dict[str, Any]:
+    """The object of a `.json` member. Raises `BadSample` where it is none."""
+    try:
+        meta = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadSample("json does not parse", where=where) from error
+    if not isinstance(meta, dict):
+        raise BadSample("json is no object", where=where)
+    return meta
+
+
+def clean_caption(caption: object, *, where: str = "") -> str | None:
+    """A caption as text, None where it is absent or blank. Raises `BadSample` on what no tokenizer could take."""
+    if caption is None:
+        return None
+    if not isinstance(caption, str):
+        raise BadSample("caption is no text", detail=type(caption).__name__, where=where)
+    try:
+        caption.encode("utf-8")
+    except UnicodeEncodeError as error:  # a lone surrogate, from "\\ud800" in JSON or a wrong encoding in a CSV
+        raise BadSample("caption is not UTF-8", detail=f"character {error.start}", where=where) from error
+    return caption.strip() or None
+
+
+def decode_image(
+    data: bytes, *, max_pixels: int = MAX_PIXELS, draft: tuple[int, int] | None = None, where: str = ""
+) -> Image.Image:
+    """Decode an image file to upright 8-bit RGB.
+
+    EXIF orientation is applied; transparency is composited on white; CMYK, palette, grey and 16-bit images are
+    converted; of an animation the first frame is taken. ICC profiles are ignored, as CLIP's own pipelines do.
+
+    Args:
+        data: the bytes of the file.
+        max_pixels: the largest width x height that is decoded at all; read from the header, before any pixel.
+        draft: let the JPEG decoder skip detail while both sides stay at least this large (width, height).
+        where: the file and member, for the message.
+
+    Raises:
+        BadSample: not an image, cut off, damaged, or too many pixels.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of large images, decided below, and of odd metadata
+        image = _open(data, where)
+        width, height = image.size
+        if width * height > max_pixels:
+            raise BadSample("too many pixels", detail=f"{width} x {height}", where=where)
+        try:
+            if draft is not None:
+                image.draft("RGB", draft)
+            image.load()
+            return _to_rgb(_upright(image))
+        except BadSample as error:
+            raise BadSample(error.reason, detail=error.detail, where=where) from error
+        except Exception as error:  # on hostile bytes Pillow's plugins raise nearly anything
+            reason = "truncated image" if "truncated" in str(error) else "damaged image"
+            raise BadSample(reason, where=where) from error
+
+
+def _open(data: bytes, where: str) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=_formats())
+    except Image.UnidentifiedImageError as error:
+        raise BadSample("not an image", where=where) from error
+    except Image.DecompressionBombError as error:
+        raise BadSample("too many pixels", where=where) from error
+    except Exception as error:  # as above
+        raise BadSample("damaged image", where=where) from error
+
+
+@lru_cache(maxsize=1)
+def _formats() -> tuple[str, ...]:
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if "exif" not in image.info:  # TIFF is upright once loaded
+        return image
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF is common in good photographs, and viewers ignore it
+        return image
+    transpose = _TRANSPOSE.get(orientation)  # type: ignore[arg-type]
+    return image if transpose is None else image.transpose(transpose)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's own conversion clips it to white
+        levels = np.clip(np.asarray(image).astype(np.int64), 0, 65535) // 257
+        return Image.fromarray(levels.astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise BadSample("unsupported pixel format", detail="32-bit float")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, rgba).convert("RGB")
+    return image.convert("RGB")

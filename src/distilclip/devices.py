@@ -1,0 +1,21 @@
+"""The one meaning of `device = auto`."""
+
+from __future__ import annotations
+
+import torch
+
+from distilclip.errors import InputError
+
+
+def resolve_device(name: str) -> torch.device:
+    """`auto` is CUDA, then MPS, then CPU; anything else is a torch device. `InputError` where it is not there."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"The device {name!r} cannot be used: {error}. `auto` takes what there is.") from error
+    return device

@@ -1,0 +1,1 @@
+"""Evaluation sets and protocols: zero-shot, linear probe, retrieval, agreement."""

@@ -1,0 +1,1 @@
+"""CLIP models, their preprocessing and tokenizers; teachers; projection heads."""

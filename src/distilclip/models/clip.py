@@ -1,0 +1,271 @@
+"""A CLIP model with its own preprocessing and tokenizer, whatever it came from.
+
+open_clip builds every network. A distilclip checkpoint is a folder that open_clip itself can load
+(`open_clip.create_model("local-dir:...")`), so nothing here invents a format.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import safetensors.torch
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from distilclip.data import files
+from distilclip.errors import InputError, did_you_mean
+
+WEIGHTS_FILE = "open_clip_model.safetensors"
+CONFIG_FILE = "open_clip_config.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clip:
+    """Image and text towers, and how to feed them.
+
+    `preprocess` turns an RGB picture into the float tensor the image tower expects (deterministic); `tokenizer` turns
+    captions into token ids, truncated to the context. `preprocess_cfg` is open_clip's (size, mean, std, interpolation,
+    resize_mode); `model_cfg` is the architecture, None where open_clip read it from the hub.
+    """
+
+    name: str
+    model: Any  # nn.Module, but every open_clip architecture has its own attributes
+    preprocess: Callable[[Image.Image], Tensor]
+    tokenizer: Callable[[list[str]], Tensor]
+    model_cfg: dict[str, Any] | None
+    preprocess_cfg: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over names, shapes and bytes of all weights: equal weights, equal digest."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            tensor = value.detach().to("cpu").contiguous()
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+            digest.update(tensor.view(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+    @property
+    def image_size(self) -> int:
+        """Side of the square input, in pixels."""
+        size = self.preprocess_cfg["size"]
+        return int(size if isinstance(size, int) else size[0])
+
+    @property
+    def context_length(self) -> int:
+        """Tokens per caption, start and end tokens included."""
+        text = getattr(self.model, "text", self.model)
+        return int(text.context_length)
+
+    @property
+    def dim(self) -> int:
+        """Width of the shared embedding space."""
+        with torch.no_grad():
+            tokens = torch.zeros(1, self.context_length, dtype=torch.long, device=self.device)
+            return int(self.model.encode_text(tokens).shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.logit_scale.device
+
+    @property
+    def num_parameters(self) -> int:
+        """Trainable values in both towers."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """exp(log-scale), the factor of the cosine similarities, at most 100 (SPEC's a and b)."""
+        return self.model.logit_scale.reshape(()).float().exp().clamp(max=100)
+
+    def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
+        """Unit image embeddings, float32."""
+        return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
+
+    def encode_text(self, tokens: Int[Tensor, "n context"]) -> Float[Tensor, "n dim"]:
+        """Unit text embeddings, float32."""
+        return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
+
+    def backbone_features(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
+        """Image features before the projection into the shared space, not normalised (CLIP's linear-probe protocol).
+
+        An attention-pooled ResNet has no such layer: there, as in CLIP's own protocol, the embedding is used.
+        """
+        visual = self.model.visual
+        if hasattr(visual, "trunk"):
+            return visual.trunk(pixels).float()
+        projection = getattr(visual, "proj", None)
+        if projection is None:
+            return self.model.encode_image(pixels).float()
+        visual.proj = None
+        try:
+            return visual(pixels).float()
+        finally:
+            visual.proj = projection
+
+    def save(self, folder: str) -> None:
+        """Write an open_clip `local-dir:` folder: config, then weights as safetensors.
+
+        Raises `InputError` for a model whose architecture is known to the hub only.
+        """
+        if self.model_cfg is None:
+            raise InputError(f"{self.name}: its architecture came from the hub; train a student with a local one.")
+        config = {"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}
+        files.write_bytes(files.join(folder, CONFIG_FILE), json.dumps(config, indent=2).encode())
+        state = {name: value.detach().to("cpu").contiguous() for name, value in self.model.state_dict().items()}
+        files.write_bytes(files.join(folder, WEIGHTS_FILE), safetensors.torch.save(state))
+
+
+def load_clip(spec: str, *, weights: str | None = None, device: str | torch.device = "cpu") -> Clip:
+    """A trained model, in eval mode.
+
+    `spec` is an open_clip architecture (with `weights`, a local file), `hf-hub:ORG/NAME`, an open_clip folder, or a
+    distilclip train folder or checkpoint. Raises `InputError` where weights are missing or do not fit.
+    """
+    if spec.startswith("hf-hub:"):
+        model, preprocess = open_clip.create_model_from_pretrained(spec)
+        return _assemble(spec, model, preprocess, open_clip.get_tokenizer(spec), None, device)
+    folder = _model_folder(spec)
+    if folder is not None:
+        with _local(folder) as path:
+            return _build(f"local-dir:{path}", spec, _read_model_cfg(folder), load_weights=True, device=device)
+    if weights is None:
+        if spec in open_clip.list_models():
+            raise InputError(f"The architecture {spec!r} needs trained weights: name a local file as the weights.")
+        raise InputError(
+            f"{spec!r} is neither an open_clip architecture nor a folder with {CONFIG_FILE}. "
+            + did_you_mean(spec, open_clip.list_models())
+        )
+    if not files.exists(weights):
+        raise InputError(f"The weights file {weights!r} does not exist.")
+    clip = create_clip(spec, device=device)
+    try:
+        open_clip.factory.load_checkpoint(clip.model, weights, weights_only=True)
+    except (RuntimeError, KeyError, AttributeError) as error:
+        raise InputError(f"The weights in {weights} do not fit the architecture {spec!r}: {error}") from error
+    clip.model.eval()
+    return clip
+
+
+def create_clip(architecture: str, *, seed: int | None = None, device: str | torch.device = "cpu") -> Clip:
+    """An untrained model: an open_clip name, a JSON file with an open_clip model config, or that JSON itself.
+
+    `seed` fixes the initial weights without touching the caller's random state.
+    """
+    config = model_config(architecture)
+    name = architecture if len(architecture) <= 60 and not architecture.startswith("{") else "custom"
+    with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
+        with open(os.path.join(folder, CONFIG_FILE), "w") as file:
+            json.dump({"model_cfg": config}, file)
+        return _build(f"local-dir:{folder}", name, config, load_weights=False, device=device)
+
+
+def model_config(architecture: str) -> dict[str, Any]:
+    """The open_clip model config that `architecture` names; `InputError` with near names where none is found."""
+    text = architecture.strip()
+    if text.endswith(".json"):
+        if not files.exists(text):
+            raise InputError(f"The model config {text!r} does not exist.")
+        text = files.read_bytes(text).decode()
+    if text.startswith("{"):
+        try:
+            config = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"The model config is not valid JSON: {error}") from error
+        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
+        if missing:
+            raise InputError(f"The model config lacks {sorted(missing)}; see open_clip's model_configs for examples.")
+        return config
+    if text not in open_clip.list_models():
+        raise InputError(f"{text!r} is no open_clip architecture. {did_you_mean(text, open_clip.list_models())}")
+    return copy.deepcopy(open_clip.get_model_config(text))
+
+
+def normalise_pixels(pixels: Tensor, preprocess_cfg: dict[str, Any]) -> Float[Tensor, "n 3 h w"]:
+    """uint8 pixels to the model's float input: divided by 255, minus mean, over standard deviation per channel."""
+    mean = torch.tensor(preprocess_cfg["mean"], device=pixels.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(preprocess_cfg["std"], device=pixels.device).view(1, 3, 1, 1) * 255
+    return (pixels.float() - mean) / std
+
+
+def _build(source: str, name: str, config: dict[str, Any], *, load_weights: bool, device: str | torch.device) -> Clip:
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)  # open_clip warns that a model to be trained has no weights yet
+    try:
+        model, _, preprocess = open_clip.create_model_and_transforms(
+            source, load_weights=load_weights, pretrained_text=False
+        )
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"open_clip cannot build the model {name!r}: {error}") from error
+    finally:
+        root.setLevel(level)
+    return _assemble(name, model, preprocess, open_clip.get_tokenizer(source), config, device)
+
+
+def _assemble(
+    name: str,
+    model: Any,
+    preprocess: Callable[[Image.Image], Tensor],
+    tokenizer: Callable[[list[str]], Tensor],
+    config: dict[str, Any] | None,
+    device: str | torch.device,
+) -> Clip:
+    return Clip(
+        name=name,
+        model=model.to(device).eval(),
+        preprocess=preprocess,
+        tokenizer=tokenizer,
+        model_cfg=config,
+        preprocess_cfg=json.loads(json.dumps(open_clip.get_model_preprocess_cfg(model))),
+    )
+
+
+def _model_folder(spec: str) -> str | None:
+    """The open_clip folder that `spec` leads to: itself, a checkpoint's, or a train folder's last checkpoint."""
+    if files.exists(files.join(spec, CONFIG_FILE)):
+        return spec
+    result = files.join(spec, "result.json")
+    if files.exists(result):
+        found = json.loads(files.read_bytes(result))
+        if found.get("stage") != "train":
+            raise InputError(f"{spec} was written by `distilclip {found.get('stage')}`; a model comes from `train`.")
+        return files.join(spec, found["checkpoint"])
+    if files.exists(files.join(spec, "config.json")):
+        raise InputError(
+            f"{spec} is unfinished: run `distilclip train {spec}/config.json`, or name a checkpoint in it."
+        )
+    return None
+
+
+def _read_model_cfg(folder: str) -> dict[str, Any]:
+    return json.loads(files.read_bytes(files.join(folder, CONFIG_FILE)))["model_cfg"]
+
+
+@contextlib.contextmanager
+def _local(folder: str) -> Iterator[str]:
+    """A local copy of a remote model folder for as long as the block lasts; a local folder is used in place."""
+    if not files.is_url(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as temporary:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            with open(os.path.join(temporary, name), "wb") as file:
+                file.write(files.read_bytes(files.join(folder, name)))
+        yield temporary

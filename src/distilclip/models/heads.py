@@ -1,0 +1,66 @@
+"""What training adds to a student and export drops: projections into the teacher's space, scales, class centers."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from distilclip.ops.features import Features
+
+INITIAL_LOG_SCALE = math.log(1 / 0.07)
+
+
+class Heads(nn.Module):
+    """The loss-owned parameters of one run: optimised, synchronised and saved like the student's own.
+
+    `image_projection` and `text_projection` are SPEC's P_v and P_c (identity where the widths agree, unless
+    `always_project`); `fuse_image` and `fuse_text` are F_v and F_c of the augmented term; the log-scales start at
+    log(1 / 0.07); `centers` are the class centers W, present when the objective has a cluster term.
+    """
+
+    def __init__(
+        self,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        always_project: bool = False,
+        augmented: bool = False,
+        centers: Float[Tensor, "k teacher_dim"] | None = None,
+    ) -> None:
+        super().__init__()
+        project = always_project or student_dim != teacher_dim
+        self.image_projection = nn.Linear(student_dim, teacher_dim, bias=False) if project else nn.Identity()
+        self.text_projection = nn.Linear(student_dim, teacher_dim, bias=False) if project else nn.Identity()
+        self.fuse_image = nn.Linear(2 * teacher_dim, teacher_dim, bias=False) if augmented else None
+        self.fuse_text = nn.Linear(2 * teacher_dim, teacher_dim, bias=False) if augmented else None
+        self.instance_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        self.interactive_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        self.augmented_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        self.centers = nn.Parameter(centers.clone().float()) if centers is not None else None
+
+    def project(self, student: Features) -> Features:
+        """The student's embeddings in the teacher's space: u_v = normalise(P_v e_s), u_c = normalise(P_c c_s)."""
+        return Features(
+            image=F.normalize(self.image_projection(student.image), dim=-1),
+            text=F.normalize(self.text_projection(student.text), dim=-1),
+            scale=student.scale,
+        )
+
+    def fuse(
+        self, projected: Features, teacher: Features
+    ) -> tuple[Float[Tensor, "n teacher_dim"], Float[Tensor, "n teacher_dim"]]:
+        """f_v = normalise(F_v [u_v ; e_t]) and f_c likewise (CLIP-KD, augmented feature distillation)."""
+        assert self.fuse_image is not None
+        assert self.fuse_text is not None
+        image = self.fuse_image(torch.cat([projected.image, teacher.image], dim=-1))
+        text = self.fuse_text(torch.cat([projected.text, teacher.text], dim=-1))
+        return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+
+    def scale(self, term: str) -> Float[Tensor, ""]:
+        """exp of a term's own log-scale, at most 100."""
+        log_scale: Tensor = getattr(self, f"{term}_log_scale")
+        return log_scale.exp().clamp(max=100)

@@ -1,0 +1,144 @@
+"""Accuracies, ranks, recall, agreement of two models, and bootstrap intervals.
+
+One rule settles every tie: among equal scores the smaller index comes first. A rank is the number of candidates
+strictly ahead of the target plus the equal ones with a smaller index, so a constant scorer gets chance, not 100 %.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+TILE_ELEMENTS = 1 << 24  # scores in memory at once: 64 MiB in float32
+
+
+def row_tiles(num_rows: int, num_columns: int, *, tile_elements: int = TILE_ELEMENTS) -> Iterator[slice]:
+    """Slices of rows such that rows x columns stays within `tile_elements` (one row at the least)."""
+    step = max(1, tile_elements // max(1, num_columns))
+    for start in range(0, num_rows, step):
+        yield slice(start, min(num_rows, start + step))
+
+
+def target_rank(scores: Float[Tensor, "n k"], target: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Position of each row's target among its k scores; 0 is first.
+
+    Raises `ValueError` for scores that are not finite: NaN compares as "not ahead" and would read as a perfect rank.
+    """
+    if not torch.isfinite(scores).all():
+        raise ValueError("scores hold NaN or infinity: the model's outputs are broken")
+    own = scores.gather(1, target[:, None])
+    column = torch.arange(scores.shape[1], device=scores.device)
+    ahead = (scores > own) | ((scores == own) & (column < target[:, None]))
+    return ahead.sum(dim=1)
+
+
+def top_k_accuracy(scores: Float[Tensor, "n k"], labels: Int[Tensor, " n"], *, top_k: int = 1) -> float:
+    """Share of rows whose label is among the `top_k` highest scores."""
+    return (target_rank(scores, labels) < top_k).double().mean().item()
+
+
+def mean_per_class(correct: Bool[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:
+    """Mean over the classes that occur in `labels` of each one's share of correct rows."""
+    total = torch.bincount(labels)
+    hits = torch.bincount(labels[correct], minlength=len(total))
+    present = total > 0
+    return (hits[present].double() / total[present].double()).mean().item()
+
+
+def retrieval_ranks(
+    image: Float[Tensor, "n dim"],
+    text: Float[Tensor, "m dim"],
+    image_of_text: Int[Tensor, " m"],
+    *,
+    tile_elements: int = TILE_ELEMENTS,
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
+    """Rank of each image's best own caption among all captions, and of each caption's image among all images.
+
+    `image_of_text[j]` is the image that caption j describes; an image may own any number of captions, one at the
+    least. A tile holds some queries against the whole gallery, so all scores that are compared with each other come
+    from one product and round alike; the n x m matrix never exists. Raises `ValueError` for an image without a caption,
+    and for embeddings that are not finite.
+    """
+    if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
+        raise ValueError("embeddings hold NaN or infinity: the model's outputs are broken")
+    num_captions = torch.bincount(image_of_text, minlength=len(image))
+    if len(num_captions) > len(image) or (num_captions == 0).any():
+        raise ValueError(f"every one of the {len(image)} images needs a caption, and no caption another image")
+    image_ranks = [
+        _best_own_rank(image[rows] @ text.T, torch.arange(rows.start, rows.stop, device=image.device), image_of_text)
+        for rows in row_tiles(len(image), len(text), tile_elements=tile_elements)
+    ]
+    text_ranks = [
+        target_rank(text[rows] @ image.T, image_of_text[rows])
+        for rows in row_tiles(len(text), len(image), tile_elements=tile_elements)
+    ]
+    return torch.cat(image_ranks), torch.cat(text_ranks)
+
+
+def _best_own_rank(
+    scores: Float[Tensor, "r m"], owner: Int[Tensor, " r"], image_of_text: Int[Tensor, " m"]
+) -> Int[Tensor, " r"]:
+    others = image_of_text != owner[:, None]
+    best = scores.masked_fill(others, -torch.inf).argmax(dim=1)  # the first of equal ones
+    return target_rank(scores, best)
+
+
+def linear_cka(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:
+    """Linear centred kernel alignment of two representations of the same n rows, in [0, 1].
+
+    The feature form |X'Y|^2 / (|X'X| |Y'Y|) of centred X and Y (Kornblith et al. 2019, equation 4 and section 3):
+    d x d products instead of n x n kernels, summed over row tiles in float64. Invariant to rotation, isotropic scale and
+    shift of either side. A representation that does not vary at all has none: the result is 0.
+    """
+    mean_x, mean_y = x.double().mean(0), y.double().mean(0)
+    cross = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+    gram_x = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float64, device=x.device)
+    gram_y = torch.zeros(y.shape[1], y.shape[1], dtype=torch.float64, device=x.device)
+    for rows in row_tiles(len(x), x.shape[1] + y.shape[1]):
+        a, b = x[rows].double() - mean_x, y[rows].double() - mean_y
+        cross += a.T @ b
+        gram_x += a.T @ a
+        gram_y += b.T @ b
+    spread = gram_x.norm() * gram_y.norm()
+    return (cross.square().sum() / spread).item() if spread > 0 else 0.0
+
+
+def mean_cosine(x: Float[Tensor, "n dim"], y: Float[Tensor, "n dim"]) -> float:
+    """Mean cosine similarity of matching rows."""
+    return torch.nn.functional.cosine_similarity(x.double(), y.double(), dim=1).mean().item()
+
+
+def mean_kl(student_logits: Float[Tensor, "n k"], teacher_logits: Float[Tensor, "n k"]) -> float:
+    """Mean over rows of KL(softmax(teacher) || softmax(student)), in nats."""
+    student = student_logits.double().log_softmax(dim=1)
+    teacher = teacher_logits.double().log_softmax(dim=1)
+    return (teacher.exp() * (teacher - student)).sum(dim=1).mean().item()
+
+
+def bootstrap_interval(
+    values: Float[np.ndarray, " n"],
+    *,
+    strata: Int[np.ndarray, " n"] | None = None,
+    confidence: float = 0.95,
+    num_resamples: int = 1000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of `values`, the same for the same seed.
+
+    With `strata` (the labels, for mean per class) rows are drawn within each stratum and the statistic is the mean of
+    the strata's means. Memory is bounded: resamples are drawn in tiles.
+    """
+    random = np.random.default_rng(seed)
+    parts = [values] if strata is None else [values[strata == s] for s in np.unique(strata)]
+    means = np.zeros(num_resamples)
+    for part in parts:
+        for tile in row_tiles(num_resamples, len(part), tile_elements=1 << 20):
+            drawn = random.integers(len(part), size=(tile.stop - tile.start, len(part)))
+            means[tile] += part[drawn].mean(axis=1)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(means / len(parts), [tail, 1 - tail])
+    return float(low), float(high)

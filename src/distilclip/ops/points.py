@@ -1,0 +1,196 @@
+"""Stored rows as points of a Euclidean space: read in place, compared in float64, never copied whole.
+
+Numba has no half-precision type, so float16 rows are passed to kernels as their bits and widened by one instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+from torch import Tensor
+
+from distilclip.ops.metric import check_metric
+
+# Sums may be reassociated to fill vector registers; NaN and infinity keep their meaning.
+SUM = {"reassoc", "contract", "nsz"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Points:
+    """Row i stands for the point `scale[i] * values[i]`: scale is 1, or 1 / norm under the cosine metric."""
+
+    values: np.ndarray  # [n, dim], float16, float32 or float64; may be a memory map
+    scale: Float[np.ndarray, " n"]
+    norm: Float[np.ndarray, " n"]  # of the points, after scaling
+
+    @classmethod
+    def of(cls, x: np.ndarray | Tensor, *, metric: str, valid: Bool[np.ndarray, " n"] | None = None) -> Points:
+        """Rows of `x` as points under `metric`; `ValueError` names a valid row that has no place in that space."""
+        check_metric(metric)
+        values = as_rows(x)
+        norms = row_norms(values)
+        ok = np.isfinite(norms) if metric != "cosine" else np.isfinite(norms) & (norms > 0)
+        wrong = np.flatnonzero(~ok if valid is None else ~ok & valid)
+        if len(wrong):
+            what = "is not finite" if not np.isfinite(norms[wrong[0]]) else "is zero, so it has no cosine"
+            raise ValueError(f"Row {wrong[0]} {what} ({len(wrong)} such rows). Mark such rows invalid.")
+        norms[~ok] = 1
+        if metric == "cosine":
+            return cls(values=values, scale=1 / norms, norm=np.ones(len(values)))
+        return cls(values=values, scale=np.ones(len(values)), norm=norms)
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def dim(self) -> int:
+        """Width of a row."""
+        return self.values.shape[1]
+
+    def block(self, rows: Int[np.ndarray, " m"], *, device: torch.device | None = None) -> Float[Tensor, "m dim"]:
+        """The points of some rows, in float32."""
+        block = torch.from_numpy(self.values[rows]).to(device=device, dtype=torch.float32)
+        return block.mul_(torch.from_numpy(self.scale[rows]).to(device=device, dtype=torch.float32)[:, None])
+
+    def squared(self, left: Int[np.ndarray, " m"], right: Int[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
+        """Squared Euclidean distances of pairs by direct difference in float64: no cancellation, equal rows give 0."""
+        result = np.empty(len(left))
+        bits = kernel_view(self.values)
+        in_threads(
+            lambda start, stop: _squared(bits, self.scale, left[start:stop], right[start:stop], result[start:stop]),
+            len(left),
+            at_least=4096,
+        )
+        return result
+
+
+@dataclass(frozen=True)
+class Distinct:
+    """Rows with equal bytes collapsed: `first[position[i]]` is the smallest row whose bytes equal row i's."""
+
+    first: Int[np.ndarray, " m"]
+    position: Int[np.ndarray, " n"]  # -1 for rows left out
+
+
+def distinct(values: np.ndarray, rows: Int[np.ndarray, " k"]) -> Distinct:
+    """Collapse equal rows among `rows` (ascending), by hash and then by comparing the bytes."""
+    bits = _words(values)
+    hashes = np.empty(len(rows), np.uint64)
+    in_threads(lambda start, stop: _hash(bits, rows[start:stop], hashes[start:stop]), len(rows), at_least=4096)
+    order = np.argsort(hashes, kind="stable")
+    smallest = np.empty(len(rows), np.int64)
+    _match(bits, rows, hashes, order, smallest)
+    first, position_in_first = np.unique(smallest, return_inverse=True)
+    position = np.full(len(values), -1, np.int64)
+    position[rows] = position_in_first
+    return Distinct(first=first, position=position)
+
+
+def as_rows(x: np.ndarray | Tensor) -> np.ndarray:
+    """A two-dimensional floating array, shared with `x` wherever its type and device allow."""
+    if isinstance(x, Tensor):
+        x = x.detach().cpu()
+        x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    if x.ndim != 2 or x.dtype not in (np.float16, np.float32, np.float64):
+        raise ValueError(f"Expected rows of float16, float32 or float64, n x dim, not {x.dtype} of shape {x.shape}.")
+    return x if x.flags.c_contiguous else np.ascontiguousarray(x)
+
+
+def row_norms(values: np.ndarray) -> Float[np.ndarray, " n"]:
+    """Euclidean norms in float64."""
+    norms = np.empty(len(values))
+    bits = kernel_view(values)
+    in_threads(lambda start, stop: _norms(bits[start:stop], norms[start:stop]), len(values), at_least=4096)
+    return norms
+
+
+def in_threads(function: Callable[[int, int], Any], count: int, *, at_least: int = 1) -> None:
+    """Call `function(start, stop)` over equal slices of `range(count)`, one per core; for kernels without the GIL."""
+    num_slices = max(1, min(torch.get_num_threads(), count // at_least))
+    bounds = np.linspace(0, count, num_slices + 1).astype(int)
+    if num_slices == 1:
+        function(0, count)
+        return
+    with ThreadPoolExecutor(num_slices) as pool:
+        list(pool.map(function, bounds[:-1], bounds[1:]))
+
+
+def kernel_view(values: np.ndarray) -> np.ndarray:
+    """Rows as kernels take them: float16 as uint16 bits, read-only memory maps as plain read-only arrays."""
+    values = values.view(np.ndarray)
+    return values.view(np.uint16) if values.dtype == np.float16 else values
+
+
+def _words(values: np.ndarray) -> np.ndarray:
+    return values.view(np.ndarray).view(f"u{values.dtype.itemsize}")
+
+
+@intrinsic
+def stored(typing_context: Any, value: Any) -> Any:
+    """A stored number as float64; uint16 holds the bits of a float16."""
+
+    def convert(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        (number,) = arguments
+        if isinstance(value, types.Integer):
+            number = builder.bitcast(number, ir.HalfType())
+        return number if value == types.float64 else builder.fpext(number, ir.DoubleType())
+
+    return types.float64(value), convert
+
+
+@njit(nogil=True, cache=True, fastmath=SUM)
+def _norms(values, out):  # type: ignore[no-untyped-def]
+    for i in range(len(values)):
+        total = 0.0
+        for k in range(values.shape[1]):
+            total += stored(values[i, k]) * stored(values[i, k])
+        out[i] = np.sqrt(total)
+
+
+@njit(nogil=True, cache=True, fastmath=SUM)
+def _squared(values, scale, left, right, out):  # type: ignore[no-untyped-def]
+    for e in range(len(left)):
+        i, j = left[e], right[e]
+        total = 0.0
+        for k in range(values.shape[1]):
+            difference = scale[i] * stored(values[i, k]) - scale[j] * stored(values[j, k])
+            total += difference * difference
+        out[e] = total
+
+
+@njit(nogil=True, cache=True)
+def _hash(words, rows, out):  # type: ignore[no-untyped-def]
+    for e in range(len(rows)):
+        state = np.uint64(0x9E3779B97F4A7C15)
+        for k in range(words.shape[1]):
+            state = (state ^ np.uint64(words[rows[e], k])) * np.uint64(0xFF51AFD7ED558CCD)
+            state ^= state >> np.uint64(32)
+        out[e] = state
+
+
+@njit(nogil=True, cache=True)
+def _match(words, rows, hashes, order, out):  # type: ignore[no-untyped-def]
+    # Rows of one hash are compared with every distinct row of that hash so far; there is nearly always only one.
+    start = 0
+    while start < len(order):
+        stop = start + 1
+        while stop < len(order) and hashes[order[stop]] == hashes[order[start]]:
+            stop += 1
+        for a in range(start, stop):
+            i = rows[order[a]]
+            out[order[a]] = i
+            for b in range(start, a):
+                j = rows[order[b]]
+                if out[order[b]] == j and (words[i] == words[j]).all():
+                    out[order[a]] = j
+                    break
+        start = stop

@@ -1,0 +1,1 @@
+"""Result folders in, one self-contained page out. Imports no torch."""

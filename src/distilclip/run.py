@@ -1,0 +1,171 @@
+"""The folder contract of every stage: config.json, env.json, parts, metrics.jsonl, and result.json last.
+
+A folder with `result.json` is finished: the same config finds it done, another config is an error that says what
+differs. Nothing is ever overwritten silently.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+from distilclip.data import files
+from distilclip.errors import InputError
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The output folder of one stage."""
+
+    path: str
+    stage: str
+
+    def child(self, *names: str) -> str:
+        """The path of a file in this folder."""
+        return files.join(self.path, *names)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the stage has written its result."""
+        return files.exists(self.child("result.json"))
+
+    def result(self) -> dict[str, Any]:
+        """The stage's result, as `finish` wrote it."""
+        return read_json(self.child("result.json"))
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        """Write result.json, the last act of a stage. It holds nothing that varies from run to run (no times)."""
+        write_json(self.child("result.json"), {"stage": self.stage, **result})
+        return self.result()
+
+
+def execution(default: Any) -> Any:
+    """A config field that says how to compute, not what: it may differ between a run and its resumption."""
+    return dataclasses.field(default=default, metadata={"execution": True})
+
+
+def open_folder(path: str, *, stage: str, config: Any) -> Folder:
+    """Create a stage's folder, or open it again to resume it or to find it finished.
+
+    Raises `InputError` when the folder was begun by another stage or with another config, naming what differs.
+    """
+    folder = Folder(str(path), stage)
+    config_path = folder.child("config.json")
+    values = config_values(config)
+    if files.exists(config_path):
+        differences = _differences(read_json(config_path), {"stage": stage, **values}, config)
+        if differences:
+            raise InputError(
+                f"{path} was made with another configuration: {'; '.join(differences)}. "
+                "Choose another --out, or remove that folder."
+            )
+        return folder
+    if not files.is_url(folder.path) and os.path.isdir(folder.path) and os.listdir(folder.path):
+        raise InputError(f"{path} is not empty and is no {stage} folder (no config.json). Choose another --out.")
+    write_json(folder.child("env.json"), environment())
+    write_json(config_path, {"stage": stage, **values})
+    return folder
+
+
+def require(path: str, *, stage: str) -> dict[str, Any]:
+    """The result of a finished stage folder; `InputError` names the stage that is missing or unfinished."""
+    folder = Folder(str(path), stage)
+    if not files.exists(folder.child("config.json")):
+        raise InputError(f"{path} is no {stage} folder: run `distilclip {stage} --out {path}` first.")
+    found = read_json(folder.child("config.json")).get("stage")
+    if found != stage:
+        raise InputError(f"{path} was written by `distilclip {found}`, but a {stage} folder is needed here.")
+    if not folder.finished:
+        raise InputError(
+            f"{path} is unfinished (no result.json): run `distilclip {stage} {path}/config.json` to finish it."
+        )
+    return folder.result()
+
+
+def config_values(config: Any) -> dict[str, Any]:
+    """A config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def environment() -> dict[str, Any]:
+    """Where and with what this runs: versions, git commit, device, command, time."""
+    versions = {}
+    for name in ("distilclip", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "numba", "pyarrow"):
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    commit = subprocess.run(
+        ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return {
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": commit.stdout.strip() or None,
+        "platform": platform.platform(),
+        "num_cpus": os.cpu_count(),
+        "gpus": _gpu_names(),
+        "command": sys.argv,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def _gpu_names() -> list[str]:
+    torch = sys.modules.get("torch")  # a stage that needs no torch must not load it for a line in env.json
+    if torch is None or not torch.cuda.is_available():
+        return []
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object; `InputError` names the file that does not parse."""
+    try:
+        return json.loads(files.read_bytes(path))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is not valid JSON ({error}). Remove it and run the stage again.") from error
+
+
+def write_json(path: str, value: Any) -> None:
+    """Write JSON atomically; NaN is refused, since other readers cannot parse it."""
+    files.write_bytes(path, (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+
+
+class Metrics:
+    """metrics.jsonl: one JSON object a line, appended; on resume, lines from `step` on are dropped first."""
+
+    def __init__(self, path: str, *, resume_at: int = 0) -> None:
+        self.path = path
+        kept = [line for line in read_metrics(path) if line["step"] < resume_at] if files.exists(path) else []
+        files.write_bytes(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+
+    def write(self, *, step: int, **values: Any) -> None:
+        """Append one line."""
+        fs, inner = files.filesystem(self.path)
+        with fs.open(inner, "ab") as file:
+            file.write((json.dumps({"step": step, **values}) + "\n").encode())
+
+
+def read_metrics(path: str) -> Iterator[dict[str, Any]]:
+    """The lines of a metrics.jsonl; a last line cut by a kill is left out."""
+    for line in files.read_bytes(path).decode().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], config: Any) -> list[str]:
+    ignored = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")} | {"out"}
+    names = [*new, *(n for n in old if n not in new)]
+    return [
+        f"{n} was {old.get(n)!r}, now {new.get(n)!r}" for n in names if n not in ignored and old.get(n) != new.get(n)
+    ]

@@ -1,0 +1,189 @@
+"""Train a student: plain CLIP, CLIP-CID, CLIP-KD, or any weighted mix of their terms."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from distilclip import run
+from distilclip.data.augment import random_resized_crop
+from distilclip.data.store import Store, read_centers
+from distilclip.data.stream import PairStream, open_stream
+from distilclip.devices import resolve_device
+from distilclip.errors import InputError
+from distilclip.models.clip import Clip, create_clip, load_clip
+from distilclip.models.heads import Heads
+from distilclip.models.teacher import Teacher, live_teacher, stored_teacher
+from distilclip.train.checkpoint import complete_checkpoints, folder_name, load_checkpoint
+from distilclip.train.loop import fit
+from distilclip.train.objective import Objective, objective
+from distilclip.train.optimizer import build_optimizer
+from distilclip.train.step import Student
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip train`."""
+
+    out: str
+    """folder to write: checkpoints, metrics.jsonl, result.json"""
+    student: str
+    """architecture: an open_clip name, a JSON file with an open_clip model config, or that JSON itself"""
+    data: tuple[str, ...] = ()
+    """pairs to train on (tars, Parquet, CSV; braces and globs); not with --store, which knows its own"""
+    store: str | None = None
+    """folder of `embed`: the teacher's embeddings of the pairs; the pairs are read from where it found them"""
+    groups: str | None = None
+    """folder of `balance`: train on kept rows only"""
+    clusters: str | None = None
+    """folder of `cluster`: centers and labels for the cluster term"""
+    teacher: str | None = None
+    """a live teacher instead of a store's: folder, open_clip name or hf-hub:ORG/NAME"""
+    teacher_weights: str | None = None
+    """weights file of a live teacher given as an open_clip name"""
+    objective: Literal["clip", "clip-cid", "clip-kd"] = "clip"
+    """the method: a named set of term weights"""
+    terms: dict[str, float] = field(default_factory=dict)
+    """replacements in the objective: weights and constants, such as `feature 1000 alpha 0.9`"""
+    batch_size: int = 256
+    """pairs per step"""
+    micro_batch: int | None = None
+    """pairs whose activations are held at once (default: the batch); the gradients are the same"""
+    num_steps: int = 1000
+    """optimisation steps"""
+    learning_rate: float = 1e-3
+    """peak learning rate of AdamW"""
+    centers_learning_rate: float = 1e-6
+    """peak learning rate of the class centers (CLIP-CID: more makes training collapse)"""
+    weight_decay: float = 0.2
+    """of matrices; biases, norms, scales, positions and centers have none"""
+    warmup_steps: int = 100
+    """steps of linear warm-up before the cosine"""
+    gradient_clip: float = 1.0
+    """largest norm of the gradient; 0 leaves it as it is"""
+    min_crop: float = 0.9
+    """smallest share of a picture's area that a training crop shows"""
+    seed: int = 0
+    """of initial weights, order, crops, sampled classes and masks"""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """of the towers (autocast); losses are always float32"""
+    checkpoint_every: int = 500
+    """steps between checkpoints"""
+    keep_checkpoints: int = run.execution(2)
+    """how many of the last checkpoints stay on disk"""
+    device: str = run.execution("auto")
+    """auto (CUDA, then MPS, then CPU), or a torch device"""
+    num_workers: int = run.execution(1)
+    """processes that read and decode; 0 reads in the training process"""
+
+    def __post_init__(self) -> None:
+        method = objective(self.objective, self.terms)
+        if bool(self.data) == (self.store is not None):
+            raise InputError("train needs --data or --store, and not both: a store knows its own pairs.")
+        if method.needs_teacher and not (self.store or self.teacher):
+            raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --teacher.")
+        if method.cluster and not self.clusters:
+            raise InputError("The cluster term needs --clusters, a folder of `distilclip cluster`.")
+        if (self.groups or self.clusters) and not self.store:
+            raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
+        for name in ("batch_size", "num_steps", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Train, or go on from the last complete checkpoint; the folder's result."""
+    folder = run.open_folder(config.out, stage="train", config=config)
+    if folder.finished:
+        return folder.result()
+    device = resolve_device(config.device)
+    method = objective(config.objective, config.terms)
+    clip = create_clip(config.student, seed=config.seed, device=device)
+    store = _open_store(config)
+    live = load_clip(config.teacher, weights=config.teacher_weights, device=device) if config.teacher else None
+    heads = _heads(clip, method, store=store, live=live, clusters=config.clusters, seed=config.seed).to(device)
+    student = Student(clip=clip, heads=heads, precision=PRECISIONS[config.precision])
+    optimizer = build_optimizer(
+        clip.model,
+        heads,
+        learning_rate=config.learning_rate,
+        centers_learning_rate=config.centers_learning_rate,
+        weight_decay=config.weight_decay,
+    )
+    done = complete_checkpoints(config.out)
+    start = load_checkpoint(folder.child(folder_name(done[-1])), student, optimizer) if done else 0
+    stream = _open_stream(config, clip, live)
+    fit(
+        folder,
+        stream.batches(start=start, stop=config.num_steps, num_workers=config.num_workers),
+        student=student,
+        teacher=_teacher(method, store, live, device),
+        objective=method,
+        optimizer=optimizer,
+        start=start,
+        num_steps=config.num_steps,
+        warmup_steps=config.warmup_steps,
+        micro_batch=config.micro_batch or config.batch_size,
+        gradient_clip=config.gradient_clip,
+        checkpoint_every=config.checkpoint_every,
+        keep_checkpoints=config.keep_checkpoints,
+        seed=config.seed,
+    )
+    return folder.finish(
+        {
+            "checkpoint": folder_name(config.num_steps),
+            "objective": dataclasses.asdict(method),
+            "num_parameters": clip.num_parameters,
+            "num_rows": stream.num_rows,
+            "num_samples_seen": config.num_steps * config.batch_size,
+            "digest": clip.digest,
+        }
+    )
+
+
+def _open_store(config: Config) -> Store | None:
+    if config.store is None:
+        return None
+    run.require(config.store, stage="embed")
+    for path, stage in ((config.groups, "balance"), (config.clusters, "cluster")):
+        if path is not None and (made_for := run.require(path, stage=stage)["store"]) != config.store:
+            raise InputError(f"{path} was made for the store {made_for}, not for {config.store}.")
+    return Store.open(config.store)
+
+
+def _open_stream(config: Config, clip: Clip, live: Clip | None) -> PairStream:
+    transforms = [random_resized_crop(c.image_size, min_scale=config.min_crop) for c in (clip, live) if c is not None]
+    return open_stream(
+        data=config.data,
+        store=config.store,
+        groups=config.groups,
+        clusters=config.clusters,
+        transforms=transforms,
+        tokenize=clip.tokenizer,
+        batch_size=config.batch_size,
+        seed=config.seed,
+    )
+
+
+def _heads(
+    clip: Clip, method: Objective, *, store: Store | None, live: Clip | None, clusters: str | None, seed: int
+) -> Heads:
+    teacher_dim = live.dim if live is not None else store.dim if store is not None else clip.dim
+    centers = torch.from_numpy(read_centers(clusters)) if method.cluster and clusters else None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Heads(clip.dim, teacher_dim, augmented=method.augmented > 0, centers=centers)
+
+
+def _teacher(method: Objective, store: Store | None, live: Clip | None, device: torch.device) -> Teacher | None:
+    if not method.needs_teacher:
+        return None
+    if live is not None:
+        return live_teacher(live)
+    assert store is not None
+    return stored_teacher(float(store.teacher["scale"]), device=device)

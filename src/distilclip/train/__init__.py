@@ -1,0 +1,1 @@
+"""Objective, step, loop, optimizer, checkpoint."""

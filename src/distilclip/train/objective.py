@@ -1,0 +1,164 @@
+"""A distillation method is a value: the weights of its terms and the constants inside them (SPEC sections 1 and 2)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distilclip import losses
+from distilclip.errors import InputError, did_you_mean
+from distilclip.models.heads import Heads
+from distilclip.ops.features import Features
+
+TERMS = (
+    "task",
+    "cluster",
+    "instance",
+    "relational",
+    "feature",
+    "masked",
+    "gradient",
+    "interactive",
+    "augmented",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """L = sum of weight x term; a weight of 0 leaves the term uncomputed."""
+
+    task: float = 1.0
+    """contrast of the student's own image and text embeddings"""
+    cluster: float = 0.0
+    """CLIP-CID, cluster discrimination (needs centers and labels)"""
+    instance: float = 0.0
+    """CLIP-CID, instance discrimination: student image to teacher text and the reverse"""
+    relational: float = 0.0
+    """CLIP-KD, CRD: KL between the batch's similarity distributions"""
+    feature: float = 0.0
+    """CLIP-KD, FD: mean squared error of the embeddings (published weight 2000)"""
+    masked: float = 0.0
+    """CLIP-KD, MFD: FD with the student's image masked (published weight 2000)"""
+    gradient: float = 0.0
+    """CLIP-KD, GD: mean squared error of the contrastive loss's gradients"""
+    interactive: float = 0.0
+    """CLIP-KD, ICL: student queries against teacher keys"""
+    augmented: float = 0.0
+    """CLIP-KD, AFD: contrast of fused student and teacher embeddings"""
+    alpha: float = 0.999
+    """share of the label loss in the cluster term; the rest is the KL"""
+    temperature: float = 0.07
+    """tau of the cluster term's KL"""
+    class_scale: float = 1.0
+    """s_l of the cluster term's label loss"""
+    sample_rate: float = 1.0
+    """share of the classes in each step's softmax (Partial FC); 1 means all"""
+    gamma: float = 0.5
+    """share of the image side in the instance term"""
+    mask_ratio: float = 0.75
+    """share of the patch grid that the masked term hides"""
+
+    def __post_init__(self) -> None:
+        for name, value in self.weights.items():
+            if value < 0:
+                raise InputError(f"The weight of the term {name!r} is {value}; weights are 0 or more.")
+        for name in ("alpha", "gamma", "mask_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1.")
+        if self.temperature <= 0 or self.class_scale <= 0:
+            raise InputError("temperature and class_scale must be positive.")
+        if not 0 < self.sample_rate <= 1:
+            raise InputError(f"sample_rate is {self.sample_rate}; it is a share of the classes, over 0 and up to 1.")
+        if not any(self.weights.values()):
+            raise InputError("All term weights are 0: nothing would be learned.")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Every term's weight."""
+        return {name: getattr(self, name) for name in TERMS}
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return any(weight for name, weight in self.weights.items() if name != "task")
+
+    def terms(
+        self,
+        student: Features,
+        teacher: Features | None,
+        *,
+        heads: Heads,
+        masked_image: Float[Tensor, "n dim"] | None = None,
+        labels: Int[Tensor, " n"] | None = None,
+        classes: Int[Tensor, " c"] | None = None,
+    ) -> dict[str, Float[Tensor, ""]]:
+        """Every term with a weight, unweighted. `student` is in its own space; `heads` projects it where a term needs it.
+
+        `masked_image` holds the student's embeddings of the masked images (for `masked`); `labels` the cluster of
+        each image and `classes` the sampled classes, None for all (for `cluster`).
+        """
+        values: dict[str, Tensor] = {}
+        if self.task:
+            values["task"] = losses.contrastive(student.image, student.text, scale=student.scale)
+        if teacher is None or not self.needs_teacher:
+            return values
+        projected = heads.project(student)
+        if self.cluster:
+            assert heads.centers is not None
+            assert labels is not None
+            values["cluster"] = losses.cluster(
+                projected.image,
+                teacher.image,
+                heads.centers,
+                labels,
+                alpha=self.alpha,
+                temperature=self.temperature,
+                class_scale=self.class_scale,
+                classes=classes,
+            ).total
+        if self.instance:
+            values["instance"] = losses.instance(projected, teacher, scale=heads.scale("instance"), gamma=self.gamma)
+        if self.relational:
+            values["relational"] = losses.relational(student, teacher)
+        if self.feature:
+            values["feature"] = losses.feature(projected, teacher)
+        if self.masked:
+            assert masked_image is not None
+            masked = heads.project(Features(image=masked_image, text=student.text, scale=student.scale))
+            values["masked"] = losses.feature(masked, teacher)
+        if self.gradient:
+            values["gradient"] = losses.gradient(projected, teacher)
+        if self.interactive:
+            values["interactive"] = losses.interactive(projected, teacher, scale=heads.scale("interactive"))
+        if self.augmented:
+            values["augmented"] = losses.augmented(*heads.fuse(projected, teacher), scale=heads.scale("augmented"))
+        return values
+
+    def total(self, terms: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
+        """The weighted sum of terms."""
+        return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
+
+
+PRESETS = {
+    "clip": Objective(),
+    "clip-cid": Objective(cluster=1.0, instance=1.0),
+    "clip-kd": Objective(relational=1.0, feature=2000.0, interactive=1.0),
+}
+
+
+def objective(name: str, overrides: dict[str, float] | None = None) -> Objective:
+    """A named method (`clip`, `clip-cid`, `clip-kd`) with some weights or constants replaced.
+
+    Raises `InputError` for an unknown method, term or constant.
+    """
+    if name not in PRESETS:
+        raise InputError(f"No objective {name!r}. {did_you_mean(name, PRESETS)}")
+    fields = [f.name for f in dataclasses.fields(Objective)]
+    for key in overrides or {}:
+        if key not in fields:
+            raise InputError(f"The objective has no term or constant {key!r}. {did_you_mean(key, fields)}")
+    return dataclasses.replace(PRESETS[name], **(overrides or {}))
