@@ -27,14 +27,16 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     """A stage's Config from `[RECIPE[#STEP]] [--flag value ...]`.
 
     `RECIPE` is a TOML file whose `[stage]` table (with `#name`, its `[stage.name]` table) holds the flags, or a
-    config.json. Raises `InputError` for a recipe with an unknown key or stage; tyro exits with its own message for a
+    config.json. A Config with a field `recipe` gets the path itself. Raises `InputError` for a recipe with an unknown key or stage; tyro exits with its own message for a
     bad flag.
     """
     import tyro
 
     argv = list(argv)
     flags: list[str] = []
-    if argv and not argv[0].startswith("-"):
+    if argv and not argv[0].startswith("-") and "recipe" in field_names(config_type):
+        flags = ["--recipe", argv.pop(0)]
+    elif argv and not argv[0].startswith("-"):
         path, _, name = argv.pop(0).partition("#")
         given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in argv if a.startswith("--")}
         values = recipe_values(read_recipe(path), config_type, stage=stage, name=name, source=path)
@@ -67,9 +69,14 @@ def read_recipe(path: str) -> dict[str, Any]:
         raise InputError(f"The recipe {path} cannot be read: {error!r}.") from error
 
 
+def field_names(config_type: Any) -> set[str]:
+    """The fields of a Config class."""
+    return {field.name for field in dataclasses.fields(config_type)}
+
+
 def step_names(table: dict[str, Any], config_type: type) -> list[str]:
     """Names of a stage's steps: sub-tables that are no field; `[train.teacher]` and `[train.student]` are two."""
-    fields = {f.name for f in dataclasses.fields(config_type)}
+    fields = field_names(config_type)
     return [key for key, value in table.items() if isinstance(value, dict) and key not in fields]
 
 
@@ -88,7 +95,7 @@ def recipe_values(
         raise InputError(f"{source} has several {stage} steps: choose one as {source}#NAME, NAME one of {steps}.")
     values = {key: value for key, value in table.items() if key not in steps}
     values.update(table[name] if name else {})
-    fields = {f.name for f in dataclasses.fields(config_type)}
+    fields = field_names(config_type)
     for key in values:
         if key not in fields:
             raise InputError(f"{source}, [{stage}]: unknown key {key!r}. {did_you_mean(key, fields)}")

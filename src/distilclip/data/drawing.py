@@ -162,7 +162,7 @@ def draw_look(rng: np.random.Generator, scene: Scene) -> Look:
         phase=rng.random((num, 2)),
         slant=rng.uniform(0, np.pi, num),
         colour=np.array([_RGB[o.colour] for o in scene.objects]) + rng.normal(0, 0.03, (num, 3)),
-        background=np.array(_BACKGROUND_RGB[scene.background]) + rng.normal(0, 0.025, 3),
+        background=np.array(_BACKGROUND_RGB[scene.background]) + rng.normal(0, 0.015, 3),
         slope=rng.normal(0, 0.08, 2),
         exposure=rng.uniform(0.85, 1.08),
         noise=rng.uniform(0.005, 0.05),

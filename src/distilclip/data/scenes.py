@@ -134,15 +134,19 @@ def draw_labelled(
 def draw_distinct(
     draw: Callable[[Int[np.ndarray, " m"]], Int[np.ndarray, " m"]], num: int, taken: Int[np.ndarray, " t"]
 ) -> Int[np.ndarray, " num"]:
-    """`num` codes, all different and none of them in `taken`; `draw(rows)` draws the code of each row anew."""
-    codes = draw(np.arange(num))
-    while True:
-        first = np.zeros(num, bool)
-        first[np.unique(codes, return_index=True)[1]] = True
-        again = np.flatnonzero(~first | np.isin(codes, taken))
-        if not len(again):
-            return codes
-        codes[again] = draw(again)
+    """`num` codes, all different and none of them in `taken`; `draw(rows)` draws the codes of those rows, again and again."""
+    seen = set(taken.tolist())
+    codes = np.empty(num, np.int64)
+    missing = np.arange(num)
+    while len(missing):
+        drawn = draw(missing)
+        fresh = np.ones(len(missing), bool)
+        for i, code in enumerate(drawn.tolist()):
+            fresh[i] = code not in seen
+            seen.add(code)
+        codes[missing[fresh]] = drawn[fresh]
+        missing = missing[~fresh]
+    return codes
 
 
 def _object_of(code: int) -> Object:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -155,7 +156,9 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
     clip = create_clip(spec, device=device)
     try:
         open_clip.factory.load_checkpoint(clip.model, weights, weights_only=True)
-    except (RuntimeError, KeyError, AttributeError) as error:
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{weights} holds more than tensors and is not loaded. Save it as safetensors.") from error
+    except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         raise InputError(f"The weights in {weights} do not fit the architecture {spec!r}: {error}") from error
     clip.model.eval()
     return clip

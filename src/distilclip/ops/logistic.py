@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import softplus
 
 from distilclip.ops.metrics import row_tiles
 
@@ -66,20 +67,21 @@ class LogisticProblem:
         # Half-precision features are read as they are and widened tile by tile.
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32
         self.device = first.device
+        self.wide = torch.float32 if self.device.type == "mps" else torch.float64
         self.tile_elements = 1 << 20 if self.device.type == "cpu" else 1 << 26
         self.num_rows = sum(float(b.weight.sum()) if b.weight is not None else len(b.labels) for b in self.blocks)
         self.mean, self.variance, self.axes = self._principal_axes()
 
     def _tiles(self) -> Sequence[tuple[Tensor, Tensor, Tensor | None]]:
         return [
-            (b.features[t], b.labels[t], b.weight[t] if b.weight is not None else None)
+            (b.features[t].to(self.dtype), b.labels[t], b.weight[t] if b.weight is not None else None)
             for b in self.blocks
             for t in row_tiles(len(b.labels), self.num_classes, tile_elements=self.tile_elements)
         ]
 
     def _principal_axes(self) -> tuple[Tensor, Tensor, Tensor]:
         # The accumulators are float64 where the device has it; the products are as wide as the features.
-        wide = torch.float32 if self.device.type == "mps" else torch.float64
+        wide = self.wide
         dim = self.blocks[0].features.shape[1]
         total = torch.zeros(dim, dtype=wide, device=self.device)
         for x, _, weight in self._tiles():
@@ -101,33 +103,87 @@ class LogisticProblem:
 
     def objective(
         self, rotated: Float[Tensor, "dim_plus_1 k"], *, l2: float
-    ) -> tuple[float, Float[Tensor, "dim_plus_1 k"], Float[Tensor, " k"]]:
-        """J, its gradient in rotated, unscaled coordinates, and the classes' mean p (1 - p), in one pass."""
+    ) -> tuple[float, Float[Tensor, "dim_plus_1 k"]]:
+        """J and its gradient, both in the rotated and centred coordinates (axes V, intercept of x - m), unscaled."""
         weight, bias = self.unrotate(rotated)
-        loss = torch.zeros((), dtype=self.dtype, device=self.device)
-        gradient = torch.zeros_like(weight)
-        residual_sum, curvature = torch.zeros_like(bias), torch.zeros_like(bias)
+        loss = torch.zeros((), dtype=self.wide, device=self.device)
+        gradient, residual_sum = torch.zeros_like(weight), torch.zeros_like(bias)
         for x, labels, row_weight in self._tiles():
-            x = x.to(self.dtype)
             logits = torch.addmm(bias, x, weight)
-            log_sum = logits.logsumexp(dim=1)
-            cross_entropy = log_sum - logits.gather(1, labels[:, None])[:, 0]
-            residual = logits.sub_(log_sum[:, None]).exp_()  # the probabilities, until the labels are taken off
-            curvature += (residual.sum(0) if row_weight is None else row_weight @ residual)
-            residual.scatter_add_(1, labels[:, None], residual.new_full((len(labels), 1), -1.0))
+            # The label's logit is taken apart, so that losses and residuals far below 1e-7 keep their digits.
+            own = logits.gather(1, labels[:, None])
+            others = logits.scatter_(1, labels[:, None], -torch.inf).logsumexp(dim=1, keepdim=True)
+            cross_entropy = softplus(others - own)[:, 0]
+            residual = logits.sub_(own + cross_entropy[:, None]).exp_()
+            residual.scatter_(1, labels[:, None], -torch.sigmoid(others - own))
             if row_weight is not None:
-                cross_entropy = cross_entropy * row_weight
-                residual.mul_(row_weight[:, None])
-            loss += cross_entropy.sum()
+                cross_entropy *= row_weight
+                residual *= row_weight[:, None]
+            loss += cross_entropy.sum(dtype=self.wide)
             gradient.addmm_(x.T, residual)
             residual_sum += residual.sum(0)
         gradient.addr_(self.mean, residual_sum, alpha=-1.0)
         directions = rotated[:-1]
-        value = float(loss) + 0.5 * l2 * float(directions.square().sum())
-        gradient = torch.cat([self.axes.T @ gradient + l2 * directions, residual_sum[None, :]])
-        return value, gradient, curvature
+        value = float(loss) + 0.5 * l2 * float(directions.square().sum(dtype=self.wide))
+        return value, torch.cat([self.axes.T @ gradient + l2 * directions, residual_sum[None, :]])
+
+    def curvature(self, rotated: Float[Tensor, "dim_plus_1 k"]) -> Float[Tensor, " k"]:
+        """Each class's mean p (1 - p) over the rows, at least one row's worth of the smallest float's square root."""
+        weight, bias = self.unrotate(rotated)
+        total = torch.zeros_like(bias)
+        for x, _, row_weight in self._tiles():
+            probability = torch.addmm(bias, x, weight).softmax(dim=1)
+            variance = probability * (1 - probability)
+            total += variance.sum(0) if row_weight is None else row_weight @ variance
+        return total / self.num_rows
 
     def unrotate(self, rotated: Float[Tensor, "dim_plus_1 k"]) -> tuple[Float[Tensor, "dim k"], Float[Tensor, " k"]]:
         """Weight and bias for the features as they are."""
         weight = self.axes @ rotated[:-1]
         return weight, rotated[-1] - self.mean @ weight
+
+
+def fit(problem, *, l2, start=None, max_iterations=1000, tolerance=1e-6, floor=1e-4, num_pairs=20, log=False):
+    rotated = start if start is not None else problem.prior()
+    h = problem.curvature(rotated).clamp(min=floor/problem.num_classes)
+    scale = problem.coordinates(h, l2=l2)
+    def evaluate(theta):
+        v,g = problem.objective(theta/scale, l2=l2)
+        return v, g/scale
+    return _lbfgs(evaluate, rotated*scale, scale, max_iterations, tolerance, num_pairs, log)
+
+def _lbfgs(evaluate, theta, scale, max_iterations, tolerance, num_pairs, log):
+    value, gradient = evaluate(theta)
+    pairs = deque(maxlen=num_pairs)
+    evals=1
+    conv=False
+    for it in range(max_iterations):
+        d = _direction(gradient, pairs)
+        slope = float((gradient*d).sum())
+        if -slope/2 <= tolerance*abs(value):
+            conv=True
+            break
+        step=1.0
+        while True:
+            nt = theta+step*d
+            nv, ng = evaluate(nt); evals+=1
+            if log: print(it, step, nv, -slope/2/value)
+            if nv <= value + SUFFICIENT_DECREASE*step*slope: break
+            step = min(0.5*step, max(0.1*step, -slope*step**2/2/(nv-value-step*slope)))
+            if step<1e-6: return theta/scale, value, it, evals, conv
+        s, y = nt-theta, ng-gradient
+        sy=float((s*y).sum())
+        if sy>0: pairs.append((s,y,sy))
+        theta,value,gradient=nt,nv,ng
+    return theta/scale, value, it, evals, conv
+
+def _direction(g, pairs):
+    q=-g
+    alphas=[]
+    for s,y,sy in reversed(pairs):
+        a=float((s*q).sum())/sy; alphas.append(a); q=q-a*y
+    if pairs:
+        s,y,sy=pairs[-1]; q=q*(sy/float((y*y).sum()))
+    for (s,y,sy),a in zip(pairs,reversed(alphas)):
+        b=float((y*q).sum())/sy; q=q+(a-b)*s
+    return q

@@ -1,0 +1,60 @@
+"""Parquet tables of fixed schemas: the same bytes each time, their format version checked when read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from distilclip.data import files
+from distilclip.errors import InputError
+
+FORMAT_VERSION = "1"
+_VERSION_KEY = "distilclip.format"
+
+
+def write_columns(
+    path: str, schema: pa.Schema, columns: Mapping[str, object], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write the columns of `schema`, atomically, with string metadata in the file's footer."""
+    pairs = {_VERSION_KEY: FORMAT_VERSION, **dict(sorted((metadata or {}).items()))}
+    table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
+    with files.atomic_write(path) as file:
+        pq.write_table(table.replace_schema_metadata(pairs), file, compression="zstd", version="2.6")
+
+
+def read_columns(path: str, schema: pa.Schema) -> pa.Table:
+    """The columns of `schema`, in that order.
+
+    Raises:
+        InputError: the file is missing, damaged, of another format version, or lacks a column.
+    """
+    file = _open(path)
+    found = file.schema_arrow
+    wrong = [f"{f.name} ({f.type})" for f in schema if f.name not in found.names or found.field(f.name).type != f.type]
+    if wrong:
+        raise InputError(f"{path} lacks the columns {', '.join(wrong)}; it has {', '.join(found.names)}.")
+    return file.read(columns=schema.names)
+
+
+def read_column_metadata(path: str) -> dict[str, str]:
+    """The string metadata of a table written by `write_columns`; only the footer is read."""
+    metadata = _open(path).schema_arrow.metadata or {}
+    return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
+
+
+def _open(path: str) -> pq.ParquetFile:
+    if not files.exists(path):
+        raise InputError(f"{path} is missing.")
+    try:
+        file = pq.ParquetFile(files.open_read(path))
+    except pa.ArrowInvalid as error:
+        raise InputError(f"{path} is no complete Parquet file ({error}). Remove it and run its stage again.") from error
+    version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY.encode(), b"none").decode()
+    if version != FORMAT_VERSION:
+        raise InputError(
+            f"{path} has format version {version}; this distilclip reads version {FORMAT_VERSION}. "
+            "Write it again with this version, or read it with the one that wrote it."
+        )
+    return file

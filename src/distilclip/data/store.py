@@ -1,0 +1,289 @@
+"""The store: for every shard of pairs, a teacher's image and text embeddings and a table of its rows.
+
+docs/formats.md is the contract. A row is named by one 64-bit number, `shard << 32 | row`, because keys are not unique
+across the shards of a crawl; keys are kept to be asserted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float16, Integer, UInt8, UInt32, UInt64
+
+from distilclip.data import files
+from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, write_columns
+from distilclip.data.shards import key_digest
+from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
+from distilclip.errors import InputError
+
+MANIFEST_SCHEMA = pa.schema(
+    [
+        ("shard", pa.uint32()),
+        ("uri", pa.string()),
+        ("bytes", pa.uint64()),
+        ("num_rows", pa.uint32()),
+        ("key_digest", pa.string()),
+        ("sha256", pa.string()),
+        ("status", pa.string()),
+    ]
+)
+ROWS_SCHEMA = pa.schema(
+    [
+        ("row", pa.uint32()),
+        ("key", pa.string()),
+        ("offset", pa.uint64()),
+        ("size", pa.uint32()),
+        ("valid", pa.bool_()),
+        ("error", pa.string()),
+        ("image_sha256", pa.binary(32)),
+    ]
+)
+TEACHER_KEYS = ("name", "digest", "preprocessing", "tokenizer", "precision", "scale")
+_UNIT_TOLERANCE = 2e-3  # half precision keeps the length of a unit vector to about 5e-4
+
+
+def sample_id(shard: Integer[np.ndarray, "..."] | int, row: Integer[np.ndarray, "..."] | int) -> Any:
+    """`shard << 32 | row` as uint64, of numbers or arrays."""
+    return np.uint64(shard) << np.uint64(32) | np.asarray(row, np.uint64)[()]
+
+
+def split_id(ids: Integer[np.ndarray, "..."] | np.uint64 | int) -> tuple[Any, Any]:
+    """The shard and the row of sample ids, as uint32."""
+    ids = np.asarray(ids, np.uint64)
+    return (ids >> np.uint64(32)).astype(np.uint32)[()], (ids & np.uint64(0xFFFFFFFF)).astype(np.uint32)[()]
+
+
+def stem(shard: int) -> str:
+    """How the files of a shard are called: six digits."""
+    return f"{shard:06d}"
+
+
+@dataclass(frozen=True)
+class StoreShard:
+    """One line of the manifest. `num_bytes` is the size of the source file, `sha256` the digest of the payload."""
+
+    index: int
+    uri: str
+    num_bytes: int
+    num_rows: int
+    key_digest: str
+    sha256: str
+    status: str
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The row table of a shard. An unusable row has `valid` false and the reason in `error`.
+
+    `image_sha256` is that of the image file's bytes, zeros where there is none.
+    """
+
+    key: list[str]
+    offset: UInt64[np.ndarray, " n"]
+    size: UInt32[np.ndarray, " n"]
+    valid: Bool[np.ndarray, " n"]
+    error: list[str]
+    image_sha256: UInt8[np.ndarray, "n 32"]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A finished store, opened for reading. Embeddings are memory maps where the store is local."""
+
+    path: str
+    shards: list[StoreShard]
+    dim: int
+    teacher: dict[str, Any]
+
+    @classmethod
+    def open(cls, path: str) -> Store:
+        """Open a store by its folder.
+
+        Raises:
+            InputError: there is none, it is unfinished, or its format version is unknown.
+        """
+        manifest = files.join(path, "manifest.parquet")
+        if not files.exists(manifest):
+            raise InputError(f"{path} is no finished store (no manifest.parquet): run `distilclip embed --out {path}`.")
+        table = read_columns(manifest, MANIFEST_SCHEMA).to_pydict()
+        shards = [StoreShard(*values) for values in zip(*table.values(), strict=True)]
+        metadata = read_column_metadata(manifest)
+        return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata))
+
+    @property
+    def num_shards(self) -> int:
+        """Shards, each made from one source file."""
+        return len(self.shards)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all shards, unusable ones included."""
+        return sum(shard.num_rows for shard in self.shards)
+
+    def image(self, shard: int) -> Float16[np.ndarray, "n dim"]:
+        """The image embeddings of a shard, unit rows, zeros where the row is not valid."""
+        return self._embeddings(shard)["image"]
+
+    def text(self, shard: int) -> Float16[np.ndarray, "n dim"]:
+        """The text embeddings of a shard, unit rows, zeros where the row is not valid."""
+        return self._embeddings(shard)["text"]
+
+    def rows(self, shard: int) -> Rows:
+        """The row table of a shard."""
+        path = self._path(shard, "rows.parquet")
+        rows = read_rows(path)
+        if len(rows) != self.shards[shard].num_rows:
+            raise InputError(f"{path} has {len(rows)} rows, the manifest {self.shards[shard].num_rows}. {_EMBED_AGAIN}")
+        return rows
+
+    def verify(self) -> None:
+        """Read everything and compare it with the manifest.
+
+        Raises:
+            InputError: a digest disagrees, or an embedding is not finite or not of unit length; names file and row.
+        """
+        for shard in self.shards:
+            path = self._path(shard.index, "safetensors")
+            if _file_digest(path) != shard.sha256:
+                raise InputError(f"{path} is not the file that was written (SHA-256 differs). {_EMBED_AGAIN}")
+            rows = self.rows(shard.index)
+            if key_digest(rows.key) != shard.key_digest:
+                raise InputError(f"{self._path(shard.index, 'rows.parquet')}: the keys were changed. {_EMBED_AGAIN}")
+            for name, embeddings in self._embeddings(shard.index).items():
+                check_embeddings(embeddings, rows.valid, where=f"{path}, {name}")
+
+    def _path(self, shard: int, suffix: str) -> str:
+        return files.join(self.path, f"{stem(shard)}.{suffix}")
+
+    def _embeddings(self, shard: int) -> dict[str, np.ndarray]:
+        path = self._path(shard, "safetensors")
+        metadata = read_metadata(path)
+        if metadata.get("format") != FORMAT_VERSION:
+            raise InputError(f"{path} has format version {metadata.get('format')}, not {FORMAT_VERSION}. {_EMBED_AGAIN}")
+        if metadata.get("teacher_digest") != self.teacher["digest"]:
+            raise InputError(
+                f"{path} was embedded by teacher {metadata.get('teacher_name')} "
+                f"({metadata.get('teacher_digest')}), the rest of the store by {self.teacher['name']} "
+                f"({self.teacher['digest']}). {_EMBED_AGAIN}"
+            )
+        arrays = read_tensors(path)
+        expected = (self.shards[shard].num_rows, self.dim)
+        for name in ("image", "text"):
+            if name not in arrays or arrays[name].shape != expected:
+                raise InputError(f"{path} has no {name} embeddings of shape {expected}. {_EMBED_AGAIN}")
+        return {name: arrays[name] for name in ("image", "text")}
+
+
+def check_embeddings(embeddings: Float16[np.ndarray, "n dim"], valid: Bool[np.ndarray, " n"], *, where: str) -> None:
+    """Raise `InputError` naming the first valid row that is not finite or not of unit length."""
+    lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
+    wrong = valid & ~(np.abs(lengths - 1) < _UNIT_TOLERANCE)  # ~(<), so that NaN is wrong too
+    if wrong.any():
+        row = int(np.argmax(wrong))
+        raise InputError(f"{where}, row {row}: an embedding of length {lengths[row]}, where 1 is needed. {_EMBED_AGAIN}")
+
+
+def write_shard(
+    folder: str,
+    shard: int,
+    rows: Rows,
+    *,
+    image: Float16[np.ndarray, "n dim"],
+    text: Float16[np.ndarray, "n dim"],
+    uri: str,
+    num_bytes: int,
+    source_digest: str,
+    truncated: bool,
+    teacher: Mapping[str, Any],
+) -> None:
+    """Write one shard: the payload, then the row table, whose presence says that the shard is finished.
+
+    `source_digest` is the SHA-256 of the source file, `num_bytes` its size.
+    """
+    assert len(rows) == len(image) == len(text), "one embedding of either kind per row"
+    described = _teacher_metadata(teacher)
+    sha256 = write_tensors(
+        files.join(folder, f"{stem(shard)}.safetensors"),
+        {"image": image, "text": text},
+        {"format": FORMAT_VERSION, "uri": uri, "tar_digest": source_digest, **described},
+    )
+    line = StoreShard(
+        shard, uri, num_bytes, len(rows), key_digest(rows.key), sha256, "truncated" if truncated else "complete"
+    )
+    columns = {
+        "row": np.arange(len(rows), dtype=np.uint32),
+        "key": rows.key,
+        "offset": rows.offset,
+        "size": rows.size,
+        "valid": rows.valid,
+        "error": rows.error,
+        "image_sha256": [digest.tobytes() if digest.any() else None for digest in rows.image_sha256],
+    }
+    metadata = {name: str(value) for name, value in vars(line).items() if name not in ("index", "num_rows")}
+    write_columns(files.join(folder, f"{stem(shard)}.rows.parquet"), ROWS_SCHEMA, columns, metadata)
+
+
+def finished_shard(folder: str, shard: int) -> StoreShard | None:
+    """What `write_shard` wrote about a shard, or None if it did not come to its end."""
+    path = files.join(folder, f"{stem(shard)}.rows.parquet")
+    if not files.exists(path):
+        return None
+    metadata = read_column_metadata(path)
+    return StoreShard(
+        index=shard,
+        uri=metadata["uri"],
+        num_bytes=int(metadata["num_bytes"]),
+        num_rows=len(read_rows(path)),
+        key_digest=metadata["key_digest"],
+        sha256=metadata["sha256"],
+        status=metadata["status"],
+    )
+
+
+def write_manifest(folder: str, shards: Sequence[StoreShard], *, dim: int, teacher: Mapping[str, Any]) -> None:
+    """Finish a store: the list of its shards, all of which must be there."""
+    columns = dict(zip(MANIFEST_SCHEMA.names, zip(*(vars(s).values() for s in shards), strict=True), strict=True))
+    metadata = {"dim": str(dim), **_teacher_metadata(teacher)}
+    write_columns(files.join(folder, "manifest.parquet"), MANIFEST_SCHEMA, columns, metadata)
+
+
+def read_rows(path: str) -> Rows:
+    """A row table by its path."""
+    table = read_columns(path, ROWS_SCHEMA)
+    digests = b"".join(digest or bytes(32) for digest in table.column("image_sha256").to_pylist())
+    return Rows(
+        key=table.column("key").to_pylist(),
+        offset=table.column("offset").to_numpy(),
+        size=table.column("size").to_numpy(),
+        valid=table.column("valid").to_numpy(),
+        error=table.column("error").to_pylist(),
+        image_sha256=np.frombuffer(digests, np.uint8).reshape(-1, 32),
+    )
+
+
+_EMBED_AGAIN = "Embed the data again, into a new folder."
+
+
+def _teacher_metadata(teacher: Mapping[str, Any]) -> dict[str, str]:
+    return {f"teacher_{key}": str(teacher[key]) for key in TEACHER_KEYS}
+
+
+def _teacher_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    teacher: dict[str, Any] = {key: metadata[f"teacher_{key}"] for key in TEACHER_KEYS}
+    return {**teacher, "scale": float(teacher["scale"])}
+
+
+def _file_digest(path: str) -> str:
+    digest = hashlib.sha256()
+    with files.open_read(path) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,172 @@
+"""Groups of rows from pairs: union-find, the minimum spanning forest, representatives, and the threshold curve.
+
+A forest of at most n - 1 edges holds the single-linkage groups at every threshold, so pairs are reduced to a forest as
+they are found and never kept. Distances and thresholds are compared as float32, so that a forest cut at a threshold and a
+search at that threshold agree to the last bit. Edges are ordered by (distance, left, right): the forest is then unique, and the forest
+of a union of edge sets is the forest of the union of their forests, whatever the order in which they arrive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from numba import njit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forest:
+    """Edges of a minimum spanning forest over `num_rows` rows, sorted by (distance, left, right), left < right."""
+
+    left: Int[np.ndarray, " e"]
+    right: Int[np.ndarray, " e"]
+    distance: Float[np.ndarray, " e"]
+    num_rows: int
+
+    def __len__(self) -> int:
+        return len(self.left)
+
+    def below(self, threshold: float) -> Forest:
+        """The edges with distance < threshold: the forest of that threshold's pairs."""
+        stop = int(np.searchsorted(self.distance, np.float32(threshold), side="left"))
+        return Forest(
+            left=self.left[:stop], right=self.right[:stop], distance=self.distance[:stop], num_rows=self.num_rows
+        )
+
+    def groups(self) -> Int[np.ndarray, " n"]:
+        """Of every row, the smallest row of its group."""
+        parent = np.arange(self.num_rows)
+        _unite(self.left, self.right, parent)
+        return parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What each threshold would do: groups (single rows included), share removed, and the largest group."""
+
+    threshold: Float[np.ndarray, " t"]
+    num_groups: Int[np.ndarray, " t"]
+    removed_ratio: Float[np.ndarray, " t"]
+    largest_group: Int[np.ndarray, " t"]
+
+
+def spanning_forest(
+    left: Int[np.ndarray, " e"],
+    right: Int[np.ndarray, " e"],
+    distance: Float[np.ndarray, " e"],
+    *,
+    num_rows: int,
+) -> Forest:
+    """The minimum spanning forest of some edges (Kruskal)."""
+    left, right = np.minimum(left, right), np.maximum(left, right)
+    order = np.lexsort((right, left, distance))
+    left, right, distance = left[order], right[order], distance[order]
+    chosen = _kruskal(left, right, np.arange(num_rows))
+    return Forest(left=left[chosen], right=right[chosen], distance=distance[chosen], num_rows=num_rows)
+
+
+def reduce_to_forest(
+    edges: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], *, num_rows: int, batch: int = 1 << 22
+) -> Forest:
+    """The forest of a stream of edges (left, right, distance), holding at most about `batch` + n of them at a time."""
+    held = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
+    waiting = 0
+    for edge in edges:
+        held.append(edge)
+        waiting += len(edge[0])
+        if waiting >= batch:
+            forest = _forest_of(held, num_rows)
+            held, waiting = [(forest.left, forest.right, forest.distance)], 0
+    return _forest_of(held, num_rows)
+
+
+def merge(forests: Iterable[Forest], *, num_rows: int) -> Forest:
+    """The forest of the union of the edges that the forests stand for."""
+    return reduce_to_forest(((f.left, f.right, f.distance) for f in forests), num_rows=num_rows)
+
+
+def curve(
+    forest: Forest,
+    *,
+    thresholds: Float[np.ndarray, " t"],
+    num_valid: int,
+) -> Curve:
+    """Groups, removed share and largest group at each threshold (ascending), in one pass over the forest."""
+    edges_below = np.searchsorted(forest.distance, thresholds.astype(np.float32), side="left")
+    largest = _largest_after_each_edge(forest.left, forest.right, np.arange(forest.num_rows))
+    return Curve(
+        threshold=np.asarray(thresholds, np.float64),
+        num_groups=num_valid - edges_below,
+        removed_ratio=edges_below / max(num_valid, 1),
+        largest_group=np.minimum(largest[edges_below], num_valid),
+    )
+
+
+def threshold_for(forest: Forest, *, removed_ratio: float, num_valid: int) -> float:
+    """The threshold whose removed share is nearest to the one asked for; `ValueError` if the forest ends below it.
+
+    Between two distinct distances of the forest every threshold gives the same groups; the smallest is returned.
+    """
+    wanted = removed_ratio * num_valid
+    if not 0 < removed_ratio < 1:
+        raise ValueError(f"target_removed={removed_ratio!r} must lie between 0 and 1.")
+    if wanted > len(forest):
+        raise ValueError(
+            f"target_removed={removed_ratio!r} is out of reach: below the largest threshold searched only "
+            f"{len(forest) / max(num_valid, 1):.4f} would be removed. Raise max_threshold."
+        )
+    values, first = np.unique(forest.distance, return_index=True)
+    removed = np.append(first[1:], len(forest))  # with a threshold just above each distinct distance
+    best = int(np.abs(removed - wanted).argmin())
+    return float(np.nextafter(values[best], np.float32(np.inf)))
+
+
+def _forest_of(edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]], num_rows: int) -> Forest:
+    left, right, distance = (np.concatenate(column) for column in zip(*edges, strict=True))
+    return spanning_forest(left, right, distance, num_rows=num_rows)
+
+
+@njit(nogil=True, cache=True)
+def _find(parent, i):  # type: ignore[no-untyped-def]
+    while parent[i] != i:
+        parent[i] = parent[parent[i]]
+        i = parent[i]
+    return i
+
+
+@njit(nogil=True, cache=True)
+def _unite(left, right, parent):  # type: ignore[no-untyped-def]
+    # The smaller root wins, so a root is the smallest row of its group.
+    for e in range(len(left)):
+        a, b = _find(parent, left[e]), _find(parent, right[e])
+        if a < b:
+            parent[b] = a
+        else:
+            parent[a] = b
+    for i in range(len(parent)):
+        parent[i] = parent[parent[i]]  # parents are smaller, hence already roots
+
+
+@njit(nogil=True, cache=True)
+def _kruskal(left, right, parent):  # type: ignore[no-untyped-def]
+    chosen = np.zeros(len(left), np.bool_)
+    for e in range(len(left)):
+        a, b = _find(parent, left[e]), _find(parent, right[e])
+        if a != b:
+            parent[max(a, b)] = min(a, b)
+            chosen[e] = True
+    return chosen
+
+
+@njit(nogil=True, cache=True)
+def _largest_after_each_edge(left, right, parent):  # type: ignore[no-untyped-def]
+    size = np.ones(len(parent), np.int64)
+    largest = np.ones(len(left) + 1, np.int64)
+    for e in range(len(left)):
+        a, b = _find(parent, left[e]), _find(parent, right[e])
+        parent[max(a, b)] = min(a, b)
+        size[min(a, b)] = size[a] + size[b]
+        largest[e + 1] = max(largest[e], size[min(a, b)])
+    return largest

@@ -1,0 +1,300 @@
+"""The sections of the page: what each shows, taken from the stage folders. A section without its folders is empty."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from distilclip.data import files
+from distilclip.data.samples import reason_of
+from distilclip.data.store import Store, read_groups, read_labels, sample_id
+from distilclip.errors import InputError
+from distilclip.ops.metric import equivalents
+from distilclip.report import figures
+from distilclip.report.comparison import Model, Table, title
+from distilclip.report.gallery import (
+    Cluster,
+    Group,
+    choose_removals,
+    choose_strips,
+    picture_cluster,
+    picture_group,
+)
+from distilclip.report.load import TERMS, Results, StageFolder
+from distilclip.report.pictures import PictureReader
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure: the stem of its file, its SVG, and what it shows in words."""
+
+    name: str
+    svg: str
+    label: str
+    caption: str = ""
+
+    @property
+    def inline(self) -> Markup:
+        """The SVG as an element of the page."""
+        return figures.inline(self.svg, label=self.label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedding:
+    """What one embed folder holds, and the rows it could not use, by reason."""
+
+    path: str
+    teacher: str
+    num_rows: int
+    num_shards: int
+    bad: list[tuple[str, int]]
+
+    @property
+    def num_bad(self) -> int:
+        """Rows that no later stage uses."""
+        return sum(number for _, number in self.bad)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gallery:
+    """Pictures by kind. `problem` says why there are none."""
+
+    groups: dict[str, list[Group]]
+    problem: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Balance:
+    """One balance folder. `curve` has a few of the chart's points; `threshold` is in `metric`."""
+
+    path: str
+    metric: str
+    threshold: float
+    result: dict[str, Any]
+    chart: Chart | None
+    curve: list[dict[str, Any]]
+    gallery: Gallery
+
+    @property
+    def equivalents(self) -> dict[str, float]:
+        """The threshold in every metric."""
+        return equivalents(self.threshold, self.metric)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clustering:
+    """One cluster folder: sizes over all labelled rows, and picture strips by kind."""
+
+    path: str
+    result: dict[str, Any]
+    chart: Chart | None
+    strips: dict[str, list[Cluster]]
+    problem: str = ""
+
+
+def training_charts(models: Sequence[Model]) -> list[Chart]:
+    """A chart per logged quantity, a line per training: the loss, the terms, then the cosines and agreements."""
+    trained = [(model, model.training) for model in models if model.training is not None and model.training.logged]
+    logged = [name for _, training in trained for name in training.logged]
+    diagnostics = dict.fromkeys(name for _, training in trained for name in training.diagnostics)
+    charts = []
+    for name in [*(n for n in ("loss", *TERMS) if n in logged), *diagnostics]:
+        lines = [
+            figures.Line(label=model.name, series=model.series, data=training.logged[name])
+            for model, training in trained
+            if name in training.logged
+        ]
+        shown = title(name)
+        label = f"{shown} against the training step, one line each for {', '.join(line.label for line in lines)}"
+        charts.append(
+            Chart(
+                name=f"training-{name}",
+                svg=figures.training_curve(shown, lines),
+                label=label,
+                caption=_training_caption(name),
+            )
+        )
+    return charts
+
+
+def _training_caption(name: str) -> str:
+    if name == "loss":
+        return "weighted sum of each model's own terms: compare shapes, not heights"
+    return TERMS.get(name, "mean over the batch, against the teacher")
+
+
+def standings_chart(table: Table) -> Chart | None:
+    """Where the models stand on every set of the table, between chance and the teacher."""
+    rows = []
+    for place, column in enumerate(table.columns):
+        values = {r.model.name: v for r in table.rows if (v := r.cells[place].value) is not None}
+        if column.metric and values:
+            label = f"{title(column.task)}: {column.set}"
+            if column.task == "retrieval":
+                label = f"{column.set}: {title(column.metric)}"
+            rows.append(figures.Standing(label=label, values=values, chance=column.chance))
+    if not rows or len(table.rows) < 2:
+        return None
+    series = {row.model.name: row.model.series for row in table.rows}
+    return Chart(
+        name="standings",
+        svg=figures.standings(rows, series),
+        label=f"One row per evaluation set with a dot for each of {', '.join(series)}; the numbers are in the table",
+    )
+
+
+def embeddings(results: Results) -> list[Embedding]:
+    """Every embed folder: its size and its bad rows."""
+    found = []
+    for folder in results.finished("embed"):
+        store = Store.open(folder.path)
+        reasons: Counter[str] = Counter()
+        for shard in store.shards:
+            reasons.update(reason_of(error) for error in store.rows(shard.index).error if error)
+        found.append(
+            Embedding(
+                path=folder.path,
+                teacher=str(store.teacher.get("name", "")),
+                num_rows=store.num_rows,
+                num_shards=store.num_shards,
+                bad=sorted(reasons.items(), key=lambda item: (-item[1], item[0])),
+            )
+        )
+    return found
+
+
+def balances(results: Results, *, num_groups: int, num_pictures: int, thumbnail_size: int, seed: int) -> list[Balance]:
+    """Every balance folder with its curve and gallery; `num_groups` of each kind, `num_pictures` removed ones each."""
+    found = []
+    for number, folder in enumerate(results.finished("balance")):
+        result = folder.result or {}
+        metric, threshold = str(result["metric"]), float(result["threshold"])
+        curve = list(result.get("curve") or [])
+        try:
+            store = _store_of(folder, results)
+            removals = choose_removals(
+                *_removed_rows(folder.path, store),
+                threshold=threshold,
+                num_groups=num_groups,
+                num_pictures=num_pictures,
+                seed=seed,
+            )
+            reader = PictureReader(store, size=thumbnail_size)
+            groups = {kind: [picture_group(r, reader) for r in chosen] for kind, chosen in removals.items()}
+            reader.close()
+            every = [shown for kind in groups.values() for g in kind for shown in (g.kept, *g.removed)]
+            gallery = Gallery(groups=groups, problem=_shared_problem([shown.picture.problem for shown in every]))
+        except InputError as error:
+            gallery = Gallery(groups={}, problem=str(error))
+        found.append(
+            Balance(
+                path=folder.path,
+                metric=metric,
+                threshold=threshold,
+                result=result,
+                chart=_curve_chart(curve, metric, threshold, number) if len(curve) > 1 else None,
+                curve=_few_points(curve, threshold),
+                gallery=gallery,
+            )
+        )
+    return found
+
+
+def clusterings(results: Results, *, num_clusters: int, num_pictures: int, thumbnail_size: int) -> list[Clustering]:
+    """Every cluster folder with its sizes and picture strips; `num_clusters` largest and as many smallest."""
+    found = []
+    for number, folder in enumerate(results.finished("cluster")):
+        chart, strips, problem = None, {}, ""
+        try:
+            store = _store_of(folder, results)
+            samples, cluster, distance = _labelled_rows(folder.path, store)
+            sizes = np.bincount(cluster, minlength=int((folder.result or {}).get("num_centers", 0)))
+            chart = Chart(
+                name="cluster-sizes" + (f"-{number + 1}" if number else ""),
+                svg=figures.cluster_sizes(sizes),
+                label=f"Histogram of {len(sizes)} cluster sizes, from {sizes.min()} to {sizes.max()} images",
+            )
+            chosen = choose_strips(samples, cluster, distance, num_clusters=num_clusters, num_pictures=num_pictures)
+            reader = PictureReader(store, size=thumbnail_size)
+            strips = {kind: [picture_cluster(strip, reader) for strip in many] for kind, many in chosen.items()}
+            reader.close()
+            every = [shown.picture.problem for many in strips.values() for c in many for shown in c.members]
+            problem = _shared_problem(every)
+        except InputError as error:
+            problem = str(error)
+        found.append(
+            Clustering(path=folder.path, result=folder.result or {}, chart=chart, strips=strips, problem=problem)
+        )
+    return found
+
+
+def _curve_chart(curve: list[dict[str, Any]], metric: str, threshold: float, number: int) -> Chart:
+    points = [
+        figures.Point(
+            threshold=float(point["threshold"]),
+            removed=float(point["removed_ratio"]),
+            num_groups=int(point["num_groups"]),
+            largest_group=int(point["largest_group"]),
+        )
+        for point in curve
+    ]
+    return Chart(
+        name="threshold" + (f"-{number + 1}" if number else ""),
+        svg=figures.threshold_curve(points, metric=metric, threshold=threshold),
+        label="Removed share, number of groups and largest group against the threshold; the table below has the numbers",
+    )
+
+
+def _few_points(curve: list[dict[str, Any]], threshold: float, number: int = 11) -> list[dict[str, Any]]:
+    """Some points of the curve, evenly spaced, and the one nearest to the chosen threshold, which is marked."""
+    if not curve:
+        return []
+    nearest = min(range(len(curve)), key=lambda i: abs(curve[i]["threshold"] - threshold))
+    places = {round(i * (len(curve) - 1) / (number - 1)) for i in range(number)} | {nearest}
+    return [{**curve[i], "chosen": i == nearest} for i in sorted(places)]
+
+
+def _store_of(folder: StageFolder, results: Results) -> Store:
+    """The store that a balance or cluster folder was made for, or the only one of this report if that has moved."""
+    path = str(folder.config.get("store") or (folder.result or {}).get("store") or "")
+    found = [embed.path for embed in results.finished("embed")]
+    if not (path and files.exists(path)) and len(found) == 1:
+        path = found[0]
+    if not path:
+        raise InputError(f"{folder.path} does not say which store it was made for.")
+    return Store.open(path)
+
+
+def _removed_rows(path: str, store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, representatives and distances of the valid rows that were not kept."""
+    columns = []
+    for shard in store.shards:
+        groups = read_groups(path, shard.index)
+        removed = ~groups.keep & np.asarray(store.rows(shard.index).valid)[groups.row]
+        samples = sample_id(shard.index, groups.row[removed])
+        columns.append((samples, groups.representative[removed], groups.distance[removed]))
+    return _concatenate(columns)
+
+
+def _labelled_rows(path: str, store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, clusters and distances of the rows that have a label."""
+    columns = []
+    for shard in store.shards:
+        labels = read_labels(path, shard.index)
+        columns.append((sample_id(shard.index, labels.row), labels.cluster.astype(np.int64), labels.distance))
+    return _concatenate(columns)
+
+
+def _concatenate(columns: list[tuple[np.ndarray, ...]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    first, second, third = (np.concatenate(parts) for parts in zip(*columns, strict=True))
+    return first, second, third
+
+
+def _shared_problem(problems: list[str]) -> str:
+    """The first problem, where no picture at all could be read."""
+    return problems[0] if problems and all(problems) else ""

@@ -1,0 +1,46 @@
+"""Numbers and sentences as the page prints them."""
+
+from __future__ import annotations
+
+
+def count(value: int | float | None) -> str:
+    """1234567 as `1,234,567`; a dash where there is none."""
+    return "–" if value is None else f"{int(value):,}"
+
+
+def magnitude(value: int | float | None) -> str:
+    """1234567 as `1.2 M`: a size to compare, not to copy."""
+    if value is None:
+        return "–"
+    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+        if abs(value) >= limit:
+            scaled = value / (1e3 if unit == "k" else limit)
+            return f"{scaled:.3g} {unit}"
+    return f"{value:.4g}"
+
+
+def significant(value: float | None) -> str:
+    """Three significant digits, never in exponent form: 0.00245, 0.07, 1.5."""
+    if value is None:
+        return "–"
+    if value == 0:
+        return "0"
+    text = f"{value:.3g}"
+    if "e" in text:
+        text = f"{value:.12f}".rstrip("0") if abs(value) < 1 else f"{value:.0f}"
+    return text
+
+
+def percent(fraction: float | None) -> str:
+    """0.4373 as `43.7`, the unit being in the heading; a dash where there is none."""
+    return "–" if fraction is None else f"{100 * fraction:.1f}"
+
+
+def gain(fraction: float | None) -> str:
+    """A difference of fractions in points, signed: `+3.2`, `−0.4`, `±0.0`."""
+    if fraction is None:
+        return ""
+    points = round(100 * fraction, 1)
+    if points == 0:
+        return "±0.0"
+    return f"+{points:.1f}" if points > 0 else f"−{-points:.1f}"

@@ -1,0 +1,77 @@
+"""Tiny real things that every test folder uses: pictures, tars as img2dataset writes them, a two-layer CLIP."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY_CLIP = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 32, "head_width": 16, "patch_size": 16},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_json() -> str:
+    """An open_clip model config of two layers, 16 wide, 32 pixels."""
+    return json.dumps(TINY_CLIP)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_folder(tmp_path_factory: pytest.TempPathFactory, tiny_clip_json: str) -> str:
+    """A saved two-layer CLIP with random weights, as a teacher."""
+    from distilclip.models.clip import create_clip
+
+    folder = tmp_path_factory.mktemp("tiny") / "clip"
+    create_clip(tiny_clip_json, seed=7).save(str(folder))
+    return str(folder)
+
+
+def picture(seed: int, size: tuple[int, int] = (40, 32)) -> Image.Image:
+    """A picture of random 8-pixel blocks: smooth enough for JPEG, different for every seed."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (size[1] // 8, size[0] // 8, 3), dtype=np.uint8)
+    return Image.fromarray(blocks).resize(size, Image.Resampling.NEAREST)
+
+
+def encoded(image: Image.Image, format: str = "JPEG") -> bytes:
+    """The picture as file bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format)
+    return buffer.getvalue()
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]]) -> str:
+    """A tar with these members in this order, as plain `tarfile` writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+@pytest.fixture
+def pair_tars(tmp_path: Path) -> Callable[..., list[str]]:
+    """A function that writes tars of jpg + txt pairs: `pair_tars(shards=2, rows=8)` gives their paths."""
+
+    def write(*, shards: int = 2, rows: int = 8, folder: str = "pairs") -> list[str]:
+        paths = []
+        for shard in range(shards):
+            members = []
+            for row in range(rows):
+                number = shard * rows + row
+                members.append((f"{number:05d}.jpg", encoded(picture(number))))
+                members.append((f"{number:05d}.txt", f"picture number {number}".encode()))
+            paths.append(write_tar(tmp_path / folder / f"{shard:05d}.tar", members))
+        return paths
+
+    return write

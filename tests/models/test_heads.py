@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+from distilclip.models.heads import Heads
+from distilclip.ops.features import Features
+
+
+def features(n: int, dim: int, seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (F.normalize(torch.randn(n, dim, generator=generator), dim=1) for _ in range(2))
+    return Features(image=image, text=text, scale=torch.tensor(10.0))
+
+
+def test_equal_widths_need_no_projection() -> None:
+    student = features(4, 8, 0)
+    heads = Heads(8, 8)
+    projected = heads.project(student)
+    assert torch.allclose(projected.image, student.image)
+    assert not any("projection" in name for name, _ in heads.named_parameters())
+
+
+def test_projection_is_the_linear_map_then_unit_length() -> None:
+    student = features(4, 8, 0)
+    heads = Heads(8, 6)
+    projected = heads.project(student)
+    expected = student.text @ heads.text_projection.weight.T
+    assert torch.allclose(projected.text, expected / expected.norm(dim=1, keepdim=True))
+    assert projected.image.shape == (4, 6)
+
+
+def test_always_project_projects_at_equal_width() -> None:
+    assert Heads(8, 8, always_project=True).image_projection.weight.shape == (8, 8)
+
+
+def test_fused_embeddings_work_when_widths_differ() -> None:
+    heads = Heads(8, 6, augmented=True)
+    teacher = features(4, 6, 1)
+    image, text = heads.fuse(heads.project(features(4, 8, 0)), teacher)
+    assert image.shape == text.shape == (4, 6)
+    assert torch.allclose(image.norm(dim=1), torch.ones(4))
+
+
+def test_scales_start_at_the_papers_temperature() -> None:
+    heads = Heads(8, 8)
+    for term in ("instance", "interactive", "augmented"):
+        assert torch.isclose(heads.scale(term), torch.tensor(1 / 0.07))
+
+
+def test_centers_are_a_trainable_copy() -> None:
+    centers = torch.eye(3)
+    heads = Heads(3, 3, centers=centers)
+    assert heads.centers is not None
+    with torch.no_grad():
+        heads.centers.zero_()
+    assert torch.equal(centers, torch.eye(3))
+    assert "centers" in heads.state_dict()
