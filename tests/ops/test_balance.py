@@ -1,7 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy.sparse.csgraph import connected_components
 
+from distilclip.errors import InputError
 from distilclip.ops import neighbours
 from distilclip.ops.balance import Balance, balance
 from distilclip.ops.metric import equivalents
@@ -72,7 +75,7 @@ def test_at_answers_what_another_run_would() -> None:
     wide = balance(x, threshold=0.4, metric="euclidean")
     for threshold in (0.05, 0.2, 0.33, 0.4):
         assert same(wide.at(threshold), balance(x, threshold=threshold, metric="euclidean"))
-    with pytest.raises(ValueError, match="Search wider"):
+    with pytest.raises(InputError, match="Search wider"):
         wide.at(0.41)
 
 
@@ -145,15 +148,15 @@ def test_top_k_mode_joins_by_each_rows_nearest_and_reports_saturation() -> None:
         ({}, "either threshold or target_removed"),
         ({"threshold": 0.1, "target_removed": 0.3}, "not both"),
         ({"target_removed": 0.3}, "needs max_threshold"),
-        ({"threshold": 0.3, "max_threshold": 0.2}, "at least threshold"),
+        ({"threshold": 0.3, "max_threshold": 0.2}, "is below threshold"),
         ({"threshold": 0.3, "mode": "topk"}, "top_k"),
         ({"threshold": 0.3, "top_k": 3}, "top_k"),
         ({"threshold": 0.3, "mode": "top-k"}, "Did you mean 'topk'"),
         ({"threshold": -0.3}, "positive"),
     ],
 )
-def test_contradictions_are_named(arguments: dict, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_contradictions_are_named(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
         balance(copies_of_scenes(40), metric="euclidean", **arguments)
 
 

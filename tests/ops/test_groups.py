@@ -3,6 +3,7 @@ import pytest
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
+from distilclip.errors import InputError
 from distilclip.ops.groups import Forest, curve, merge, reduce_to_forest, spanning_forest, threshold_for
 
 
@@ -77,9 +78,9 @@ def test_threshold_for_removes_the_share_asked_for() -> None:
     for wanted, edges in ((0.1, 1), (0.15, 1), (0.29, 3), (0.4, 4)):
         threshold = threshold_for(forest, removed_ratio=wanted, num_valid=10)
         assert len(forest.below(threshold)) == edges
-    with pytest.raises(ValueError, match=r"only 0\.4000 would be removed.*max_threshold"):
+    with pytest.raises(InputError, match=r"only 0\.4000 would be removed.*max_threshold"):
         threshold_for(forest, removed_ratio=0.41, num_valid=10)
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(InputError, match="between 0 and 1"):
         threshold_for(forest, removed_ratio=1.0, num_valid=10)
 
 

@@ -1,7 +1,10 @@
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
+from distilclip.errors import InputError
 from distilclip.ops import neighbours
 from distilclip.ops.metric import equivalents
 from distilclip.ops.neighbours import nearest, pairs_within
@@ -13,7 +16,7 @@ METRICS = ("euclidean", "sqeuclidean", "cosine")
 def clustered(n: int, dim: int, *, seed: int = 0, spread: float = 0.02) -> np.ndarray:
     """Unit rows around a tenth as many centers, some of them equal, in half precision."""
     random = np.random.default_rng(seed)
-    x = random.standard_normal((n // 10, dim))[random.integers(0, n // 10, n)]
+    x: np.ndarray = random.standard_normal((n // 10, dim))[random.integers(0, n // 10, n)]
     x = x + spread * random.standard_normal(x.shape) * random.random((n, 1))
     x /= np.linalg.norm(x, axis=1, keepdims=True)
     x[n // 2 : n // 2 + n // 20] = x[: n // 20]
@@ -36,7 +39,7 @@ def as_dict(pairs: neighbours.Pairs) -> dict[tuple[int, int], float]:
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
 def test_pairs_equal_brute_force_in_float64(metric: str, dtype: type) -> None:
-    x = clustered(400, 48).astype(dtype)
+    x: np.ndarray = clustered(400, 48).astype(dtype)
     threshold = equivalents(0.1, "euclidean")[metric]
     pairs = pairs_within(x, threshold=threshold, metric=metric)
     distances = all_distances(x, metric)
@@ -58,7 +61,7 @@ def test_threshold_is_strict_and_the_distance_by_hand() -> None:
 
 def test_near_duplicates_far_from_the_origin_do_not_cancel() -> None:
     # Products of float32 know these squared distances to about 1e-3 only; 1e-8 and 9e-8 straddle the threshold.
-    x = np.full((3, 64), 30.0)
+    x: np.ndarray = 30 * np.ones((3, 64))
     x[1, 0] += 1e-4
     x[2, 0] += 4e-4
     assert as_dict(pairs_within(x, threshold=2e-4, metric="euclidean")) == {(0, 1): pytest.approx(1e-4)}
@@ -132,7 +135,7 @@ def test_nearest_fills_up_with_minus_one() -> None:
         ({"x": np.ones((2, 2), np.int64)}, "float16"),
     ],
 )
-def test_bad_input_is_named(change: dict, message: str) -> None:
-    arguments = {"x": np.eye(2), "threshold": 0.1, "metric": "euclidean", **change}
-    with pytest.raises(ValueError, match=message):
+def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"x": np.eye(2), "threshold": 0.1, "metric": "euclidean", **change}
+    with pytest.raises(InputError, match=message):
         pairs_within(**arguments)

@@ -115,7 +115,8 @@ def _relation(rng: np.random.Generator, first: Object, second: Object) -> str:
 def _phrase(rng: np.random.Generator, item: Object, *, size: float = 0.35) -> str:
     """The object without an article; `size` is the probability that its size is told."""
     tell_colour, tell_texture, tell_size = rng.random(3) < (0.8, 0.4, size)
-    adjectives, afterwards = [], []
+    adjectives: list[str] = []
+    afterwards: list[str] = []
     if tell_size:
         adjectives.append(_say(rng, item.size))
     if tell_texture:

@@ -21,8 +21,9 @@ def encode_jpeg(rng: np.random.Generator, image: Image.Image, *, low: int = 60, 
 def perceptual_copy(rng: np.random.Generator, original: bytes) -> tuple[bytes, str]:
     """Another JPEG file of the same picture, and the name of what was done to it.
 
-    The file is decoded and encoded anew at a lower quality; `resized` (0.7 to 1.5 times), `cropped` (up to a tenth of each side)
-    and `recoloured` (gain and offset per channel) do that besides.
+    Every change ends in encoding the JPEG anew, and `reencoded` is no more than that (where the quality happens to be
+    the original's, it gives the same bytes). Before it, `resized` scales by 0.7 to 1.5, `cropped` cuts up to a
+    twentieth off each edge, `recoloured` shifts gain and offset of each channel.
     """
     image: Image.Image = Image.open(io.BytesIO(original))
     change = CHANGES[int(rng.integers(len(CHANGES)))]

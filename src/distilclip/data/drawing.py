@@ -1,7 +1,7 @@
 """Draw a scene: shapes as signed distances, textures, background and sensor noise, and the outline of a sketch.
 
-Lengths are fractions of the picture's side, x to the right and y upwards inside a shape's own frame; distances are turned
-into pixels only to anti-alias. Pictures are float32 in [0, 1] until they are rounded.
+Lengths are fractions of the picture's side; in a shape's own frame they are fractions of its radius, x to the right and
+y upwards. Distances become pixels only to anti-alias. Pictures are float32 in [0, 1] until they are rounded.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _square(x: Plane, y: Plane) -> Plane:
 
 
 def _fold(x: Plane, y: Plane, num: int) -> tuple[Plane, Plane]:
-    """Polar coordinates with the angle folded into [0, pi / num]: 0 towards each of `num` corners, the first upwards."""
+    """Radius, and angle folded into [0, pi / num]: 0 towards each of `num` corners, the first of which is upwards."""
     sector = 2 * np.pi / num
     angle = np.mod(np.arctan2(x, y) + sector / 2, sector) - sector / 2
     return np.hypot(x, y), np.abs(angle)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import hashlib
 import os
 import re
 import secrets
@@ -47,7 +48,7 @@ def size(path: str) -> int:
     return int(fs.size(inner))
 
 
-def open_read(path: str) -> IO[bytes]:
+def open_read(path: str) -> Any:
     """A seekable binary file, read-only."""
     if not is_url(path):
         return open(path, "rb")
@@ -69,6 +70,15 @@ def read_range(path: str, offset: int, length: int) -> bytes:
             return file.read(length)
     fs, inner = filesystem(path)
     return fs.cat_file(inner, start=offset, end=offset + length)
+
+
+def sha256(path: str) -> str:
+    """SHA-256 of a file, as 64 hex digits."""
+    digest = hashlib.sha256()
+    with open_read(path) as file:
+        while piece := file.read(1 << 22):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 class Reader:
@@ -206,6 +216,8 @@ def expand(patterns: str | Sequence[str]) -> list[str]:
             else:
                 matches = sorted(glob.glob(path))
             if not matches:
-                raise InputError(f"No file matches {path!r} (from {pattern!r}). Check the path and the shell's quoting.")
+                raise InputError(
+                    f"No file matches {path!r} (from {pattern!r}). Check the path and the shell's quoting."
+                )
             found.update(dict.fromkeys(matches))
     return list(found)

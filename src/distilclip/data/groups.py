@@ -29,9 +29,9 @@ FOREST_SCHEMA = pa.schema([("left", pa.uint64()), ("right", pa.uint64()), ("dist
 
 @dataclass(frozen=True)
 class Groups:
-    """The valid rows of one shard, ascending: each one's group, its representative (a sample id), and whether it is kept.
+    """The valid rows of one shard, ascending: each one's group, its representative, and whether it is kept.
 
-    `distance` is that to the representative.
+    `representative` is a sample id, `distance` that to it.
     """
 
     row: UInt32[np.ndarray, " n"]

@@ -1,4 +1,4 @@
-"""What becomes of samples that cannot be used: the first one stops the run, or a counted share of them is passed over."""
+"""What becomes of samples that cannot be used: the first stops the run, or a counted share of them is passed over."""
 
 from __future__ import annotations
 
@@ -43,10 +43,11 @@ class ErrorPolicy:
         self.num_seen += num_samples
 
     def bad(self, error: str, *, where: str) -> None:
-        """Count one unusable sample; `where` names its file and member. Raises `InputError` if the policy is to raise."""
+        """Count one unusable sample; `where` names file and member. Raises `InputError` if the policy is to raise."""
         if self.on_error == "raise":
             raise InputError(
-                f"{where}: {error}. {_remedy(error)} Or pass over such samples, counted by reason, with --on-error skip."
+                f"{where}: {error}. {_remedy(error)} "
+                "Or pass over such samples, counted by reason, with --on-error skip."
             )
         self.reasons[reason_of(error)] += 1
         self.first = self.first or f"{where}: {error}"

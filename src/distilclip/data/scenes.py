@@ -1,7 +1,7 @@
 """What a picture of the synthetic corpus shows: its vocabulary, its truth as one integer, and how often what occurs.
 
-A scene is a background and one to three objects; an object is a size, shape, colour, texture and place. Scenes are drawn
-by the million as integers, so that "no two groups show the same scene" is a comparison of integers.
+A scene is a background and one to three objects; an object is a size, shape, colour, texture and place. Scenes are
+drawn by the million as integers, so that "no two groups show the same scene" is a comparison of integers.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class Scene:
     background: str
 
 
-def scene_of(code: int) -> Scene:
+def scene_of(code: int | np.integer) -> Scene:
     """The scene that a code stands for."""
-    digits = []
+    rest, digits = int(code), []
     for _ in range(MAX_OBJECTS):
-        code, digit = divmod(int(code), _NUM_OBJECTS + 1)
+        rest, digit = divmod(rest, _NUM_OBJECTS + 1)
         digits.append(digit + _ABSENT)
-    return Scene(tuple(_object_of(d) for d in reversed(digits) if d != _ABSENT), BACKGROUNDS[code])
+    return Scene(tuple(_object_of(d) for d in reversed(digits) if d != _ABSENT), BACKGROUNDS[rest])
 
 
 def held_out_combinations() -> list[tuple[int, int]]:
@@ -134,7 +134,7 @@ def draw_labelled(
 def draw_distinct(
     draw: Callable[[Int[np.ndarray, " m"]], Int[np.ndarray, " m"]], num: int, taken: Int[np.ndarray, " t"]
 ) -> Int[np.ndarray, " num"]:
-    """`num` codes, all different and none of them in `taken`; `draw(rows)` draws the codes of those rows, again and again."""
+    """`num` codes, all different and none of them in `taken`; `draw(rows)` draws the codes of those rows anew."""
     seen = set(taken.tolist())
     codes = np.empty(num, np.int64)
     missing = np.arange(num)

@@ -6,17 +6,27 @@ across the shards of a crawl; keys are kept to be asserted.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float16, Integer, UInt8, UInt32, UInt64
+from jaxtyping import Bool, Float, Float16, Integer, UInt8, UInt32, UInt64
 
 from distilclip.data import files
 from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, write_columns
+from distilclip.data.groups import Forest as Forest
+from distilclip.data.groups import Groups as Groups
+from distilclip.data.groups import Labels as Labels
+from distilclip.data.groups import read_centers as read_centers
+from distilclip.data.groups import read_forest as read_forest
+from distilclip.data.groups import read_groups as read_groups
+from distilclip.data.groups import read_labels as read_labels
+from distilclip.data.groups import write_centers as write_centers
+from distilclip.data.groups import write_forest as write_forest
+from distilclip.data.groups import write_groups as write_groups
+from distilclip.data.groups import write_labels as write_labels
 from distilclip.data.shards import key_digest
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.errors import InputError
@@ -47,12 +57,14 @@ TEACHER_KEYS = ("name", "digest", "preprocessing", "tokenizer", "precision", "sc
 _UNIT_TOLERANCE = 2e-3  # half precision keeps the length of a unit vector to about 5e-4
 
 
-def sample_id(shard: Integer[np.ndarray, "..."] | int, row: Integer[np.ndarray, "..."] | int) -> Any:
+def sample_id(
+    shard: Integer[np.ndarray, "*n"] | int | np.integer, row: Integer[np.ndarray, "*n"] | int | np.integer
+) -> Any:
     """`shard << 32 | row` as uint64, of numbers or arrays."""
-    return np.uint64(shard) << np.uint64(32) | np.asarray(row, np.uint64)[()]
+    return (np.asarray(shard, np.uint64) << np.uint64(32) | np.asarray(row, np.uint64))[()]
 
 
-def split_id(ids: Integer[np.ndarray, "..."] | np.uint64 | int) -> tuple[Any, Any]:
+def split_id(ids: Integer[np.ndarray, "*n"] | int | np.integer) -> tuple[Any, Any]:
     """The shard and the row of sample ids, as uint32."""
     ids = np.asarray(ids, np.uint64)
     return (ids >> np.uint64(32)).astype(np.uint32)[()], (ids & np.uint64(0xFFFFFFFF)).astype(np.uint32)[()]
@@ -138,10 +150,12 @@ class Store:
 
     def rows(self, shard: int) -> Rows:
         """The row table of a shard."""
-        path = self._path(shard, "rows.parquet")
-        rows = read_rows(path)
+        rows = read_shard_rows(self.path, shard)
         if len(rows) != self.shards[shard].num_rows:
-            raise InputError(f"{path} has {len(rows)} rows, the manifest {self.shards[shard].num_rows}. {_EMBED_AGAIN}")
+            raise InputError(
+                f"{self._path(shard, 'rows.parquet')} has {len(rows)} rows, the manifest says "
+                f"{self.shards[shard].num_rows}. {_EMBED_AGAIN}"
+            )
         return rows
 
     def verify(self) -> None:
@@ -152,7 +166,7 @@ class Store:
         """
         for shard in self.shards:
             path = self._path(shard.index, "safetensors")
-            if _file_digest(path) != shard.sha256:
+            if files.sha256(path) != shard.sha256:
                 raise InputError(f"{path} is not the file that was written (SHA-256 differs). {_EMBED_AGAIN}")
             rows = self.rows(shard.index)
             if key_digest(rows.key) != shard.key_digest:
@@ -167,7 +181,9 @@ class Store:
         path = self._path(shard, "safetensors")
         metadata = read_metadata(path)
         if metadata.get("format") != FORMAT_VERSION:
-            raise InputError(f"{path} has format version {metadata.get('format')}, not {FORMAT_VERSION}. {_EMBED_AGAIN}")
+            raise InputError(
+                f"{path} has format version {metadata.get('format')}, not {FORMAT_VERSION}. {_EMBED_AGAIN}"
+            )
         if metadata.get("teacher_digest") != self.teacher["digest"]:
             raise InputError(
                 f"{path} was embedded by teacher {metadata.get('teacher_name')} "
@@ -184,11 +200,15 @@ class Store:
 
 def check_embeddings(embeddings: Float16[np.ndarray, "n dim"], valid: Bool[np.ndarray, " n"], *, where: str) -> None:
     """Raise `InputError` naming the first valid row that is not finite or not of unit length."""
-    lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
-    wrong = valid & ~(np.abs(lengths - 1) < _UNIT_TOLERANCE)  # ~(<), so that NaN is wrong too
+    wrong = valid & not_unit(embeddings)
     if wrong.any():
-        row = int(np.argmax(wrong))
-        raise InputError(f"{where}, row {row}: an embedding of length {lengths[row]}, where 1 is needed. {_EMBED_AGAIN}")
+        raise InputError(f"{where}, row {int(np.argmax(wrong))}: not a finite unit vector. {_EMBED_AGAIN}")
+
+
+def not_unit(embeddings: Float[np.ndarray, "n dim"]) -> Bool[np.ndarray, " n"]:
+    """Which rows are not finite or not of unit length, within what half precision can hold."""
+    lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
+    return ~(np.abs(lengths - 1) < _UNIT_TOLERANCE)  # not >=, so that NaN is caught
 
 
 def write_shard(
@@ -227,7 +247,7 @@ def write_shard(
         "error": rows.error,
         "image_sha256": [digest.tobytes() if digest.any() else None for digest in rows.image_sha256],
     }
-    metadata = {name: str(value) for name, value in vars(line).items() if name not in ("index", "num_rows")}
+    metadata = {name: str(value) for name, value in vars(line).items() if name != "index"}
     write_columns(files.join(folder, f"{stem(shard)}.rows.parquet"), ROWS_SCHEMA, columns, metadata)
 
 
@@ -241,7 +261,7 @@ def finished_shard(folder: str, shard: int) -> StoreShard | None:
         index=shard,
         uri=metadata["uri"],
         num_bytes=int(metadata["num_bytes"]),
-        num_rows=len(read_rows(path)),
+        num_rows=int(metadata["num_rows"]),
         key_digest=metadata["key_digest"],
         sha256=metadata["sha256"],
         status=metadata["status"],
@@ -255,9 +275,9 @@ def write_manifest(folder: str, shards: Sequence[StoreShard], *, dim: int, teach
     write_columns(files.join(folder, "manifest.parquet"), MANIFEST_SCHEMA, columns, metadata)
 
 
-def read_rows(path: str) -> Rows:
-    """A row table by its path."""
-    table = read_columns(path, ROWS_SCHEMA)
+def read_shard_rows(folder: str, shard: int) -> Rows:
+    """The row table of a finished shard, of a finished store or of one being made."""
+    table = read_columns(files.join(folder, f"{stem(shard)}.rows.parquet"), ROWS_SCHEMA)
     digests = b"".join(digest or bytes(32) for digest in table.column("image_sha256").to_pylist())
     return Rows(
         key=table.column("key").to_pylist(),
@@ -279,11 +299,3 @@ def _teacher_metadata(teacher: Mapping[str, Any]) -> dict[str, str]:
 def _teacher_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     teacher: dict[str, Any] = {key: metadata[f"teacher_{key}"] for key in TEACHER_KEYS}
     return {**teacher, "scale": float(teacher["scale"])}
-
-
-def _file_digest(path: str) -> str:
-    digest = hashlib.sha256()
-    with files.open_read(path) as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()

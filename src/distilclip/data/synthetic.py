@@ -3,49 +3,53 @@
 Everything is decided by (seed, sizes) before a picture is drawn: `plan_corpus` returns the tars to come, each of which
 writes itself with random numbers of its own. So bytes depend neither on the number of workers nor on an interruption.
 
-    OUT/train/00000.tar ...       key.jpg, key.txt, key.json {caption, caption_kind, group, copy, change, background, objects}
-    OUT/eval/SET/                 test-00000.tar, for the probe train-00000.tar; key.jpg, key.cls; classnames.txt, templates.txt
-    OUT/eval/retrieval/           test-00000.tar; key.jpg, key.txt
+    OUT/train/00000.tar ...    key.jpg, key.txt, key.json
+                               {caption, caption_kind, group, copy, change, background, objects}
+    OUT/eval/SET/              test-00000.tar and, for the probe, train-00000.tar of key.jpg, key.cls
+                               (a line of classnames.txt, counted from 0); classnames.txt, templates.txt
+    OUT/eval/retrieval/        test-00000.tar of key.jpg, key.txt
 """
 
 from __future__ import annotations
 
-import io
-import json
 import multiprocessing
-import tarfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass
 
 import numpy as np
 from jaxtyping import Int
-from PIL import Image
 
 from distilclip.data import files
-from distilclip.data.captions import COLOUR_TEMPLATES, SHAPE_TEMPLATES, describe, write_caption
-from distilclip.data.copies import encode_jpeg, perceptual_copy
-from distilclip.data.drawing import draw_look, draw_scene, draw_sketch, vary_look
+from distilclip.data.captions import COLOUR_TEMPLATES, SHAPE_TEMPLATES
 from distilclip.data.scenes import (
     COLOURS,
     SHAPES,
     Prior,
-    Scene,
     draw_distinct,
     draw_labelled,
     draw_scenes,
     held_out_combinations,
-    scene_of,
+)
+from distilclip.data.synthetic_shards import (
+    CAPTION_KINDS,
+    COPIES,
+    PLAN,
+    EvalShard,
+    Shard,
+    TrainShard,
+    random_stream,
+    write_shard,
 )
 from distilclip.errors import InputError
 
 SETS = ("shape", "colour", "shape_colour_unseen", "sketch")
 PROBED_SETS = ("shape", "colour", "sketch")  # the classes of the fourth are never seen in training, so it has no probe
 
-# Pairs of one group: P(n) ~ n^-2.55 up to 64, a mean of 1.7, so that 41 % of the pairs repeat an earlier one (LAION-400M: 43.7 %).
+# Pairs of one group: P(n) ~ n^-2.55 up to 64, 1.7 on average: 41 % of the pairs repeat another (LAION-400M: 43.7 %).
 _GROUP_EXPONENT, _LARGEST_GROUP = 2.55, 64
 _WRONG, _EMPTY = 0.05, 0.01
+
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSummary:
@@ -79,14 +83,18 @@ def plan_corpus(
 ) -> Corpus:
     """Decide everything about a corpus but its pixels and words.
 
-    `image_size` is the side in pixels, `shard_size` the pairs per tar, `num_eval` the pictures of each evaluation set (as
-    many again to fit its probe). Raises `InputError` for sizes that make no corpus.
+    `image_size` is the side in pixels, `shard_size` the pairs per tar, `num_eval` the pictures of each evaluation set
+    (as many again to fit its probe). Raises `InputError` for sizes that make no corpus.
     """
-    least = {"num_pairs": (num_pairs, 1), "seed": (seed, 0), "image_size": (image_size, 16)}
-    least |= {"shard_size": (shard_size, 1), "num_eval": (num_eval, 1)}
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise InputError(f"{name} is {value}; the synthetic corpus needs at least {minimum}.")
+    for name, value, least in (
+        ("num_pairs", num_pairs, 1),
+        ("seed", seed, 0),
+        ("image_size", image_size, 16),
+        ("shard_size", shard_size, 1),
+        ("num_eval", num_eval, 1),
+    ):
+        if value < least:
+            raise InputError(f"{name} is {value}; the synthetic corpus needs at least {least}.")
     rng = random_stream(seed, PLAN)
     prior = Prior.drawn(rng)
     sizes = _group_sizes(rng, num_pairs)
@@ -129,7 +137,7 @@ def write_corpus(
     num_eval: int = 1000,
     num_workers: int = 0,
 ) -> CorpusSummary:
-    """Write a corpus below `out`, which may be a URL; see `plan_corpus` for the sizes and `write_shards` for workers."""
+    """Write a corpus below `out`, a folder or URL, replacing what is there; see `plan_corpus` and `write_shards`."""
     corpus = plan_corpus(
         num_pairs=num_pairs, seed=seed, image_size=image_size, shard_size=shard_size, num_eval=num_eval
     )
@@ -148,7 +156,7 @@ def write_texts(out: str, texts: dict[str, str]) -> None:
 def write_shards(out: str, shards: Iterable[Shard], *, num_workers: int = 0) -> Iterator[str]:
     """Write tars below `out`, yielding the path of each as it is done.
 
-    `num_workers` processes share them; 0 draws in this one. Workers are spawned, so a script that calls this with any needs
+    `num_workers` processes share them; 0 draws in this one. Workers are spawned, so a script that asks for any needs
     Python's usual `if __name__ == "__main__"`.
     """
     if not num_workers:
@@ -221,7 +229,7 @@ def _eval_scenes(
         combination = np.array(held_out_combinations())[label]
     else:  # any seen combination of the labelled shape or colour, all alike: the test is balanced, unlike training
         column = 1 if name == "colour" else 0
-        options = [prior.combinations[prior.combinations[:, column] == c] for c in range(label.max() + 1)]
+        options = [prior.combinations[prior.combinations[:, column] == c] for c in range(len(_classnames(name)))]
         combination = np.stack([options[c][rng.integers(len(options[c]))] for c in label])
     return draw_distinct(lambda rows: draw_labelled(rng, combination[rows], prior), num, taken)
 

@@ -7,7 +7,7 @@ import json
 import tarfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Literal, Protocol
+from typing import Literal, TypeAlias
 
 import numpy as np
 from jaxtyping import Int
@@ -25,23 +25,14 @@ CAPTION_KINDS = ("true", "wrong", "empty")
 # First words of the random streams, so that no two purposes share one.
 PLAN, _GROUP, _PAIR, _EVAL = range(4)
 
-Row = tuple[str, dict[str, bytes]]  # a key and its files by suffix
-
-
-class Shard(Protocol):
-    """A tar to be written."""
-
-    path: str  # below the corpus folder
-
-    def rows(self) -> Iterator[Row]:
-        """Draw the samples, in order."""
+Row: TypeAlias = tuple[str, dict[str, bytes]]  # a key and its files by suffix
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainShard:
     """Pairs `first`, `first + 1`, ... of the corpus; copy and caption_kind index COPIES and CAPTION_KINDS."""
 
-    path: str
+    path: str  # below the corpus folder
     seed: int
     image_size: int
     first: int
@@ -83,7 +74,7 @@ class TrainShard:
 class EvalShard:
     """Held-out pictures, with a class label each or, where `label` is None, the full description for retrieval."""
 
-    path: str
+    path: str  # below the corpus folder
     seed: int
     stream: int
     image_size: int
@@ -102,6 +93,9 @@ class EvalShard:
                 yield _key(index), {"jpg": image, "txt": describe(scene).encode()}
             else:
                 yield _key(index), {"jpg": image, "cls": str(self.label[index]).encode()}
+
+
+Shard: TypeAlias = TrainShard | EvalShard
 
 
 def write_shard(out: str, shard: Shard) -> str:

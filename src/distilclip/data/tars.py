@@ -138,7 +138,7 @@ def walk(read: ReadAt, size: int) -> Iterator[Member]:
         if not any(header):
             return  # the end mark
         kind, length, data = header[156:157], _header_length(header, offset), offset + BLOCK
-        if kind == _LONG_NAME or kind == _PAX:
+        if kind in (_LONG_NAME, _PAX):
             content = read(data, length)
             if len(content) < length:
                 raise _CutError("tar cut", start)

@@ -13,7 +13,12 @@ import numpy as np
 from distilclip.data import files
 from distilclip.errors import InputError
 
-_DTYPES = {"F16": np.dtype("<f2"), "F32": np.dtype("<f4"), "F64": np.dtype("<f8"), "I64": np.dtype("<i8")}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "F16": np.dtype("<f2"),
+    "F32": np.dtype("<f4"),
+    "F64": np.dtype("<f8"),
+    "I64": np.dtype("<i8"),
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
 
@@ -35,8 +40,9 @@ def write_tensors(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * ((56 - len(encoded)) % 64)  # 8 bytes of length before it: the data begins at a multiple of 64
     digest = hashlib.sha256()
+    pieces: list[Any] = [len(encoded).to_bytes(8, "little"), encoded, *(_flat(a) for a in arrays.values())]
     with files.atomic_write(path) as file:
-        for piece in (len(encoded).to_bytes(8, "little"), encoded, *(_flat(a) for a in arrays.values())):
+        for piece in pieces:
             digest.update(piece)
             file.write(piece)
     return digest.hexdigest()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from distilclip.errors import did_you_mean
+from distilclip.errors import InputError, did_you_mean
 from distilclip.ops import groups
 from distilclip.ops.groups import Curve, Forest
 from distilclip.ops.metric import distance, squared_threshold
@@ -76,8 +75,8 @@ class Balance:
     def at(self, threshold: float) -> Balance:
         """What `balance` with another threshold, at most `max_threshold`, would return, without another search."""
         if not 0 < threshold <= self.max_threshold:
-            raise ValueError(f"threshold={threshold!r}: the search covers (0, {self.max_threshold!r}]. Search wider.")
-        return _cut(
+            raise InputError(f"threshold={threshold!r}: the search covers (0, {self.max_threshold!r}]. Search wider.")
+        return cut(
             self._points,
             self.forest,
             valid=self.group >= 0,
@@ -119,33 +118,26 @@ def balance(
         device: where products are computed; default the CPU.
 
     Raises:
-        ValueError: arguments that contradict each other or lie outside their range, or a valid row that is not finite.
+        InputError: arguments that contradict each other or lie outside their range, or a valid row that is not finite.
     """
-    max_threshold = _check(threshold, mode, top_k, target_removed, max_threshold)
-    squared_threshold(max_threshold, metric)
+    max_threshold = largest_threshold(
+        threshold=threshold,
+        metric=metric,
+        mode=mode,
+        top_k=top_k,
+        max_radius=max_radius,
+        target_removed=target_removed,
+        max_threshold=max_threshold,
+    )
     points = Points.of(x, metric=metric, valid=valid)
     valid = np.ones(len(points), bool) if valid is None else valid
-    same = distinct(points.values, np.flatnonzero(valid))
-    copies = np.flatnonzero(valid)
-    copies = copies[same.first[same.position[copies]] != copies]
-    originals = same.first[same.position[copies]]
-    saturated = None
-    if mode == "topk":
-        lists = nearest(points, same.first, k=int(top_k or 0), metric=metric, memory_gb=memory_gb, device=device)
-        full = (lists.distance < np.float32(max_threshold)).all(axis=1)
-        saturated = float(full[same.position[valid]].mean()) if valid.any() else 0.0
-        edges = _edges_of_lists(same.first, lists.row, lists.distance, max_threshold)
-    else:
-        edges = near_pairs(
-            points, same.first, threshold=max_threshold, metric=metric, memory_gb=memory_gb, device=device
-        )
-    forest = groups.reduce_to_forest(
-        _and(edges, (originals, copies, np.zeros(len(copies), np.float32))), num_rows=len(points)
+    forest, saturated = similarity_forest(
+        points, valid, threshold=max_threshold, metric=metric, top_k=top_k, memory_gb=memory_gb, device=device
     )
     if target_removed is not None:
         threshold = groups.threshold_for(forest, removed_ratio=target_removed, num_valid=int(valid.sum()))
-    assert threshold is not None  # _check asked for one of the two
-    return _cut(
+    assert threshold is not None  # largest_threshold asked for one of the two
+    return cut(
         points,
         forest,
         valid=valid,
@@ -157,17 +149,49 @@ def balance(
     )
 
 
-def _cut(
+def similarity_forest(
+    points: Points,
+    valid: Bool[np.ndarray, " n"],
+    *,
+    threshold: float,
+    metric: str,
+    top_k: int | None = None,
+    memory_gb: float | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Forest, float | None]:
+    """The search: a minimum spanning forest of all pairs of valid rows closer than `threshold`.
+
+    With `top_k`, of each row's `top_k` nearest only, and the share of rows whose list is full below the threshold:
+    such a row may have further neighbours that its list has no place for.
+    """
+    rows = np.flatnonzero(valid)
+    same = distinct(points.values, rows)
+    original = same.first[same.position[rows]]
+    copied = original != rows
+    copies = (original[copied], rows[copied], np.zeros(copied.sum(), np.float32))
+    if top_k is None:
+        pairs = near_pairs(points, same.first, threshold=threshold, metric=metric, memory_gb=memory_gb, device=device)
+        return groups.reduce_to_forest(itertools.chain([copies], pairs), num_rows=len(points)), None
+    lists = nearest(points, same.first, k=top_k, metric=metric, memory_gb=memory_gb, device=device)
+    near = lists.distance < np.float32(threshold)
+    edges = (np.repeat(same.first, near.sum(axis=1)), lists.row[near], lists.distance[near])
+    full = near.sum(axis=1) == top_k
+    saturated = float(full[same.position[rows]].sum()) / max(len(rows), 1)
+    return groups.reduce_to_forest([copies, edges], num_rows=len(points)), saturated
+
+
+def cut(
     points: Points,
     forest: Forest,
     *,
-    valid: np.ndarray,
+    valid: Bool[np.ndarray, " n"],
     threshold: float,
     max_threshold: float,
     metric: str,
-    max_radius: float | None,
-    saturated: float | None,
+    max_radius: float | None = None,
+    saturated: float | None = None,
 ) -> Balance:
+    """The groups of a forest at a threshold, and their representatives."""
     group = np.where(valid, forest.below(threshold).groups(), -1)
     representative, squared = representatives(points, group, metric=metric, max_radius=max_radius)
     return Balance(
@@ -184,37 +208,29 @@ def _cut(
     )
 
 
-def _check(
+def largest_threshold(
+    *,
     threshold: float | None,
-    mode: str,
-    top_k: int | None,
-    target_removed: float | None,
-    max_threshold: float | None,
+    metric: str,
+    mode: str = "threshold",
+    top_k: int | None = None,
+    max_radius: float | None = None,
+    target_removed: float | None = None,
+    max_threshold: float | None = None,
 ) -> float:
-    """The largest threshold to search for, or `ValueError` for arguments that contradict each other."""
+    """How far to search; `InputError` for arguments that contradict each other."""
     if mode not in ("threshold", "topk"):
-        raise ValueError(f"mode={mode!r} is unknown. {did_you_mean(mode, ('threshold', 'topk'))}")
+        raise InputError(f"mode={mode!r} is unknown. {did_you_mean(mode, ('threshold', 'topk'))}")
     if (mode == "topk") != (top_k is not None) or (top_k is not None and top_k < 1):
-        raise ValueError(f"top_k={top_k!r} with mode={mode!r}: topk mode takes a positive top_k, threshold mode none.")
+        raise InputError(f"top_k={top_k!r} with mode={mode!r}: topk mode takes a positive top_k, threshold mode none.")
     if (threshold is None) == (target_removed is None):
-        raise ValueError("Give either threshold or target_removed (with max_threshold), not both and not neither.")
+        raise InputError("Give either threshold or target_removed (with max_threshold), not both and not neither.")
     largest = threshold if max_threshold is None else max_threshold
     if largest is None:
-        raise ValueError("target_removed needs max_threshold: how far to search for the threshold that removes it.")
-    if not math.isfinite(largest) or (threshold is not None and threshold > largest):
-        raise ValueError(f"max_threshold={largest!r} must be finite and at least threshold={threshold!r}.")
+        raise InputError("target_removed needs max_threshold: how far to search for the threshold that removes it.")
+    for given in (largest, threshold, max_radius):
+        if given is not None:
+            squared_threshold(given, metric)
+    if threshold is not None and threshold > largest:
+        raise InputError(f"max_threshold={largest!r} is below threshold={threshold!r}.")
     return largest
-
-
-def _edges_of_lists(
-    rows: np.ndarray, neighbour: np.ndarray, dist: np.ndarray, threshold: float
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    near = dist < np.float32(threshold)
-    yield np.repeat(rows, near.sum(axis=1)), neighbour[near], dist[near]
-
-
-def _and(
-    edges: Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]], more: tuple[np.ndarray, np.ndarray, np.ndarray]
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    yield more
-    yield from edges

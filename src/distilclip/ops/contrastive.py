@@ -9,19 +9,30 @@ autocast. Source: Radford et al. 2021 (CLIP), figure 3; CLIP-CID, section 3.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from distilclip.ops.features import Features
-from distilclip.ops.streaming import blocks, full_precision, no_autocast, scaled_exp, wanted, with_gradient
+from distilclip.ops.streaming import (
+    blocks,
+    full_precision,
+    matmul,
+    no_autocast,
+    scaled_exp,
+    softmax_,
+    sum_over_rows,
+    wanted,
+    with_gradient,
+)
 
 PLAIN_ENTRIES = 1 << 22
 """Up to so many logits (16 MiB) the materialised form is used: it is faster there, and equal."""
 
-_TILE = (512, 2048)
-_BLOCK_ENTRIES = 1 << 22
+_TILE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 25}
 
 
 def contrastive(
@@ -44,7 +55,7 @@ def contrastive(
             logits = scale * image @ text.T
             own = torch.arange(len(image), device=image.device)
             return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
-    return _tiled_contrastive(image, text, scale, tile or _TILE)
+    return _tiled_contrastive(image, text, scale, tile or _default_tile(image))
 
 
 def info_nce(
@@ -78,7 +89,15 @@ def info_nce(
         with no_autocast(queries):
             own = torch.arange(offset, offset + len(queries), device=queries.device)
             return F.cross_entropy(scale * queries @ keys.T, own, reduction="sum") / count
-    return _blockwise_info_nce(queries, keys, scale, offset, count, block or max(32, _BLOCK_ENTRIES // len(keys)))
+
+    def cross_entropy_(logits: Tensor, rows: slice) -> Tensor:
+        own = logits.diagonal(offset + rows.start)[: len(logits)]  # a view
+        own_sum = own.sum()
+        _, normaliser = softmax_(logits)
+        own.sub_(1)
+        return normaliser.sum() - own_sum
+
+    return sum_over_rows(queries, keys, scale, cross_entropy_, count=count, block=block or row_block(keys))
 
 
 def instance(
@@ -95,6 +114,11 @@ def instance(
     by_image = contrastive(student.image, teacher.text, scale=scale)
     by_text = contrastive(student.text, teacher.image, scale=scale)
     return gamma * by_image + (1 - gamma) * by_text
+
+
+def row_block(keys: Float[Tensor, "m dim"]) -> int:
+    """Rows of logits to hold at a time: as many as the plain form's largest matrix has entries, 32 at the least."""
+    return max(32, PLAIN_ENTRIES // len(keys))
 
 
 def check_pairs(left: Tensor, right: Tensor, *, names: tuple[str, str]) -> None:
@@ -116,6 +140,12 @@ def _width_message(left_name: str, left: Tensor, right_name: str, right: Tensor)
     if right_name == "teacher":
         return f"{message}: project the student first (models.heads)."
     return f"{message}: both must lie in one space."
+
+
+def _default_tile(image: Tensor) -> tuple[int, int]:
+    """One row to four columns; within the last-level cache on CPUs."""
+    rows = math.isqrt(_TILE_ENTRIES.get(image.device.type, _TILE_ENTRIES["cpu"]) // 4)
+    return rows, 4 * rows
 
 
 def _tiled_contrastive(image: Tensor, text: Tensor, scale: Tensor, tile: tuple[int, int]) -> Tensor:
@@ -145,7 +175,7 @@ def _log_normalisers(scaled: Tensor, text: Tensor, tile: tuple[int, int]) -> tup
     logits_buffer, exp_buffer = scaled.new_empty(2, min(tile[0], n) * min(tile[1], m))
     for rows in blocks(n, tile[0]):
         for columns in blocks(m, tile[1]):
-            logits = _matmul(scaled[rows], text[columns].T, logits_buffer)
+            logits = matmul(scaled[rows], text[columns].T, logits_buffer)
             scratch = exp_buffer[: logits.numel()].view_as(logits)
             _add_exponentials(logits, 1, row_maximum[rows], row_sum[rows], scratch)
             _add_exponentials(logits, 0, column_maximum[columns], column_sum[columns], scratch)
@@ -169,47 +199,10 @@ def _softmax_products(
     logits_buffer, exp_buffer = scaled.new_empty(2, min(tile[0], len(scaled)) * min(tile[1], len(text)))
     for r in blocks(len(scaled), tile[0]):
         for c in blocks(len(text), tile[1]):
-            logits = _matmul(scaled[r], text[c].T, logits_buffer)
+            logits = matmul(scaled[r], text[c].T, logits_buffer)
             both = scaled_exp(logits, 1.0, rows[r, None], out=exp_buffer[: logits.numel()].view_as(logits))
             both += scaled_exp(logits, 1.0, columns[None, c], out=logits)
             by_image[r].addmm_(both, text[c])
             if by_text is not None:
                 by_text[c].addmm_(both.T, scaled[r])
     return by_image, by_text
-
-
-def _blockwise_info_nce(queries: Tensor, keys: Tensor, scale: Tensor, offset: int, count: int, block: int) -> Tensor:
-    """A block of rows against all keys has its whole softmax at hand: value and gradient in one sweep."""
-    need_queries, need_keys, need_scale = wanted(queries, keys, scale)
-    query_gradient = torch.zeros_like(queries) if need_queries or need_scale else None
-    key_gradient = torch.zeros_like(keys) if need_keys else None
-    scale_gradient = None
-    with torch.no_grad(), no_autocast(queries):
-        scaled = queries * scale
-        value = scaled.new_zeros(())
-        buffer = scaled.new_empty(min(block, len(scaled)) * len(keys))
-        for rows in blocks(len(scaled), block):
-            logits = _matmul(scaled[rows], keys.T, buffer)
-            own = logits.diagonal(offset + rows.start)[: len(logits)]
-            maximum = logits.amax(1)
-            value += (maximum - own).sum()
-            softmax = scaled_exp(logits, 1.0, maximum[:, None], out=logits)
-            total = softmax.sum(1)
-            value += total.log().sum()
-            softmax.mul_(1 / total[:, None])
-            own.sub_(1)  # a view: softmax minus the identity, the gradient with respect to the logits
-            if query_gradient is not None:
-                query_gradient[rows] = softmax @ keys
-            if key_gradient is not None:
-                key_gradient.addmm_(softmax.T, scaled[rows], alpha=1 / count)
-        if query_gradient is not None:
-            query_gradient /= count
-            scale_gradient = (queries * query_gradient).sum()
-            query_gradient *= scale
-    return with_gradient(value / count, [queries, keys, scale], [query_gradient, key_gradient, scale_gradient])
-
-
-def _matmul(left: Tensor, right: Tensor, buffer: Tensor) -> Tensor:
-    """left @ right in the first part of a flat buffer: the same memory, warm in the cache, for tile after tile."""
-    shape = len(left), right.shape[1]
-    return torch.mm(left, right, out=buffer[: shape[0] * shape[1]].view(shape))

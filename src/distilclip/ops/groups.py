@@ -1,19 +1,22 @@
 """Groups of rows from pairs: union-find, the minimum spanning forest, representatives, and the threshold curve.
 
 A forest of at most n - 1 edges holds the single-linkage groups at every threshold, so pairs are reduced to a forest as
-they are found and never kept. Distances and thresholds are compared as float32, so that a forest cut at a threshold and a
-search at that threshold agree to the last bit. Edges are ordered by (distance, left, right): the forest is then unique, and the forest
-of a union of edge sets is the forest of the union of their forests, whatever the order in which they arrive.
+they are found and never kept. Edges are ordered by (distance, left, right): the forest is then unique, and the forest
+of a union of edge sets is the forest of the union of their forests, whatever the order in which they arrive. Distances
+and thresholds are compared as float32, so that a forest cut at a threshold and a search at that threshold agree.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import no_type_check
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from numba import njit
+
+from distilclip.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +108,15 @@ def curve(
 
 
 def threshold_for(forest: Forest, *, removed_ratio: float, num_valid: int) -> float:
-    """The threshold whose removed share is nearest to the one asked for; `ValueError` if the forest ends below it.
+    """The threshold whose removed share is nearest to the one asked for; `InputError` if the forest ends below it.
 
     Between two distinct distances of the forest every threshold gives the same groups; the smallest is returned.
     """
     wanted = removed_ratio * num_valid
     if not 0 < removed_ratio < 1:
-        raise ValueError(f"target_removed={removed_ratio!r} must lie between 0 and 1.")
+        raise InputError(f"target_removed={removed_ratio!r} must lie between 0 and 1.")
     if wanted > len(forest):
-        raise ValueError(
+        raise InputError(
             f"target_removed={removed_ratio!r} is out of reach: below the largest threshold searched only "
             f"{len(forest) / max(num_valid, 1):.4f} would be removed. Raise max_threshold."
         )
@@ -129,7 +132,8 @@ def _forest_of(edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]], num_rows:
 
 
 @njit(nogil=True, cache=True)
-def _find(parent, i):  # type: ignore[no-untyped-def]
+@no_type_check
+def _find(parent, i):
     while parent[i] != i:
         parent[i] = parent[parent[i]]
         i = parent[i]
@@ -137,7 +141,8 @@ def _find(parent, i):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _unite(left, right, parent):  # type: ignore[no-untyped-def]
+@no_type_check
+def _unite(left, right, parent):
     # The smaller root wins, so a root is the smallest row of its group.
     for e in range(len(left)):
         a, b = _find(parent, left[e]), _find(parent, right[e])
@@ -150,7 +155,8 @@ def _unite(left, right, parent):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _kruskal(left, right, parent):  # type: ignore[no-untyped-def]
+@no_type_check
+def _kruskal(left, right, parent):
     chosen = np.zeros(len(left), np.bool_)
     for e in range(len(left)):
         a, b = _find(parent, left[e]), _find(parent, right[e])
@@ -161,7 +167,8 @@ def _kruskal(left, right, parent):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _largest_after_each_edge(left, right, parent):  # type: ignore[no-untyped-def]
+@no_type_check
+def _largest_after_each_edge(left, right, parent):
     size = np.ones(len(parent), np.int64)
     largest = np.ones(len(left) + 1, np.int64)
     for e in range(len(left)):

@@ -6,6 +6,7 @@ Rows stay where they are (half precision, memory maps) and pass through in tiles
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import no_type_check
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from jaxtyping import Float, Int
 from numba import njit
 from torch import Tensor
 
+from distilclip.errors import InputError
 from distilclip.ops.points import SUM, Points, in_threads, kernel_view, stored
 
 TILE = 4096  # rows and centers of a product: 64 MiB of float32
@@ -65,11 +67,11 @@ def kmeans(
         device: where products are computed; default the CPU.
 
     Raises:
-        ValueError: more centers than rows, or a row that is zero or not finite.
+        InputError: more centers than rows, or a row that is zero or not finite.
     """
     points = Points.of(x, metric="cosine")
     if not 1 <= num_centers <= len(points):
-        raise ValueError(f"num_centers={num_centers} must lie between 1 and the number of rows, {len(points)}.")
+        raise InputError(f"num_centers={num_centers} must lie between 1 and the number of rows, {len(points)}.")
     random = np.random.default_rng(seed)
     rows = np.arange(len(points))
     if points_per_center is not None and points_per_center * num_centers < len(rows):
@@ -184,14 +186,15 @@ def _split_heaviest(centers: Float[np.ndarray, "k dim"], sizes: Int[np.ndarray, 
         sizes[empty] = sizes[heaviest] // 2
         sizes[heaviest] -= sizes[empty]
         # A fixed direction that differs from cluster to cluster, small against the spread of any real cluster.
-        direction = np.random.default_rng(empty).standard_normal(centers.shape[1])
-        step = (1e-3 / np.sqrt(len(direction)) * direction).astype(np.float32)
+        direction = np.random.default_rng(empty).standard_normal(centers.shape[1], np.float32)
+        step = direction * np.float32(1e-3 / centers.shape[1] ** 0.5)
         for index, side in ((empty, centers[heaviest] + step), (heaviest, centers[heaviest] - step)):
             centers[index] = side / np.linalg.norm(side)
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
-def _mean_directions(values, scale, order, start, stop, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def _mean_directions(values, scale, order, start, stop, out):
     total = np.empty(values.shape[1])
     for c in range(len(start)):
         total[:] = 0.0

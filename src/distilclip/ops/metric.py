@@ -12,16 +12,16 @@ from typing import Literal, get_args
 import numpy as np
 from jaxtyping import Float
 
-from distilclip.errors import did_you_mean
+from distilclip.errors import InputError, did_you_mean
 
 Metric = Literal["euclidean", "sqeuclidean", "cosine"]
 
 
 def squared_threshold(threshold: float, metric: str) -> float:
-    """The squared Euclidean distance that a threshold stands for; `ValueError` for a threshold no distance can have."""
+    """The squared Euclidean distance that a threshold stands for; `InputError` for a threshold no distance can have."""
     check_metric(metric)
     if not (math.isfinite(threshold) and threshold > 0):
-        raise ValueError(f"threshold={threshold!r}: a distance threshold is a positive, finite number.")
+        raise InputError(f"threshold={threshold!r}: a distance threshold is a positive, finite number.")
     if metric == "euclidean":
         return threshold * threshold
     return threshold if metric == "sqeuclidean" else 2 * threshold
@@ -44,7 +44,7 @@ def equivalents(threshold: float, metric: str) -> dict[str, float]:
 
 
 def check_metric(metric: str) -> None:
-    """`ValueError` naming the known metrics unless `metric` is one of them."""
+    """`InputError` naming the known metrics unless `metric` is one of them."""
     known = get_args(Metric)
     if metric not in known:
-        raise ValueError(f"metric={metric!r} is unknown. {did_you_mean(metric, known)}")
+        raise InputError(f"metric={metric!r} is unknown. {did_you_mean(metric, known)}")

@@ -56,7 +56,7 @@ def pairs_within(
         device: where products are computed; default the CPU.
 
     Raises:
-        ValueError: a threshold that is not positive, an unknown metric, a row that is not finite.
+        InputError: a threshold that is not positive, an unknown metric, a row that is not finite.
     """
     points = Points.of(x, metric=metric)
     same = distinct(points.values, np.arange(len(points)))

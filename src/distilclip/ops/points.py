@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, no_type_check
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from numba import njit, types
 from numba.extending import intrinsic
 from torch import Tensor
 
+from distilclip.errors import InputError
 from distilclip.ops.metric import check_metric
 
 # Sums may be reassociated to fill vector registers; NaN and infinity keep their meaning.
@@ -34,7 +35,7 @@ class Points:
 
     @classmethod
     def of(cls, x: np.ndarray | Tensor, *, metric: str, valid: Bool[np.ndarray, " n"] | None = None) -> Points:
-        """Rows of `x` as points under `metric`; `ValueError` names a valid row that has no place in that space."""
+        """Rows of `x` as points under `metric`; `InputError` names a valid row that has no place in that space."""
         check_metric(metric)
         values = as_rows(x)
         norms = row_norms(values)
@@ -42,7 +43,7 @@ class Points:
         wrong = np.flatnonzero(~ok if valid is None else ~ok & valid)
         if len(wrong):
             what = "is not finite" if not np.isfinite(norms[wrong[0]]) else "is zero, so it has no cosine"
-            raise ValueError(f"Row {wrong[0]} {what} ({len(wrong)} such rows). Mark such rows invalid.")
+            raise InputError(f"Row {wrong[0]} {what} ({len(wrong)} such rows). Mark such rows invalid.")
         norms[~ok] = 1
         if metric == "cosine":
             return cls(values=values, scale=1 / norms, norm=np.ones(len(values)))
@@ -101,7 +102,7 @@ def as_rows(x: np.ndarray | Tensor) -> np.ndarray:
         x = x.detach().cpu()
         x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
     if x.ndim != 2 or x.dtype not in (np.float16, np.float32, np.float64):
-        raise ValueError(f"Expected rows of float16, float32 or float64, n x dim, not {x.dtype} of shape {x.shape}.")
+        raise InputError(f"Expected rows of float16, float32 or float64, n x dim, not {x.dtype} of shape {x.shape}.")
     return x if x.flags.c_contiguous else np.ascontiguousarray(x)
 
 
@@ -135,10 +136,11 @@ def _words(values: np.ndarray) -> np.ndarray:
 
 
 @intrinsic
-def stored(typing_context: Any, value: Any) -> Any:
+@no_type_check
+def stored(typing_context, value):
     """A stored number as float64; uint16 holds the bits of a float16."""
 
-    def convert(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    def convert(context, builder, signature, arguments):
         (number,) = arguments
         if isinstance(value, types.Integer):
             number = builder.bitcast(number, ir.HalfType())
@@ -148,7 +150,8 @@ def stored(typing_context: Any, value: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
-def _norms(values, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def _norms(values, out):
     for i in range(len(values)):
         total = 0.0
         for k in range(values.shape[1]):
@@ -157,7 +160,8 @@ def _norms(values, out):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
-def _squared(values, scale, left, right, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def _squared(values, scale, left, right, out):
     for e in range(len(left)):
         i, j = left[e], right[e]
         total = 0.0
@@ -168,7 +172,8 @@ def _squared(values, scale, left, right, out):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _hash(words, rows, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def _hash(words, rows, out):
     for e in range(len(rows)):
         state = np.uint64(0x9E3779B97F4A7C15)
         for k in range(words.shape[1]):
@@ -178,7 +183,8 @@ def _hash(words, rows, out):  # type: ignore[no-untyped-def]
 
 
 @njit(nogil=True, cache=True)
-def _match(words, rows, hashes, order, out):  # type: ignore[no-untyped-def]
+@no_type_check
+def _match(words, rows, hashes, order, out):
     # Rows of one hash are compared with every distinct row of that hash so far; there is nearly always only one.
     start = 0
     while start < len(order):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import no_type_check
+
 import numpy as np
 from jaxtyping import Float, Int
 from numba import njit
@@ -53,7 +55,8 @@ def representatives(
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
-def _choose(values, scale, order, bounds, groups, limit, tie, chosen, squared):  # type: ignore[no-untyped-def]
+@no_type_check
+def _choose(values, scale, order, bounds, groups, limit, tie, chosen, squared):
     for g in groups:
         members = order[bounds[g] : bounds[g + 1]]
         squared[members] = np.inf
@@ -72,7 +75,8 @@ def _choose(values, scale, order, bounds, groups, limit, tie, chosen, squared): 
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
-def _nearest_to_mean(values, scale, members, tie):  # type: ignore[no-untyped-def]
+@no_type_check
+def _nearest_to_mean(values, scale, members, tie):
     mean = np.zeros(values.shape[1])
     for i in members:
         for k in range(len(mean)):

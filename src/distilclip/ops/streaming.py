@@ -1,9 +1,9 @@
-"""What the losses that never hold n x n or n x k numbers share: blocks, exponentials, and gradients found on the way."""
+"""What the losses that never hold n x n or n x k numbers share: blocks, softmaxes, gradients found on the way."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -46,6 +46,14 @@ def scaled_exp(
     return torch.add(shift * -_LOG2E, logits, alpha=scale * _LOG2E, out=out).exp2_()
 
 
+def softmax_(logits: Float[Tensor, "r c"]) -> tuple[Float[Tensor, "r c"], Float[Tensor, " r"]]:
+    """Softmax over rows, in place, and the rows' log-sum-exp."""
+    maximum = logits.amax(1, keepdim=True)
+    exponentials = scaled_exp(logits, 1.0, maximum, out=logits)
+    total = exponentials.sum(1, keepdim=True)
+    return exponentials.mul_(1 / total), (maximum + total.log()).squeeze(1)
+
+
 class _KnownGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *inputs_and_gradients: Tensor | None) -> Tensor:
@@ -73,3 +81,46 @@ def with_gradient(
 def wanted(*tensors: Tensor) -> list[bool]:
     """Which of the tensors a gradient will be asked for."""
     return [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
+
+
+def sum_over_rows(
+    queries: Float[Tensor, "n dim"],
+    keys: Float[Tensor, "m dim"],
+    scale: Float[Tensor, ""],
+    loss_: Callable[[Tensor, slice], Tensor],
+    *,
+    count: int,
+    block: int,
+) -> Float[Tensor, ""]:
+    """1 / count * sum of a loss of each row of logits `scale * queries @ keys.T`, `block` rows at a time.
+
+    A block has its rows' whole softmaxes at hand, so value and gradient come out of one sweep. `loss_(logits, rows)`
+    returns the sum over the rows of a block and replaces the logits by its gradient with respect to them.
+    Differentiable in `queries`, `keys` and `scale`.
+    """
+    need_queries, need_keys, need_scale = wanted(queries, keys, scale)
+    query_gradient = torch.zeros_like(queries) if need_queries or need_scale else None
+    key_gradient = torch.zeros_like(keys) if need_keys else None
+    scale_gradient = None
+    with torch.no_grad(), no_autocast(queries):
+        scaled = queries * scale
+        value = scaled.new_zeros(())
+        buffer = scaled.new_empty(min(block, len(scaled)) * len(keys))
+        for rows in blocks(len(scaled), block):
+            logits = matmul(scaled[rows], keys.T, buffer)
+            value += loss_(logits, rows)
+            if query_gradient is not None:
+                query_gradient[rows] = logits @ keys
+            if key_gradient is not None:
+                key_gradient.addmm_(logits.T, scaled[rows], alpha=1 / count)
+        if query_gradient is not None:
+            query_gradient /= count
+            scale_gradient = (queries * query_gradient).sum()
+            query_gradient *= scale
+    return with_gradient(value / count, [queries, keys, scale], [query_gradient, key_gradient, scale_gradient])
+
+
+def matmul(left: Float[Tensor, "r dim"], right: Float[Tensor, "dim c"], buffer: Tensor) -> Float[Tensor, "r c"]:
+    """left @ right in the first part of a flat buffer: the same memory, warm in the cache, for tile after tile."""
+    shape = len(left), right.shape[1]
+    return torch.mm(left, right, out=buffer[: shape[0] * shape[1]].view(shape))

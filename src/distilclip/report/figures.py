@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
-from jaxtyping import Int
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -41,9 +40,7 @@ PALETTE = {
 NUM_SERIES = 8
 MAX_POINTS = 250  # per line: more is invisible at the width of a page and only makes it heavy
 
-PanelSize = tuple[float, float]  # inches; one is 96 px on the page
-SMALL: PanelSize = (3.6, 2.35)
-WIDE: PanelSize = (7.2, 5.4)
+WIDTH = 10.9  # inches of a figure as wide as the text; one inch is 96 px on the page
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,8 +53,17 @@ class Line:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Standing:
+    """Where every model stands on one set: values as fractions by model name, chance where known."""
+
+    label: str
+    values: dict[str, float]
+    chance: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Point:
-    """What the threshold curve says at one threshold. `removed` and `largest` are shares of all valid images."""
+    """What the threshold curve says at one threshold; `removed` is a share of the valid images."""
 
     threshold: float
     removed: float
@@ -67,15 +73,17 @@ class Point:
 
 def training_curve(name: str, lines: Sequence[Line]) -> str:
     """One logged quantity of every run against the step; long logs are averaged in buckets (`thin`)."""
-    figure, axes = _panel(SMALL, name)
-    for line in lines:
-        data = thin(line.data)
-        axes.plot(data.step, data.value, label=line.label, **_line_style(line.series))
-    axes.set_xlabel("step")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: magnitude(step)))
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
-    axes.margins(x=0.01)
-    return _svg(figure, f"training {name}")
+    with _style(f"training {name}"):
+        figure, (axes,) = _panels([name], width=3.6, height=2.35, left=0.5)
+        for line in lines:
+            data = thin(line.data)
+            axes.plot(data.step, data.value, label=line.label, **_line_style(line.series))
+        axes.set_xlabel("step", loc="right", labelpad=1)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: magnitude(step)))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.margins(x=0.01)
+        return _svg(figure)
 
 
 def thin(series: Series, num_points: int = MAX_POINTS) -> Series:
@@ -87,106 +95,96 @@ def thin(series: Series, num_points: int = MAX_POINTS) -> Series:
     return Series(step=series.step[bounds[1:] - 1], value=means)
 
 
-def threshold_curve(points: Sequence[Point], *, metric: str, threshold: float | None) -> str:
-    """Removed share, number of groups and largest group against the threshold, in all three metrics at once."""
-    with _style("threshold"):
-        figure = Figure(figsize=WIDE)
-        panels = figure.subplots(3, 1, sharex=True, gridspec_kw={"hspace": 0.28})
+def threshold_curve(points: Sequence[Point], *, metric: str, threshold: float) -> str:
+    """Removed share, number of groups and largest group against the threshold, in all three metrics at once.
+
+    The dashed line is the chosen `threshold`, in `metric` as those of the points.
+    """
     x = [point.threshold for point in points]
-    rows: list[tuple[str, list[float], str]] = [
-        ("removed share", [100 * point.removed for point in points], "--series-2"),
-        ("groups", [point.num_groups for point in points], "--series-4"),
-        ("largest group", [point.largest_group for point in points], "--series-3"),
-    ]
-    for axes, (name, values, colour) in zip(panels, rows, strict=True):
-        _frame(axes, name)
-        axes.step(x, values, where="post", color=PALETTE[colour], linewidth=1.6)
-        axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
-        axes.set_ylim(bottom=0, top=max(values, default=0) * 1.08 or 1)
-        if threshold is not None:
+    rows = {
+        "removed share": ([100 * point.removed for point in points], "--series-2"),
+        "groups": ([point.num_groups for point in points], "--series-4"),
+        "largest group": ([point.largest_group for point in points], "--series-3"),
+    }
+    with _style("threshold"):
+        figure, panels = _panels(list(rows), width=WIDTH, height=5.6, left=1.6, bottom=0.75)
+        for axes, (values, colour) in zip(panels, rows.values(), strict=True):
+            axes.plot(x, values, color=PALETTE[colour], linewidth=1.7)
+            axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
+            axes.set_ylim(bottom=0, top=1.08 * max(values) or 1)
             axes.axvline(threshold, color=PALETTE["--ink"], linewidth=1, linestyle=(0, (4, 3)))
-    panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    if threshold is not None:
-        chosen = f"chosen: {significant(threshold)}"
-        side: Any = {"ha": "left", "xytext": (5, -2)}
-        if threshold > x[0] + 0.7 * (x[-1] - x[0]):
-            side = {"ha": "right", "xytext": (-5, -2)}
+        panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         panels[0].annotate(
-            chosen, (threshold, 1), xycoords=("data", "axes fraction"), textcoords="offset points", va="top", **side
+            f"chosen: {significant(threshold)}",
+            (threshold, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="right" if threshold > 0.8 * x[-1] else "center",
         )
-    _metric_axis(panels[-1], metric)
-    return _svg(figure, "threshold")
+        _metric_axis(panels[-1], metric)
+        return _svg(figure)
 
 
-def cluster_sizes(sizes: Int[np.ndarray, " k"]) -> str:
-    """How many clusters have how many images; bins grow with the size where sizes span more than a factor of 30."""
-    figure, axes = _panel(WIDE_LOW, "clusters by size")
-    smallest, largest = int(sizes.min()), int(sizes.max())
-    if largest > 30 * max(1, smallest):
-        edges = np.unique(np.geomspace(max(1, smallest), largest + 1, 30).round())
-        edges = np.concatenate([[0], edges]) if smallest == 0 else edges
-        axes.set_xscale("symlog", linthresh=1)
-        axes.xaxis.set_major_locator(mpl.ticker.SymmetricalLogLocator(base=10, linthresh=1))
-    else:
-        edges = np.arange(smallest, largest + 2, max(1, -(-(largest - smallest + 1) // 30)))
-        edges = np.append(edges, edges[-1] + (edges[1] - edges[0])) if edges[-1] <= largest else edges
-    heights, _ = np.histogram(sizes, bins=edges)
-    axes.bar(edges[:-1], heights, width=np.diff(edges), align="edge", color=PALETTE["--series-2"], linewidth=0.5)
-    axes.set_xlabel("images in the cluster")
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
-    return _svg(figure, "cluster sizes")
-
-
-WIDE_LOW: PanelSize = (7.2, 2.5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Standing:
-    """Where every model stands on one set: values as fractions by model name, chance where known."""
-
-    label: str
-    values: dict[str, float]
-    chance: float | None
+def cluster_sizes(after: Sequence[int], before: Sequence[int] | None) -> str:
+    """How many clusters have 0, 1, 2 to 3, 4 to 7, ... images, and had before balance where that is known."""
+    names = ["0", "1", *(f"{2**i}–{2 ** (i + 1) - 1}" for i in range(1, 64))][: max(len(after), len(before or ()))]
+    with _style("cluster sizes"):
+        figure, (axes,) = _panels(["number of clusters"], width=WIDTH, height=2.5, left=0.6, bottom=0.5)
+        bars = [("kept images", after, "--series-2")]
+        if before is not None:
+            bars.insert(0, ("before balance", before, "--muted"))
+        width = 0.8 / len(bars)
+        for place, (label, heights, colour) in enumerate(bars):
+            left = np.arange(len(heights)) - 0.4 + place * width
+            axes.bar(left, heights, width=0.94 * width, align="edge", color=PALETTE[colour], label=label)
+        if before is not None:
+            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+        axes.grid(axis="x", visible=False)
+        axes.set_xticks(range(len(names)), names)
+        axes.set_xlabel("images in a cluster", loc="right")
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
+        return _svg(figure)
 
 
 def standings(rows: Sequence[Standing], series: dict[str, int]) -> str:
     """A dot per model and set, the teacher hollow, chance as a tick; `series` gives each model's place in the palette."""
-    with _style("standings"):
-        figure = Figure(figsize=(7.2, 0.75 + 0.32 * len(rows)))
-        axes = figure.subplots()
-    _frame(axes, "")
-    axes.grid(axis="y", visible=False)
+    longest = max(len(row.label) for row in rows)
     heights = np.arange(len(rows))[::-1]
-    for height, row in zip(heights, rows, strict=True):
-        values = [100 * value for value in row.values.values()]
-        axes.hlines(height, min(values), max(values), color=PALETTE["--line"], linewidth=3, zorder=1)
-        if row.chance is not None:
-            axes.plot([100 * row.chance], [height], "|", color=PALETTE["--muted"], markersize=9, zorder=2)
-    for name, place in series.items():
-        pairs = [(100 * row.values[name], height) for row, height in zip(rows, heights, strict=True) if name in row.values]
-        style = _line_style(place)
-        fill = "none" if place == 0 else style["color"]
-        axes.plot(
-            [value for value, _ in pairs],
-            [height for _, height in pairs],
-            "o",
-            color=style["color"],
-            markerfacecolor=fill,
-            markersize=6.5,
-            zorder=3 + place,
-            label=name,
+    with _style("standings"):
+        figure, (axes,) = _panels(
+            [""], width=WIDTH, height=0.75 + 0.3 * len(rows), left=0.3 + 0.075 * longest, bottom=0.3, top=0.4
         )
-    if any(row.chance is not None for row in rows):
-        axes.plot([], [], "|", color=PALETTE["--muted"], markersize=9, label="chance")
-    axes.set_yticks(heights, [row.label for row in rows])
-    axes.tick_params(axis="y", labelcolor=PALETTE["--ink"])
-    axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_xlim(left=0)
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, handletextpad=0.2, columnspacing=1.4, borderaxespad=0.2)
-    return _svg(figure, "standings")
+        axes.grid(axis="y", visible=False)
+        for height, row in zip(heights, rows, strict=True):
+            values = [100 * value for value in row.values.values()]
+            axes.hlines(height, min(values), max(values), color=PALETTE["--line"], linewidth=3, zorder=1)
+            if row.chance is not None:
+                axes.plot([100 * row.chance], [height], "|", color=PALETTE["--muted"], markersize=9, zorder=2)
+        for name, place in series.items():
+            colour = _line_style(place)["color"]
+            places = [(100 * row.values[name], h) for row, h in zip(rows, heights, strict=True) if name in row.values]
+            axes.plot(
+                *zip(*places, strict=True),
+                "o",
+                color=colour,
+                markerfacecolor="none" if place == 0 else colour,
+                markeredgewidth=1.6,
+                markersize=6.5,
+                zorder=3 + place,
+                label=name,
+            )
+        if any(row.chance is not None for row in rows):
+            axes.plot([], [], "|", color=PALETTE["--muted"], markersize=9, label="chance")
+        axes.set_yticks(heights, [row.label for row in rows])
+        axes.tick_params(axis="y", labelcolor=PALETTE["--ink"])
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, handletextpad=0.2, columnspacing=1.4)
+        return _svg(figure)
 
 
 def inline(svg: str, *, label: str) -> Markup:
@@ -216,7 +214,7 @@ def _style(salt: str) -> Any:
             "svg.fonttype": "none",
             "svg.hashsalt": salt,
             "font.family": "DejaVu Sans",
-            "font.size": 8,
+            "font.size": 9,
             "axes.edgecolor": PALETTE["--muted"],
             "axes.labelcolor": PALETTE["--muted"],
             "axes.titlecolor": PALETTE["--ink"],
@@ -224,26 +222,36 @@ def _style(salt: str) -> Any:
             "xtick.color": PALETTE["--muted"],
             "ytick.color": PALETTE["--muted"],
             "legend.frameon": False,
-            "legend.fontsize": 7.5,
+            "legend.fontsize": 9,
         }
     )
 
 
-def _panel(size: PanelSize, name: str) -> tuple[Figure, Axes]:
-    with _style(name):
-        figure = Figure(figsize=size)
-        axes = figure.subplots()
-    _frame(axes, name)
-    return figure, axes
+def _panels(
+    names: Sequence[str],
+    *,
+    width: float,
+    height: float,
+    left: float,
+    bottom: float = 0.42,
+    top: float = 0.28,
+) -> tuple[Figure, list[Axes]]:
+    """Panels one below the other, each with its name over the left corner, a light grid and no box.
 
-
-def _frame(axes: Axes, name: str) -> None:
-    """No box, a light grid, the name over the left corner."""
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.grid(color=PALETTE["--line"], linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.set_title(name, loc="left", fontsize=8.5, fontweight="bold")
+    Sizes and margins are in inches and fixed, so that panels beside each other line up whatever their labels.
+    """
+    figure = Figure(figsize=(width, height))
+    panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0].tolist()
+    figure.subplots_adjust(
+        left=left / width, right=1 - 0.12 / width, bottom=bottom / height, top=1 - top / height, hspace=0.3
+    )
+    for axes, name in zip(panels, names, strict=True):
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.grid(color=PALETTE["--line"], linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.tick_params(length=0)
+        axes.set_title(name, loc="left", fontsize=9.5, fontweight="bold")
+    return figure, panels
 
 
 def _line_style(series: int) -> dict[str, Any]:
@@ -276,18 +284,8 @@ def _metric_axis(axes: Axes, metric: str) -> None:
     )
 
 
-def _svg(figure: Figure, salt: str) -> str:
+def _svg(figure: Figure) -> str:
     """The figure as SVG text without date and version."""
     buffer = io.StringIO()
-    with _style(salt):
-        figure.savefig(
-            buffer,
-            format="svg",
-            transparent=True,
-            bbox_inches="tight",
-            pad_inches=0.05,
-            metadata={"Date": None, "Creator": None},
-        )
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
-
-

@@ -137,7 +137,7 @@ class Results:
 
 
 def load(paths: Sequence[str]) -> Results:
-    """Every stage folder under `paths` (folders or URLs, searched recursively), earlier pages excepted.
+    """Every stage folder under `paths` (folders or URLs, searched recursively), save pages and the runs' own summaries.
 
     Raises `InputError` for a path that is not there, and when none of them holds a finished stage.
     """
@@ -147,7 +147,7 @@ def load(paths: Sequence[str]) -> Results:
             raise InputError(f"{path} (from --folders) does not exist. Name the folder of a run, or of its stages.")
         for place in _folders_with(path, ("config.json", "result.json")):
             folder = _read_folder(place)
-            if folder is not None and folder.stage != "report":
+            if folder is not None and folder.stage not in ("run", "demo", "report"):
                 found[place] = folder
     results = Results(folders=list(found.values()))
     if all(folder.result is None for folder in results.folders):

@@ -43,8 +43,8 @@ class PictureReader:
         page is worth having without it.
         """
         shard, row = (int(part) for part in split_id(sample))
-        rows = self._rows.setdefault(shard, self.store.rows(shard)) if shard not in self._rows else self._rows[shard]
-        key, place = str(rows.key[row]), f"{self.store.shards[shard].uri}, row {row}"
+        rows = self._row_table(shard)
+        key, place = rows.key[row], f"{self.store.shards[shard].uri}, row {row}"
         try:
             stored = self._open(shard).read(int(rows.offset[row]), int(rows.size[row]))
             if stored.image is None:
@@ -59,6 +59,11 @@ class PictureReader:
         """Close the shards."""
         for shard in self._shards.values():
             shard.close()
+
+    def _row_table(self, shard: int) -> Rows:
+        if shard not in self._rows:
+            self._rows[shard] = self.store.rows(shard)
+        return self._rows[shard]
 
     def _open(self, shard: int) -> Shard:
         if shard not in self._shards:

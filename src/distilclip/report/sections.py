@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from distilclip.data import files
+from distilclip.data.groups import read_groups, read_labels
 from distilclip.data.samples import reason_of
-from distilclip.data.store import Store, read_groups, read_labels, sample_id
+from distilclip.data.store import Store, sample_id
 from distilclip.errors import InputError
 from distilclip.ops.metric import equivalents
-from distilclip.report import figures
-from distilclip.report.comparison import Model, Table, title
+from distilclip.report.charts import Chart, cluster_chart, threshold_chart
 from distilclip.report.gallery import (
     Cluster,
     Group,
@@ -25,23 +23,8 @@ from distilclip.report.gallery import (
     picture_cluster,
     picture_group,
 )
-from distilclip.report.load import TERMS, Results, StageFolder
+from distilclip.report.load import Results, StageFolder
 from distilclip.report.pictures import PictureReader
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A figure: the stem of its file, its SVG, and what it shows in words."""
-
-    name: str
-    svg: str
-    label: str
-    caption: str = ""
-
-    @property
-    def inline(self) -> Markup:
-        """The SVG as an element of the page."""
-        return figures.inline(self.svg, label=self.label)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +52,17 @@ class Gallery:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CurvePoint:
+    """A line of the threshold curve's table; `thresholds` is the same one in every metric, the folder's own first."""
+
+    thresholds: dict[str, float]
+    removed_ratio: float
+    num_groups: int
+    largest_group: int
+    chosen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Balance:
     """One balance folder. `curve` has a few of the chart's points; `threshold` is in `metric`."""
 
@@ -77,13 +71,13 @@ class Balance:
     threshold: float
     result: dict[str, Any]
     chart: Chart | None
-    curve: list[dict[str, Any]]
+    curve: list[CurvePoint]
     gallery: Gallery
 
     @property
-    def equivalents(self) -> dict[str, float]:
-        """The threshold in every metric."""
-        return equivalents(self.threshold, self.metric)
+    def thresholds(self) -> dict[str, float]:
+        """The threshold in every metric, the folder's own first."""
+        return _equivalents(self.threshold, self.metric)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,60 +86,9 @@ class Clustering:
 
     path: str
     result: dict[str, Any]
-    chart: Chart | None
+    chart: Chart
     strips: dict[str, list[Cluster]]
     problem: str = ""
-
-
-def training_charts(models: Sequence[Model]) -> list[Chart]:
-    """A chart per logged quantity, a line per training: the loss, the terms, then the cosines and agreements."""
-    trained = [(model, model.training) for model in models if model.training is not None and model.training.logged]
-    logged = [name for _, training in trained for name in training.logged]
-    diagnostics = dict.fromkeys(name for _, training in trained for name in training.diagnostics)
-    charts = []
-    for name in [*(n for n in ("loss", *TERMS) if n in logged), *diagnostics]:
-        lines = [
-            figures.Line(label=model.name, series=model.series, data=training.logged[name])
-            for model, training in trained
-            if name in training.logged
-        ]
-        shown = title(name)
-        label = f"{shown} against the training step, one line each for {', '.join(line.label for line in lines)}"
-        charts.append(
-            Chart(
-                name=f"training-{name}",
-                svg=figures.training_curve(shown, lines),
-                label=label,
-                caption=_training_caption(name),
-            )
-        )
-    return charts
-
-
-def _training_caption(name: str) -> str:
-    if name == "loss":
-        return "weighted sum of each model's own terms: compare shapes, not heights"
-    return TERMS.get(name, "mean over the batch, against the teacher")
-
-
-def standings_chart(table: Table) -> Chart | None:
-    """Where the models stand on every set of the table, between chance and the teacher."""
-    rows = []
-    for place, column in enumerate(table.columns):
-        values = {r.model.name: v for r in table.rows if (v := r.cells[place].value) is not None}
-        if column.metric and values:
-            label = f"{title(column.task)}: {column.set}"
-            if column.task == "retrieval":
-                label = f"{column.set}: {title(column.metric)}"
-            rows.append(figures.Standing(label=label, values=values, chance=column.chance))
-    if not rows or len(table.rows) < 2:
-        return None
-    series = {row.model.name: row.model.series for row in table.rows}
-    return Chart(
-        name="standings",
-        svg=figures.standings(rows, series),
-        label=f"One row per evaluation set with a dot for each of {', '.join(series)}; the numbers are in the table",
-    )
 
 
 def embeddings(results: Results) -> list[Embedding]:
@@ -197,8 +140,8 @@ def balances(results: Results, *, num_groups: int, num_pictures: int, thumbnail_
                 metric=metric,
                 threshold=threshold,
                 result=result,
-                chart=_curve_chart(curve, metric, threshold, number) if len(curve) > 1 else None,
-                curve=_few_points(curve, threshold),
+                chart=threshold_chart(curve, metric, threshold, number) if len(curve) > 1 else None,
+                curve=_few_points(curve, metric, threshold),
                 gallery=gallery,
             )
         )
@@ -209,17 +152,13 @@ def clusterings(results: Results, *, num_clusters: int, num_pictures: int, thumb
     """Every cluster folder with its sizes and picture strips; `num_clusters` largest and as many smallest."""
     found = []
     for number, folder in enumerate(results.finished("cluster")):
-        chart, strips, problem = None, {}, ""
+        result = folder.result or {}
+        strips: dict[str, list[Cluster]] = {}
         try:
             store = _store_of(folder, results)
-            samples, cluster, distance = _labelled_rows(folder.path, store)
-            sizes = np.bincount(cluster, minlength=int((folder.result or {}).get("num_centers", 0)))
-            chart = Chart(
-                name="cluster-sizes" + (f"-{number + 1}" if number else ""),
-                svg=figures.cluster_sizes(sizes),
-                label=f"Histogram of {len(sizes)} cluster sizes, from {sizes.min()} to {sizes.max()} images",
+            chosen = choose_strips(
+                *_labelled_rows(folder.path, store), num_clusters=num_clusters, num_pictures=num_pictures
             )
-            chosen = choose_strips(samples, cluster, distance, num_clusters=num_clusters, num_pictures=num_pictures)
             reader = PictureReader(store, size=thumbnail_size)
             strips = {kind: [picture_cluster(strip, reader) for strip in many] for kind, many in chosen.items()}
             reader.close()
@@ -227,36 +166,33 @@ def clusterings(results: Results, *, num_clusters: int, num_pictures: int, thumb
             problem = _shared_problem(every)
         except InputError as error:
             problem = str(error)
-        found.append(
-            Clustering(path=folder.path, result=folder.result or {}, chart=chart, strips=strips, problem=problem)
-        )
+        chart = cluster_chart(result, number)
+        found.append(Clustering(path=folder.path, result=result, chart=chart, strips=strips, problem=problem))
     return found
 
 
-def _curve_chart(curve: list[dict[str, Any]], metric: str, threshold: float, number: int) -> Chart:
-    points = [
-        figures.Point(
-            threshold=float(point["threshold"]),
-            removed=float(point["removed_ratio"]),
-            num_groups=int(point["num_groups"]),
-            largest_group=int(point["largest_group"]),
-        )
-        for point in curve
-    ]
-    return Chart(
-        name="threshold" + (f"-{number + 1}" if number else ""),
-        svg=figures.threshold_curve(points, metric=metric, threshold=threshold),
-        label="Removed share, number of groups and largest group against the threshold; the table below has the numbers",
-    )
-
-
-def _few_points(curve: list[dict[str, Any]], threshold: float, number: int = 11) -> list[dict[str, Any]]:
+def _few_points(curve: list[dict[str, Any]], metric: str, threshold: float, number: int = 11) -> list[CurvePoint]:
     """Some points of the curve, evenly spaced, and the one nearest to the chosen threshold, which is marked."""
     if not curve:
         return []
     nearest = min(range(len(curve)), key=lambda i: abs(curve[i]["threshold"] - threshold))
     places = {round(i * (len(curve) - 1) / (number - 1)) for i in range(number)} | {nearest}
-    return [{**curve[i], "chosen": i == nearest} for i in sorted(places)]
+    return [
+        CurvePoint(
+            thresholds=_equivalents(curve[place]["threshold"], metric),
+            removed_ratio=curve[place]["removed_ratio"],
+            num_groups=curve[place]["num_groups"],
+            largest_group=curve[place]["largest_group"],
+            chosen=place == nearest,
+        )
+        for place in sorted(places)
+    ]
+
+
+def _equivalents(threshold: float, metric: str) -> dict[str, float]:
+    """A threshold in every metric, `metric` first; a curve may begin at 0, which is 0 in all of them."""
+    same = equivalents(threshold, metric) if threshold > 0 else dict.fromkeys(equivalents(1.0, metric), 0.0)
+    return {metric: same[metric], **same}
 
 
 def _store_of(folder: StageFolder, results: Results) -> Store:
@@ -275,9 +211,8 @@ def _removed_rows(path: str, store: Store) -> tuple[np.ndarray, np.ndarray, np.n
     columns = []
     for shard in store.shards:
         groups = read_groups(path, shard.index)
-        removed = ~groups.keep & np.asarray(store.rows(shard.index).valid)[groups.row]
-        samples = sample_id(shard.index, groups.row[removed])
-        columns.append((samples, groups.representative[removed], groups.distance[removed]))
+        samples = sample_id(shard.index, groups.row)
+        columns.append(tuple(column[~groups.keep] for column in (samples, groups.representative, groups.distance)))
     return _concatenate(columns)
 
 

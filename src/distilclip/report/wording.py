@@ -44,3 +44,8 @@ def gain(fraction: float | None) -> str:
     if points == 0:
         return "±0.0"
     return f"+{points:.1f}" if points > 0 else f"−{-points:.1f}"
+
+
+def shorten(text: str, length: int = 300) -> str:
+    """At most `length` characters, an ellipsis where any were cut: a caption can be as long as a web page."""
+    return text if len(text) <= length else text[: length - 1].rstrip() + "…"

@@ -1,0 +1,133 @@
+"""The training stream: global batches as a pure function of (seed, step), decoded and joined in loader processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from jaxtyping import Int64
+
+from distilclip.data import files
+from distilclip.data.loader import Batch as Batch
+from distilclip.data.loader import PairLoader, Tokenize, Transform
+from distilclip.data.pairs import index_pairs, join_store
+from distilclip.data.policy import ErrorPolicy, OnError
+from distilclip.data.samples import MAX_PIXELS
+from distilclip.data.store import Store
+from distilclip.data.workers import map_tasks
+from distilclip.errors import InputError
+
+
+def open_stream(
+    *,
+    data: Sequence[str] = (),
+    store: str | None = None,
+    groups: str | None = None,
+    clusters: str | None = None,
+    transforms: Sequence[Transform],
+    tokenize: Tokenize,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world: int = 1,
+    on_error: OnError = "skip",
+    max_bad_ratio: float = 0.05,
+    max_pixels: int = MAX_PIXELS,
+    draft: tuple[int, int] | None = None,
+) -> PairStream:
+    """The stream over shards (`data`, patterns), or over the rows of a store, which knows its shards.
+
+    Args:
+        data: with a store only needed where the shards have moved; then in the order they were embedded.
+        groups: a balance folder; only rows that it keeps.
+        clusters: a cluster folder, for labels.
+        transforms: one view of the image per function; each gets a generator in the same state, so that random crops
+            of two views agree. The second view becomes `teacher_pixels`.
+        batch_size: rows of the global batch, a multiple of `world`.
+        on_error: what a sample does that fails while training. `skip` puts a row drawn by (seed, epoch, sample) in its
+            place and counts it; `raise` stops.
+        draft: (width, height) the images will not be needed larger than; lets JPEGs decode faster.
+
+    Raises:
+        InputError: shards, store, groups and clusters do not belong together, or hold fewer rows than a batch.
+    """
+    policy = ErrorPolicy(on_error, max_bad_ratio)
+    uris = files.expand(list(data)) if data else []
+    if store is not None:
+        opened = Store.open(store)
+        table = join_store(opened, data=uris, groups=groups, clusters=clusters)
+    elif groups is not None or clusters is not None:
+        raise InputError("groups and clusters refer to the rows of a store: name the store too.")
+    else:
+        opened, table = None, index_pairs(uris, policy=policy)
+        policy.check(final=True)
+    loader = PairLoader(
+        table,
+        opened,
+        transforms=tuple(transforms),
+        tokenize=tokenize,
+        seed=seed,
+        max_pixels=max_pixels,
+        draft=draft,
+    )
+    return PairStream(loader, policy, batch_size=batch_size, rank=rank, world=world)
+
+
+class PairStream:
+    """An endless stream of batches; see `open_stream`. `policy` counts what could not be used.
+
+    Each epoch is a fresh permutation, cut into global batches; the remainder that fills none is left out of it.
+    """
+
+    def __init__(
+        self, loader: PairLoader, policy: ErrorPolicy, *, batch_size: int, rank: int = 0, world: int = 1
+    ) -> None:
+        if batch_size % world:
+            raise InputError(f"batch_size {batch_size} does not divide among {world} processes; choose a multiple.")
+        if len(loader.table) < batch_size:
+            raise InputError(
+                f"There are {len(loader.table)} usable pairs, fewer than one batch of {batch_size}. Lower batch_size."
+            )
+        if loader.seed < 0:
+            raise InputError(f"seed is {loader.seed}; it must not be negative.")
+        self.loader, self.policy = loader, policy
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are drawn from."""
+        return len(self.loader.table)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full global batches in an epoch."""
+        return self.num_rows // self.batch_size
+
+    def rows_at(self, step: int) -> tuple[int, Int64[np.ndarray, " n"]]:
+        """The epoch of a step, and which rows of the table this rank has in its batch."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        local = self.batch_size // self.world
+        start = batch * self.batch_size + self.rank * local
+        return epoch, self._order(epoch)[start : start + local]
+
+    def batches(self, *, start: int = 0, stop: int, num_workers: int = 0) -> Iterator[Batch]:
+        """The batches of steps `start` to `stop`, the same whatever `num_workers` (0 decodes in this process).
+
+        Raises:
+            InputError: a shard is not the one that was embedded, or more samples fail than the policy allows.
+        """
+        tasks = (self.rows_at(step) for step in range(start, stop))
+        for batch in map_tasks(self.loader, tasks, num_workers=num_workers):
+            self.policy.seen(len(batch))
+            for where, error in batch.bad:
+                self.policy.bad(error, where=where)
+            self.policy.check()
+            yield batch
+
+    def _order(self, epoch: int) -> Int64[np.ndarray, " rows"]:
+        if self._latest[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self.loader.seed, epoch]))
+            self._latest = epoch, generator.permutation(self.num_rows)
+        return self._latest[1]
+
+    _latest: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))

@@ -1,0 +1,118 @@
+"""Zero-shot classification: prompts of every class, averaged into a text classifier, against image embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from distilclip.data.policy import ErrorPolicy
+from distilclip.errors import InputError
+from distilclip.evaluate.classes import check_templates, templates_digest
+from distilclip.evaluate.dataset import LabelledSet
+from distilclip.evaluate.encode import Encoding, encode_images, encode_texts
+from distilclip.evaluate.sets import load_set
+from distilclip.models.clip import Clip
+from distilclip.ops.metrics import mean_per_class, row_tiles, target_rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextClassifier:
+    """One unit vector per class, and the model's scale, which makes cosines logits."""
+
+    weight: Float[Tensor, "k dim"]
+    scale: float
+    templates_digest: str
+
+    def logits(self, image: Float[Tensor, "n dim"]) -> Float[Tensor, "n k"]:
+        """Scaled cosine similarities, in float32."""
+        return self.scale * (image @ self.weight.T)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot:
+    """Predicted classes, and the rank (0 is first) of each image's true class."""
+
+    predictions: Int[Tensor, " n"]
+    rank: Int[Tensor, " n"]
+    labels: Int[Tensor, " n"]
+    num_unreadable: int = 0
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose class comes first."""
+        return (self.rank == 0).double().mean().item()
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose class is among the first five."""
+        return (self.rank < 5).double().mean().item()
+
+    @property
+    def mean_per_class(self) -> float:
+        """Top-1 within each class, averaged over the classes."""
+        return mean_per_class(self.rank == 0, self.labels)
+
+
+def text_classifier(
+    clip: Clip, names: Sequence[str], templates: Sequence[str], *, encoding: Encoding | None = None
+) -> TextClassifier:
+    """Each class's prompts encoded, normalised, averaged, normalised again (Radford et al. 2021, section 3.1.4)."""
+    encoding = encoding or Encoding()
+    rows = []
+    step = max(1, encoding.batch_size // len(templates))
+    for start in range(0, len(names), step):
+        some = names[start : start + step]
+        prompts = [template.replace("{}", name) for name in some for template in templates]
+        embeddings = encode_texts(clip, prompts, encoding=encoding)
+        rows.append(F.normalize(embeddings.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
+    return TextClassifier(weight=torch.cat(rows), scale=float(clip.scale), templates_digest=templates_digest(templates))
+
+
+def classify(
+    image: Float[Tensor, "n dim"], labels: Int[Tensor, " n"], classifier: TextClassifier, *, num_unreadable: int = 0
+) -> ZeroShot:
+    """Rank all classes for each image, tile by tile. Equal scores rank by class number."""
+    predictions, ranks = [], []
+    for rows in row_tiles(len(image), len(classifier.weight)):
+        logits = classifier.logits(image[rows])
+        predictions.append(logits.argmax(dim=1))
+        ranks.append(target_rank(logits, labels[rows]))
+    return ZeroShot(
+        predictions=torch.cat(predictions), rank=torch.cat(ranks), labels=labels, num_unreadable=num_unreadable
+    )
+
+
+def zero_shot(
+    model: Clip,
+    dataset: LabelledSet | str,
+    *,
+    templates: Sequence[str] | None = None,
+    encoding: Encoding | None = None,
+    policy: ErrorPolicy | None = None,
+) -> ZeroShot:
+    """Classify a set's test images by its class names.
+
+    `dataset` is a set or its spec (`folder:PATH`, `tar:PATH`); `templates` replace the set's own. Raises `InputError`
+    for a set without class names, and for images as `policy` says.
+    """
+    chosen = load_set(dataset) if isinstance(dataset, str) else dataset
+    if not isinstance(chosen, LabelledSet):
+        raise InputError(f"The set {chosen.name!r} has captions, not classes; `retrieval` is the measure for it.")
+    if not chosen.classes.named:
+        raise InputError(
+            f"The classes of {chosen.name!r} are numbers only: add {chosen.classes.source}/classnames.txt."
+        )
+    templates = tuple(templates) if templates is not None else chosen.templates
+    check_templates(templates, source="templates")
+    found = encode_images(model, chosen.test.images, encoding=encoding, policy=policy, description=chosen.name)
+    return classify(
+        found.embedding,
+        torch.from_numpy(chosen.test.labels)[found.rows],
+        text_classifier(model, chosen.classes.names, templates, encoding=encoding),
+        num_unreadable=found.num_unreadable,
+    )

@@ -1,0 +1,110 @@
+"""The charts of the page: which lines and points go into each figure, and what it says in words."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+
+from distilclip.report import figures
+from distilclip.report.comparison import Model, Table, title
+from distilclip.report.load import TERMS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chart:
+    """A figure: the stem of its file, its SVG, and what it shows in words."""
+
+    name: str
+    svg: str
+    label: str
+    caption: str = ""
+
+    @property
+    def inline(self) -> Markup:
+        """The SVG as an element of the page."""
+        return figures.inline(self.svg, label=self.label)
+
+
+def training_charts(models: Sequence[Model]) -> list[Chart]:
+    """A chart per logged quantity, a line per training: the loss, the terms, then the cosines and agreements."""
+    trained = [(model, model.training) for model in models if model.training is not None and model.training.logged]
+    logged = [name for _, training in trained for name in training.logged]
+    diagnostics = dict.fromkeys(name for _, training in trained for name in training.diagnostics)
+    charts = []
+    for name in [*(n for n in ("loss", *TERMS) if n in logged), *diagnostics]:
+        lines = [
+            figures.Line(label=model.name, series=model.series, data=training.logged[name])
+            for model, training in trained
+            if name in training.logged
+        ]
+        shown = title(name)
+        label = f"{shown} against the training step, one line each for {', '.join(line.label for line in lines)}"
+        charts.append(
+            Chart(
+                name=f"training-{name}",
+                svg=figures.training_curve(shown, lines),
+                label=label,
+                caption=_training_caption(name),
+            )
+        )
+    return charts
+
+
+def standings_chart(table: Table) -> Chart | None:
+    """Where the models stand on every set of the table, between chance and the teacher."""
+    rows = []
+    for place, column in enumerate(table.columns):
+        values = {r.model.name: v for r in table.rows if (v := r.cells[place].value) is not None}
+        if column.metric and values:
+            label = f"{title(column.task)}: {column.set}"
+            if column.task == "retrieval":
+                label = f"{column.set}: {title(column.metric)}"
+            rows.append(figures.Standing(label=label, values=values, chance=column.chance))
+    if not rows or len(table.rows) < 2:
+        return None
+    series = {row.model.name: row.model.series for row in table.rows}
+    return Chart(
+        name="standings",
+        svg=figures.standings(rows, series),
+        label=f"One row per evaluation set with a dot for each of {', '.join(series)}; the numbers are in the table",
+    )
+
+
+def threshold_chart(curve: Sequence[dict[str, Any]], metric: str, threshold: float, number: int) -> Chart:
+    """The threshold curve of the balance folder that is `number`-th in the report."""
+    points = [
+        figures.Point(
+            threshold=float(point["threshold"]),
+            removed=float(point["removed_ratio"]),
+            num_groups=int(point["num_groups"]),
+            largest_group=int(point["largest_group"]),
+        )
+        for point in curve
+    ]
+    return Chart(
+        name="threshold" + (f"-{number + 1}" if number else ""),
+        svg=figures.threshold_curve(points, metric=metric, threshold=threshold),
+        label="Removed share, number of groups and largest group against the threshold; the table below has the numbers",
+    )
+
+
+def cluster_chart(result: dict[str, Any], number: int) -> Chart:
+    """The sizes of the cluster folder that is `number`-th in the report, before and after balance."""
+    sizes, before = result["sizes"], result.get("sizes_before_balance")
+    label = f"Cluster sizes, from {sizes['smallest']} to {sizes['largest']} images"
+    if before:
+        label += f"; before balance from {before['smallest']} to {before['largest']}"
+    return Chart(
+        name="cluster-sizes" + (f"-{number + 1}" if number else ""),
+        svg=figures.cluster_sizes(sizes["histogram"], before["histogram"] if before else None),
+        label=label,
+    )
+
+
+def _training_caption(name: str) -> str:
+    if name == "loss":
+        return "weighted sum of each model's own terms: compare shapes, not heights"
+    return TERMS.get(name, "mean over the batch, against the teacher")

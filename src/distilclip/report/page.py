@@ -1,0 +1,164 @@
+"""The page: sections rendered by one template into one self-contained HTML file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from distilclip.report import wording
+from distilclip.report.charts import Chart, standings_chart, training_charts
+from distilclip.report.comparison import Model, Table, compare, models, title
+from distilclip.report.figures import PALETTE
+from distilclip.report.gallery import KINDS
+from distilclip.report.load import Results, Score
+from distilclip.report.sections import balances, clusterings, embeddings
+
+# The order in which a run makes them; other stages follow.
+STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """The HTML, the figures in it by file name, and each section that is absent with the stage that would fill it."""
+
+    html: str
+    figures: dict[str, str]
+    absent: list[tuple[str, str]]
+
+
+def build(
+    results: Results,
+    *,
+    heading: str,
+    num_groups: int,
+    num_clusters: int,
+    num_pictures: int,
+    thumbnail_size: int,
+    seed: int,
+) -> Page:
+    """The page of some results; `num_groups` and `num_clusters` are of each kind, `num_pictures` in each of them."""
+    compared = models(results)
+    scores = results.scores
+    table = compare([score for score in scores if score.task != "agreement"], compared)
+    students = [model for model in compared if model.role != "teacher"]
+    agreement = compare([score for score in scores if score.task == "agreement"], students)
+    curves = training_charts(compared)
+    standings = standings_chart(table)
+    balanced = balances(
+        results, num_groups=num_groups, num_pictures=num_pictures, thumbnail_size=thumbnail_size, seed=seed
+    )
+    clustered = clusterings(
+        results, num_clusters=num_clusters, num_pictures=num_pictures + 1, thumbnail_size=thumbnail_size
+    )
+    embedded = embeddings(results)
+    absent = _absent(results, has_diagnostics=any(model.training and model.training.diagnostics for model in compared))
+    html = _template().render(
+        heading=heading,
+        story=story(table, results),
+        models=compared,
+        table=table,
+        agreement=agreement,
+        all_scores=_all_scores(scores, compared),
+        standings=standings,
+        curves=curves,
+        embeddings=embedded,
+        balances=balanced,
+        clusterings=clustered,
+        folders=sorted(results.folders, key=lambda f: STAGES.index(f.stage) if f.stage in STAGES else len(STAGES)),
+        unfinished=results.unfinished,
+        absent=absent,
+        kinds=KINDS,
+        palette=PALETTE,
+    )
+    charts: list[Chart | None] = [standings, *curves, *(b.chart for b in balanced), *(c.chart for c in clustered)]
+    return Page(
+        html=html,
+        figures={f"{chart.name}.svg": chart.svg for chart in charts if chart is not None},
+        absent=absent,
+    )
+
+
+def story(table: Table, results: Results) -> str:
+    """What came out, in a sentence or two: the best student, its gain, its share of the teacher, what balance removed."""
+    sentences = []
+    students = [row for row in table.rows if row.model.role in ("baseline", "student") and row.cells[0].value is not None]
+    if students:
+        best = max(students, key=lambda row: row.cells[0].value or 0.0)
+        column, cell = table.columns[0], best.cells[0]
+        measure = f"{title(column.task).lower()} on {column.set}" if column.metric else f"mean {title(column.task).lower()}"
+        text = f"{best.model.name} is the best of {_number(len(students), 'student')}: {wording.percent(cell.value)} % {measure}"
+        if cell.gain is not None:
+            text += f", {wording.gain(cell.gain)} points against the same student without distillation"
+        teachers = [row for row in table.rows if row.model.role == "teacher" and row.cells[0].value]
+        if teachers and cell.value is not None and teachers[0].cells[0].value:
+            share = cell.value / teachers[0].cells[0].value
+            text += f" and {100 * share:.0f} % of its teacher's score"
+        sentences.append(text + ".")
+    for folder in results.finished("balance")[:1]:
+        result = folder.result or {}
+        sentences.append(
+            f"Semantic balance kept {wording.count(result.get('num_kept'))} of "
+            f"{wording.count(result.get('num_valid'))} pictures ({wording.percent(result.get('removed_ratio'))} % removed)."
+        )
+    return " ".join(sentences) or f"Results of {_number(len(results.folders), 'stage folder')}."
+
+
+def _number(value: int, noun: str) -> str:
+    return f"{value} {noun}" + ("" if value == 1 else "s")
+
+
+def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict[str, Any]]:
+    """Every metric of every set, a row each, with a value per model."""
+    values = {(s.model, s.task, s.set, s.metric): s.value for s in scores}
+    rows = {(s.task, s.set, s.metric): s.num_test for s in scores}
+    names = [model.name for model in compared if any(s.model == model.name for s in scores)]
+    return [
+        {
+            "task": title(task),
+            "set": dataset,
+            "metric": title(metric),
+            "num_test": num_test,
+            "values": [(name, values.get((name, task, dataset, metric))) for name in names],
+        }
+        for (task, dataset, metric), num_test in rows.items()
+    ]
+
+
+def _absent(results: Results, *, has_diagnostics: bool) -> list[tuple[str, str]]:
+    """The sections that have nothing to show, each with the stage that would fill it."""
+    sections = [
+        ("The comparison table", "evaluate"),
+        ("Training curves and speed", "train"),
+        ("The threshold curve and the gallery of groups", "balance"),
+        ("Cluster sizes and picture strips", "cluster"),
+        ("Unusable rows", "embed"),
+    ]
+    absent = [(section, stage) for section, stage in sections if not results.finished(stage)]
+    if results.finished("train") and not has_diagnostics:
+        absent.append(("Cosines with the teacher", "train"))
+    return absent
+
+
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("distilclip.report", package_path=""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        count=wording.count,
+        magnitude=wording.magnitude,
+        significant=wording.significant,
+        percent=wording.percent,
+        gain=wording.gain,
+        shorten=wording.shorten,
+        title=title,
+        json=lambda value: json.dumps(value, ensure_ascii=False),
+    )
+    return environment.get_template("page.html.j2")

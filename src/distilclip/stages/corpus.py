@@ -1,0 +1,60 @@
+"""Write the synthetic corpus: image-text pairs with known duplicates in tars, and labelled sets to evaluate on."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import track
+
+from distilclip import run
+from distilclip.data import files
+from distilclip.data.synthetic import plan_corpus, write_shards, write_texts
+from distilclip.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip corpus`."""
+
+    out: str
+    """folder to write: train/*.tar and eval/SET/*.tar"""
+    num_pairs: int = 12_000
+    """pairs to train on; about 41 % of them are copies of others"""
+    seed: int = 0
+    """another seed gives another corpus; the same gives the same bytes"""
+    image_size: int = 64
+    """side of the pictures in pixels"""
+    shard_size: int = 1000
+    """pairs per tar"""
+    num_eval: int = 1000
+    """pictures of each evaluation set, and as many again to fit its linear probe"""
+    num_workers: int = run.execution(2)
+    """processes that draw; 0 draws in the main one"""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise InputError(f"--num-workers is {self.num_workers}; 0 draws in the main process, n > 0 in n more.")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Write the tars that are not there yet, then result.json with the counts of the corpus's truth."""
+    corpus = plan_corpus(
+        num_pairs=config.num_pairs,
+        seed=config.seed,
+        image_size=config.image_size,
+        shard_size=config.shard_size,
+        num_eval=config.num_eval,
+    )
+    folder = run.open_folder(config.out, stage="corpus", config=config)
+    if folder.finished:
+        return folder.result()
+    write_texts(folder.path, corpus.texts)
+    missing = [shard for shard in corpus.shards if not files.exists(folder.child(shard.path))]
+    written = write_shards(folder.path, missing, num_workers=config.num_workers)
+    for _ in track(written, total=len(missing), description="corpus", console=Console(stderr=True)):
+        pass
+    summary = dataclasses.asdict(corpus.summary)
+    return folder.finish({**summary, "removable_ratio": corpus.summary.removable_ratio})

@@ -1,0 +1,96 @@
+"""One self-contained HTML page from the folders of other stages; no stage knows that it exists."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from distilclip import run
+from distilclip.data import files
+from distilclip.errors import InputError
+from distilclip.report.load import Results, load
+from distilclip.report.page import build
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip report`."""
+
+    folders: tuple[str, ...]
+    """folders of a run or of single stages, searched for finished stages at any depth"""
+    out: str
+    """folder to write: index.html, figures/*.svg, result.json"""
+    title: str = "Distillation report"
+    """heading of the page"""
+    num_groups: int = 4
+    """groups in the gallery, of each kind: the largest, random ones, those nearest to the threshold"""
+    num_clusters: int = 6
+    """picture strips of the largest clusters, and as many of the smallest"""
+    num_pictures: int = 8
+    """removed pictures shown of each group; pictures of each cluster"""
+    thumbnail_size: int = 112
+    """longer side of a picture, in pixels"""
+    seed: int = 0
+    """of the random groups"""
+
+    def __post_init__(self) -> None:
+        if not self.folders:
+            raise InputError("report needs --folders: the folder of a run, or of its stages.")
+        for name in ("num_groups", "num_clusters", "num_pictures"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 16 <= self.thumbnail_size <= 1024:
+            raise InputError(f"thumbnail_size is {self.thumbnail_size}; it is a side in pixels, from 16 to 1024.")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Write the page; the folder's result.
+
+    A finished page is left as it is. Raises `InputError` where it was made from results that have changed since.
+    """
+    folder = run.open_folder(config.out, stage="report", config=config)
+    results = load(config.folders)
+    sources = _digests(results)
+    if folder.finished:
+        _check_unchanged(folder.result()["sources"], sources, config.out)
+        return folder.result()
+    page = build(
+        results,
+        heading=config.title,
+        num_groups=config.num_groups,
+        num_clusters=config.num_clusters,
+        num_pictures=config.num_pictures,
+        thumbnail_size=config.thumbnail_size,
+        seed=config.seed,
+    )
+    for name, svg in page.figures.items():
+        files.write_bytes(folder.child("figures", name), svg.encode())
+    files.write_bytes(folder.child("index.html"), page.html.encode())
+    return folder.finish(
+        {
+            "page": "index.html",
+            "figures": sorted(page.figures),
+            "absent": [section for section, _ in page.absent],
+            "sources": sources,
+        }
+    )
+
+
+def _digests(results: Results) -> dict[str, str]:
+    """SHA-256 of the result of every finished folder, by its path."""
+    return {
+        folder.path: hashlib.sha256(json.dumps(folder.result, sort_keys=True).encode()).hexdigest()
+        for folder in results.folders
+        if folder.result is not None
+    }
+
+
+def _check_unchanged(old: dict[str, str], new: dict[str, str], out: str) -> None:
+    changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
+    if changed:
+        raise InputError(
+            f"{out} shows earlier results: since then {', '.join(changed)} came, went or changed. "
+            "Choose another --out, or remove that folder to have the page made again."
+        )

@@ -1,0 +1,47 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _LargestStorage(TorchDispatchMode):
+    """Remembers the most bytes that any tensor made inside the block stands on, backward passes included."""
+
+    num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.untyped_storage().nbytes() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.num_bytes = max([self.num_bytes, *sizes])
+        return result
+
+
+@pytest.fixture
+def largest_storage() -> type[_LargestStorage]:
+    return _LargestStorage
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Turns the shape checks of the test session off, so that the library's own message can be seen."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def unit_rows() -> Callable[..., Tensor]:
+    """A maker of random unit rows, float64 unless told otherwise; equal arguments give equal rows."""
+
+    def make(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.nn.functional.normalize(rows, dim=-1).to(dtype).requires_grad_()
+
+    return make

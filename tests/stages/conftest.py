@@ -1,0 +1,60 @@
+"""A small finished store with known copies, and what a stage's folder holds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from distilclip.data.store import Rows, finished_shard, write_manifest, write_shard
+
+TEACHER = {"name": "tiny", "digest": "d", "preprocessing": "p", "tokenizer": "t", "precision": "fp32", "scale": 100.0}
+
+
+def write_store(folder: Path, *, rows: int = 40, shards: int = 3, dim: int = 16) -> tuple[str, np.ndarray, np.ndarray]:
+    """A finished store of images of which a third are near-copies across shards; its rows, and which are valid."""
+    random = np.random.default_rng(0)
+    n = rows * shards
+    x = random.standard_normal((n, dim))
+    source, copied = random.integers(0, n // 2, n), random.random(n) < 0.35
+    x[copied] = x[source[copied]] + 0.05 * random.standard_normal((copied.sum(), dim))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    valid = random.random(n) < 0.9
+    x[~valid] = 0
+    lines = []
+    for shard in range(shards):
+        here = slice(shard * rows, (shard + 1) * rows)
+        table = Rows(
+            key=[f"{i:05d}" for i in range(rows)],
+            offset=np.arange(rows, dtype=np.uint64),
+            size=np.ones(rows, np.uint32),
+            valid=valid[here],
+            error=["" if ok else "no image" for ok in valid[here]],
+            image_sha256=np.ones((rows, 32), np.uint8),
+        )
+        write_shard(
+            str(folder),
+            shard,
+            table,
+            image=x[here],
+            text=x[here],
+            uri=f"{shard}.tar",
+            num_bytes=1,
+            source_digest="s",
+            truncated=False,
+            teacher=TEACHER,
+        )
+        line = finished_shard(str(folder), shard)
+        assert line is not None
+        lines.append(line)
+    write_manifest(str(folder), lines, dim=dim, teacher=TEACHER)
+    (folder / "config.json").write_text(json.dumps({"stage": "embed"}))
+    (folder / "result.json").write_text(json.dumps({"stage": "embed"}))
+    return str(folder), x, valid
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that says what was found; config.json and env.json say how it was asked."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: content for name, content in files.items() if name not in ("config.json", "env.json")}

@@ -1,0 +1,83 @@
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from distilclip.data.groups import read_centers, read_labels
+from distilclip.errors import InputError
+from distilclip.stages import balance
+from distilclip.stages.cluster import Config, main
+from tests.stages.conftest import contents, write_store
+
+
+def balanced(tmp_path: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
+    """A store, its balance folder, its rows, and which of them are kept."""
+    store, x, valid = write_store(tmp_path / "store")
+    groups = str(tmp_path / "balance")
+    balance.main(balance.Config(store=store, out=groups, threshold=0.3, metric="euclidean", device="cpu"))
+    from distilclip.ops.balance import balance as balance_rows
+
+    return store, groups, x, balance_rows(x, threshold=0.3, metric="euclidean", valid=valid).keep
+
+
+def test_labels_are_the_nearest_centers_of_the_kept_rows(tmp_path: Path) -> None:
+    store, groups, x, keep = balanced(tmp_path)
+    out = tmp_path / "cluster"
+    result = main(Config(store=store, groups=groups, out=str(out), num_centers=5, device="cpu"))
+    centers = read_centers(str(out))
+    assert centers.shape == (5, 16)
+    similarity = x.astype(np.float64) @ centers.astype(np.float64).T
+    similarity /= np.maximum(np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True), 1e-9)
+    distances = []
+    for shard in range(3):
+        part = read_labels(str(out), shard)
+        rows = shard * 40 + part.row.astype(int)
+        np.testing.assert_array_equal(rows, shard * 40 + np.flatnonzero(keep[shard * 40 : shard * 40 + 40]))
+        np.testing.assert_array_equal(part.cluster, similarity[rows].argmax(axis=1))
+        np.testing.assert_allclose(part.distance, 1 - similarity[rows].max(axis=1), atol=1e-6)
+        distances.append(part.distance)
+    assert result["num_labelled"] == keep.sum()
+    assert result["objective"] == pytest.approx(np.concatenate(distances).mean())
+    before, after = result["sizes_before_balance"], result["sizes"]
+    assert sum(after["histogram"]) == sum(before["histogram"]) == 5
+    assert before["largest"] > after["largest"]
+
+
+def test_without_groups_every_valid_row_is_labelled(tmp_path: Path) -> None:
+    store, _, valid = write_store(tmp_path / "store")
+    result = main(Config(store=store, out=str(tmp_path / "c"), num_centers=4, points_per_center=5, device="cpu"))
+    assert result["num_labelled"] == valid.sum()
+    assert result["sizes_before_balance"] is None
+
+
+def test_a_kill_after_any_file_leaves_the_same_bytes(tmp_path: Path) -> None:
+    store, groups, _, _ = balanced(tmp_path)
+    config: dict[str, Any] = {"store": store, "groups": groups, "num_centers": 6, "device": "cpu"}
+    whole = tmp_path / "whole"
+    result = main(Config(out=str(whole), **config))
+    written = sorted(whole.rglob("*.*"), key=lambda p: p.stat().st_mtime_ns)
+    written = [p for p in written if p.name not in ("config.json", "env.json")]
+    for kept in range(len(written)):
+        cut = tmp_path / f"cut{kept}"
+        shutil.copytree(whole, cut)
+        for path in written[kept:]:
+            (cut / path.relative_to(whole)).unlink()
+        assert main(Config(out=str(cut), **config)) == result
+        assert contents(cut) == contents(whole)
+
+
+def test_groups_of_another_store_are_refused(tmp_path: Path) -> None:
+    _, groups, _, _ = balanced(tmp_path)
+    other, _, _ = write_store(tmp_path / "other", rows=30)
+    with pytest.raises(InputError, match="was not made from"):
+        main(Config(store=other, groups=groups, out=str(tmp_path / "c"), num_centers=2, device="cpu"))
+
+
+def test_more_centers_than_kept_rows_is_an_error(tmp_path: Path) -> None:
+    store, groups, _, keep = balanced(tmp_path)
+    with pytest.raises(InputError, match=f"number of rows, {keep.sum()}"):
+        main(Config(store=store, groups=groups, out=str(tmp_path / "c"), num_centers=120, device="cpu"))
+    with pytest.raises(InputError, match="num_centers is 0"):
+        Config(store=store, out="c", num_centers=0)

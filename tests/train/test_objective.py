@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from distilclip import losses
+from distilclip.errors import InputError
+from distilclip.models.heads import Heads
+from distilclip.ops.features import Features
+from distilclip.train.objective import TERMS, Objective, objective
+
+N, STUDENT_DIM, TEACHER_DIM, NUM_CENTERS = 6, 8, 5, 7
+
+
+def features(dim: int, seed: int) -> Features:
+    generator = torch.Generator().manual_seed(seed)
+    image, text = (F.normalize(torch.randn(N, dim, generator=generator), dim=1) for _ in range(2))
+    return Features(image=image, text=text, scale=torch.tensor(10.0 + seed))
+
+
+@pytest.fixture
+def heads() -> Heads:
+    torch.manual_seed(0)
+    centers = F.normalize(torch.randn(NUM_CENTERS, TEACHER_DIM), dim=1)
+    return Heads(STUDENT_DIM, TEACHER_DIM, augmented=True, centers=centers)
+
+
+def test_every_term_is_computed_when_it_has_a_weight_and_not_otherwise(heads: Heads) -> None:
+    student, teacher = features(STUDENT_DIM, 1), features(TEACHER_DIM, 2)
+    labels = torch.arange(N)
+    for term in TERMS:
+        method = Objective(**{"task": 0.0, term: 1.0})
+        values = method.terms(student, teacher, heads=heads, masked_image=student.image, labels=labels)
+        assert set(values) == {term}
+        assert torch.isfinite(values[term])
+
+
+def test_clip_kd_is_the_published_sum(heads: Heads) -> None:
+    student, teacher = features(STUDENT_DIM, 1), features(TEACHER_DIM, 2)
+    method = objective("clip-kd")
+    u = heads.project(student)
+    expected = (
+        losses.contrastive(student.image, student.text, scale=student.scale)
+        + losses.relational(student, teacher)
+        + 2000 * losses.feature(u, teacher)
+        + losses.interactive(u, teacher, scale=heads.scale("interactive"))
+    )
+    assert torch.allclose(method.total(method.terms(student, teacher, heads=heads)), expected)
+
+
+def test_clip_cid_is_base_plus_cluster_plus_instance(heads: Heads) -> None:
+    student, teacher, labels = features(STUDENT_DIM, 1), features(TEACHER_DIM, 2), torch.arange(N)
+    method = objective("clip-cid")
+    u = heads.project(student)
+    assert heads.centers is not None
+    expected = (
+        losses.contrastive(student.image, student.text, scale=student.scale)
+        + losses.cluster(u.image, teacher.image, heads.centers, labels).total
+        + losses.instance(u, teacher, scale=heads.scale("instance"))
+    )
+    assert torch.allclose(method.total(method.terms(student, teacher, heads=heads, labels=labels)), expected)
+
+
+def test_task_is_never_projected(heads: Heads) -> None:
+    student = features(STUDENT_DIM, 1)
+    objective("clip").terms(student, None, heads=heads)["task"].requires_grad_(False)
+    values = Objective().terms(student, features(TEACHER_DIM, 2), heads=heads)
+    assert not values["task"].requires_grad  # no head's parameter is in its graph
+
+
+def test_overrides_replace_weights_and_constants() -> None:
+    method = objective("clip-cid", {"alpha": 0.9, "feature": 10.0})
+    assert (method.alpha, method.feature, method.cluster) == (0.9, 10.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("clip-cdi", {}, "Did you mean 'clip-cid'"),
+        ("clip", {"featur": 1.0}, "no term or constant 'featur'. Did you mean 'feature'"),
+        ("clip", {"feature": -1.0}, "weight of the term 'feature' is -1.0"),
+        ("clip", {"task": 0.0}, "All term weights are 0"),
+        ("clip-cid", {"alpha": 1.5}, "alpha is 1.5"),
+        ("clip-cid", {"temperature": 0.0}, "must be positive"),
+        ("clip-cid", {"sample_rate": 0.0}, "sample_rate is 0.0"),
+    ],
+)
+def test_bad_objectives_are_named(name: str, overrides: dict[str, float], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        objective(name, overrides)
