@@ -76,18 +76,23 @@ def open_folder(path: str, *, stage: str, config: Any) -> Folder:
     return folder
 
 
-def require(path: str, *, stage: str) -> dict[str, Any]:
-    """The result of a finished stage folder; `InputError` names the stage that is missing or unfinished."""
+def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any]:
+    """The result of a finished stage folder; `InputError` names the stage that is missing or unfinished.
+
+    With `store`, the folder must also have been made from that store.
+    """
     folder = Folder(str(path), stage)
     if not files.exists(folder.child("config.json")):
         raise InputError(f"{path} is no {stage} folder: run `distilclip {stage} --out {path}` first.")
-    found = read_json(folder.child("config.json")).get("stage")
-    if found != stage:
-        raise InputError(f"{path} was written by `distilclip {found}`, but a {stage} folder is needed here.")
+    config = read_json(folder.child("config.json"))
+    if config.get("stage") != stage:
+        raise InputError(f"{path} was written by `distilclip {config.get('stage')}`; a {stage} folder is needed here.")
     if not folder.finished:
         raise InputError(
             f"{path} is unfinished (no result.json): run `distilclip {stage} {path}/config.json` to finish it."
         )
+    if store is not None and files.absolute(config["store"]) != files.absolute(store):
+        raise InputError(f"{path} was made from the store {config['store']}, not from {store}.")
     return folder.result()
 
 

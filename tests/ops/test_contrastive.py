@@ -14,7 +14,9 @@ Make = Callable[..., Tensor]
 
 
 def naive_info_nce(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    losses = [-torch.log_softmax(torch.stack([scale * x[i] @ y[j] for j in range(len(y))]), 0)[i] for i in range(len(x))]
+    losses = [
+        -torch.log_softmax(torch.stack([scale * x[i] @ y[j] for j in range(len(y))]), 0)[i] for i in range(len(x))
+    ]
     return torch.stack(losses).mean()
 
 
@@ -116,15 +118,15 @@ def test_half_precision_at_scale_100_is_finite_and_computed_in_float32(
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss = contrastive(x, y, scale=scale, tile=tile)
     assert loss.dtype == torch.float32
-    loss.backward()
-    assert x.grad.dtype == torch.bfloat16
-    assert torch.isfinite(torch.cat([loss[None], x.grad.flatten().float(), scale.grad[None]])).all()
+    by_x, by_scale = torch.autograd.grad(loss, [x, scale])
+    assert by_x.dtype == torch.bfloat16
+    assert torch.isfinite(torch.cat([loss[None], by_x.flatten().float(), by_scale[None]])).all()
     expected = contrastive(x.detach().double(), y.double(), scale=100.0)
     torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
 
 
 def test_large_batch_never_holds_all_similarities(unit_rows: Make, largest_storage: type) -> None:
-    n, dim = 2600, 4
+    n, dim = 2300, 4
     x, y = unit_rows(n, dim, dtype=torch.float32), unit_rows(n, dim, seed=1, dtype=torch.float32)
     with largest_storage() as largest:
         (contrastive(x, y, scale=SCALE) + info_nce(x, y, scale=SCALE)).backward()
@@ -160,6 +162,9 @@ def test_shapes_that_differ_are_named_with_the_remedy() -> None:
         info_nce(torch.ones(3, 2), torch.ones(4, 3), scale=1.0)
     with pytest.raises(ValueError, match=r"offset=2 with 3 queries and 4 keys"):
         info_nce(torch.ones(3, 2), torch.ones(4, 2), scale=1.0, offset=2)
-    narrow, wide = Features(torch.ones(3, 64), torch.ones(3, 64), one), Features(torch.ones(3, 128), torch.ones(3, 128), one)
+    narrow, wide = (
+        Features(torch.ones(3, 64), torch.ones(3, 64), one),
+        Features(torch.ones(3, 128), torch.ones(3, 128), one),
+    )
     with pytest.raises(ValueError, match="student is 64 wide, teacher 128: project the student first"):
         instance(narrow, wide, scale=1.0)

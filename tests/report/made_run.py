@@ -17,7 +17,7 @@ from tests.conftest import encoded, picture, write_tar
 NUM_SHARDS, NUM_ROWS, DIM = 2, 12, 8
 NASTY = "<script>alert('caption')</script> a red circle & a \"square\""
 TEACHER = {
-    "digest": "a" * 64,
+    "digest": hashlib.sha256(b"teacher").hexdigest(),
     "preprocessing": "{}",
     "tokenizer": "simple",
     "precision": "fp32",
@@ -36,11 +36,16 @@ def write_run(folder: Path) -> Path:
     store = write_embed(folder / "embed", write_pairs(folder / "pairs"), teacher=teacher)
     write_balance(folder / "balance", store)
     write_cluster(folder / "cluster", store)
-    write_train(folder / "train" / "teacher", {"task": 1.0}, teacher=None, height=3.0)
+    write_train(folder / "train" / "teacher", {"task": 1.0}, store=None, height=3.0)
     for place, (name, weights) in enumerate(STUDENTS.items()):
-        write_train(folder / "train" / name, weights, teacher=str(store), height=4.0 - 0.3 * place)
+        write_train(folder / "train" / name, weights, store=str(store), height=4.0 - 0.3 * place)
     write_evaluate(folder / "evaluate")
     return folder
+
+
+def digest(name: str) -> str:
+    """What stands for the digest of a model's weights."""
+    return hashlib.sha256(name.encode()).hexdigest()
 
 
 def write_stage(folder: Path, stage: str, result: dict[str, Any] | None, **config: Any) -> None:
@@ -99,7 +104,17 @@ def write_embed(folder: Path, tars: list[str], *, teacher: str) -> Path:
         assert key_digest(rows.key) == finished_shard(str(folder), shard).key_digest  # type: ignore[union-attr]
     shards = [finished_shard(str(folder), shard) for shard in range(NUM_SHARDS)]
     write_manifest(str(folder), [shard for shard in shards if shard], dim=DIM, teacher={**TEACHER, "name": teacher})
-    write_stage(folder, "embed", {"num_rows": NUM_SHARDS * NUM_ROWS}, data=tars, teacher=teacher)
+    result = {
+        "num_shards": NUM_SHARDS,
+        "num_rows": NUM_SHARDS * NUM_ROWS,
+        "num_valid": NUM_SHARDS * (NUM_ROWS - 1),
+        "num_invalid": NUM_SHARDS,
+        "reasons": {"truncated image": NUM_SHARDS},
+        "truncated": [],
+        "dim": DIM,
+        "teacher": {**TEACHER, "name": teacher},
+    }
+    write_stage(folder, "embed", result, data=tars, model=teacher)
     return folder
 
 
@@ -127,8 +142,8 @@ def write_balance(folder: Path, store: Path) -> None:
         for step in range(15)
     ]
     result = {
-        "store": str(store),
         "threshold": 0.07,
+        "saturated": None,
         "metric": "sqeuclidean",
         "num_valid": 22,
         "num_kept": 14,
@@ -153,11 +168,12 @@ def write_cluster(folder: Path, store: Path) -> None:
     write_stage(folder, "cluster", result, store=str(store), num_centers=3)
 
 
-def write_train(folder: Path, weights: dict[str, float], *, teacher: str | None, height: float) -> None:
+def write_train(folder: Path, weights: dict[str, float], *, store: str | None, height: float) -> None:
     """A finished train folder with a log of 60 lines; one with distillation logs cosines too."""
     steps = np.arange(0, 600, 10)
     values = {"loss": height * np.exp(-steps / 200) + 1}
     values.update({name: values["loss"] / (place + 1) for place, name in enumerate(weights)})
+    values["data_share"] = np.full(len(steps), 0.02)
     values["samples_per_second"] = np.where(steps == 0, 50.0, 700.0 + 10 * height)
     if len(weights) > 1:
         values["cosine_image"] = 0.8 - 0.6 * np.exp(-steps / 150)
@@ -167,30 +183,37 @@ def write_train(folder: Path, weights: dict[str, float], *, teacher: str | None,
         "objective": {**weights, "alpha": 0.999, "temperature": 0.07},
         "num_parameters": 1_234_567,
         "num_samples_seen": 153_600,
-        "digest": ("a" if teacher is None else "b") * 64,
+        "digest": digest(folder.name),
     }
-    write_stage(folder, "train", result, store=teacher, student="{}")
+    write_stage(folder, "train", result, store=store, student="{}")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def write_evaluate(folder: Path) -> None:
-    """Scores of teacher and students on three sets."""
-    models = {"teacher": 0.62, "plain": 0.35, "clip-kd": 0.48, "clip-cid": 0.515}
+    """Scores of teacher and students on three sets; `sketch` has no images to train a probe on."""
     rows = []
-    for number, (model, level) in enumerate(models.items()):
-        common = {"model": model, "model_digest": "ab"[number > 0] * 64}
-        for place, (name, classes) in enumerate({"shape": 12, "sketch": 12}.items()):
-            for task, lift in (("zero-shot", 0.0), ("linear-probe", 0.1)):
-                value = level + lift - 0.12 * place
-                row = {**common, "set": name, "task": task, "num_test": 500, "num_classes": classes}
-                rows.append({**row, "metric": "top1", "value": value})
-                rows.append({**row, "metric": "mean_per_class", "value": value - 0.01})
+    for model, level in {"teacher": 0.62, "plain": 0.35, "clip-kd": 0.48, "clip-cid": 0.515}.items():
+        rows += [
+            *_accuracies(model, "shape", "zero-shot", level),
+            *_accuracies(model, "sketch", "zero-shot", level - 0.12),
+            *_accuracies(model, "shape", "linear-probe", level + 0.1),
+            _score(model, "sketch", "linear-probe", "top1", None, reason="the set has no training images"),
+        ]
         for metric in ("image_to_text_r1", "text_to_image_r1", "image_to_text_r5"):
-            value = level / 2 + 0.2 * metric.endswith("5")
-            rows.append(
-                {**common, "set": "retrieval", "task": "retrieval", "metric": metric, "value": value, "num_test": 400}
-            )
-        rows.append(
-            {**common, "set": "shape", "task": "agreement", "metric": "top1", "value": 0.2 + level, "num_test": 500}
-        )
-    write_stage(folder, "evaluate", {"rows": rows}, models=list(models))
+            rows.append(_score(model, "retrieval", "retrieval", metric, level / 2, chance=1 / 400, num_test=400))
+        for metric, value in (("top1_agreement", 0.2 + level), ("cka", 0.9), ("kl", 1.25)):
+            rows.append(_score(model, "shape", "agreement", metric, value))
+    write_stage(folder, "evaluate", {"rows": rows}, models=list(STUDENTS), teacher="teacher")
+
+
+def _accuracies(model: str, dataset: str, task: str, value: float) -> list[dict[str, Any]]:
+    return [
+        _score(model, dataset, task, metric, value - 0.01 * place, chance=1 / 12, num_classes=12)
+        for place, metric in enumerate(("top1", "mean_per_class"))
+    ]
+
+
+def _score(model: str, dataset: str, task: str, metric: str, value: float | None, **more: Any) -> dict[str, Any]:
+    row = {"model": model, "model_digest": digest(model), "set": dataset, "task": task, "metric": metric}
+    interval = {"low": value - 0.04, "high": value + 0.04} if value is not None else {"low": None, "high": None}
+    return {**row, "value": value, **interval, "chance": None, "num_test": 500, "reason": "", "details": {}, **more}

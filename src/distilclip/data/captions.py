@@ -112,9 +112,9 @@ def _relation(rng: np.random.Generator, first: Object, second: Object) -> str:
     return _pick(rng, true)
 
 
-def _phrase(rng: np.random.Generator, item: Object, *, size: float = 0.35) -> str:
+def _phrase(rng: np.random.Generator, item: Object, *, size: float = 0.3) -> str:
     """The object without an article; `size` is the probability that its size is told."""
-    tell_colour, tell_texture, tell_size = rng.random(3) < (0.8, 0.4, size)
+    tell_colour, tell_texture, tell_size = rng.random(3) < (0.6, 0.35, size)
     adjectives: list[str] = []
     afterwards: list[str] = []
     if tell_size:

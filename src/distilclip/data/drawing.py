@@ -16,7 +16,7 @@ from distilclip.data.scenes import PLACES, Object, Scene
 
 Plane = Float[np.ndarray, "h w"]
 
-_RADIUS = {"small": 0.115, "medium": 0.185, "large": 0.295}
+_RADIUS = {"small": 0.135, "medium": 0.21, "large": 0.31}
 _RGB = {
     "red": (0.85, 0.10, 0.10),
     "orange": (0.98, 0.52, 0.05),
@@ -36,7 +36,7 @@ _BACKGROUND_RGB = {
     "mint": (0.72, 0.92, 0.80),
     "lavender": (0.83, 0.78, 0.95),
 }
-_STROKE = 0.11  # of a radius: the edge that keeps a shape readable where its texture is as pale as the background
+_STROKE = 0.16  # of a radius: the edge that keeps a shape readable where its texture is as pale as the background
 
 
 # Shapes: signed distance (negative inside) in a frame where the shape fills about the unit disc and points up.
@@ -158,7 +158,7 @@ def draw_look(rng: np.random.Generator, scene: Scene) -> Look:
     return Look(
         center=np.clip(center, edge, 1 - edge),
         radius=radius,
-        angle=rng.uniform(-0.5, 0.5, num),
+        angle=rng.uniform(-0.3, 0.3, num),
         phase=rng.random((num, 2)),
         slant=rng.uniform(0, np.pi, num),
         colour=np.array([_RGB[o.colour] for o in scene.objects]) + rng.normal(0, 0.03, (num, 3)),

@@ -10,7 +10,7 @@ import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import Any
 
 import fsspec
 
@@ -25,6 +25,11 @@ def is_url(path: str) -> bool:
 def join(base: str, *names: str) -> str:
     """`base/name/name`, for paths and URLs."""
     return "/".join([base.rstrip("/") or "/", *names])
+
+
+def absolute(path: str) -> str:
+    """One spelling per place: an absolute local path, or the URL as it is."""
+    return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
 def filesystem(path: str) -> tuple[Any, str]:
@@ -90,7 +95,7 @@ class Reader:
 
     def __init__(self, path: str, *, sequential: bool = False) -> None:
         self.path, self.sequential = path, sequential
-        self._file: IO[bytes] | None = None
+        self._file: Any = None
         self._process = 0
 
     def __getstate__(self) -> dict[str, Any]:
@@ -122,7 +127,7 @@ class Reader:
             self._file.close()
             self._file = None
 
-    def _open(self) -> IO[bytes]:
+    def _open(self) -> Any:
         # Unbuffered, since a buffer would fetch 8 KiB for each header of 512 bytes.
         return open_read(self.path) if is_url(self.path) else open(self.path, "rb", buffering=0)
 
@@ -141,7 +146,7 @@ def local_copy(path: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def atomic_write(path: str) -> Iterator[IO[bytes]]:
+def atomic_write(path: str) -> Iterator[Any]:
     """Write a file that appears whole or not at all: temporary name, flush, fsync, rename.
 
     Object stores publish an object when it is closed, so there the file is simply written; a failure inside the

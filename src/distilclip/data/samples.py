@@ -139,8 +139,7 @@ def decode_image(
         except BadSample as error:
             raise BadSample(error.reason, detail=error.detail, where=where) from error
         except Exception as error:  # on hostile bytes Pillow's plugins raise nearly anything
-            reason = "truncated image" if "truncated" in str(error) else "damaged image"
-            raise BadSample(reason, where=where) from error
+            raise _damaged(error, where) from error
 
 
 def _open(data: bytes, where: str) -> Image.Image:
@@ -151,7 +150,11 @@ def _open(data: bytes, where: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadSample("too many pixels", where=where) from error
     except Exception as error:  # as above
-        raise BadSample("damaged image", where=where) from error
+        raise _damaged(error, where) from error
+
+
+def _damaged(error: Exception, where: str) -> BadSample:
+    return BadSample("truncated image" if "truncated" in str(error).lower() else "damaged image", where=where)
 
 
 @lru_cache(maxsize=1)

@@ -87,7 +87,7 @@ def seen_combinations() -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class Prior:
-    """How often training scenes show each combination: Zipf-Mandelbrot, 1 / (rank + 3)."""
+    """How often training scenes show each combination: Zipf-Mandelbrot, 1 / (rank + 8)."""
 
     combinations: Int[np.ndarray, "m 2"]
     probability: Float[np.ndarray, " m"]
@@ -96,7 +96,7 @@ class Prior:
     def drawn(cls, rng: np.random.Generator) -> Prior:
         """A prior over the seen combinations, its ranking drawn from `rng`."""
         combinations = rng.permutation(np.array(seen_combinations()))
-        weight = 1.0 / (np.arange(len(combinations)) + 3.0)
+        weight = 1.0 / (np.arange(len(combinations)) + 8.0)
         return cls(combinations, weight / weight.sum())
 
     def draw(self, rng: np.random.Generator, num: int) -> Int[np.ndarray, "num 2"]:
@@ -109,7 +109,7 @@ def draw_scenes(rng: np.random.Generator, num: int, prior: Prior) -> Int[np.ndar
     combination = prior.draw(rng, num * MAX_OBJECTS).reshape(num, MAX_OBJECTS, 2)
     size = rng.choice([SMALL, MEDIUM], size=(num, MAX_OBJECTS), p=[0.4, 0.6])
     size[:, 0] = rng.choice(len(SIZES), size=num, p=[0.25, 0.4, 0.35])
-    present = np.arange(MAX_OBJECTS) < rng.choice([1, 2, 3], size=num, p=[0.45, 0.35, 0.2])[:, None]
+    present = np.arange(MAX_OBJECTS) < rng.choice([1, 2, 3], size=num, p=[0.55, 0.3, 0.15])[:, None]
     return _scene_codes(rng, size, combination, present)
 
 
@@ -161,7 +161,7 @@ def _scene_codes(
     present: Bool[np.ndarray, "num 3"],
 ) -> Int[np.ndarray, " num"]:
     """Add textures, places (no two objects share one) and a background, and pack each scene into one integer."""
-    texture = rng.choice(len(TEXTURES), size=size.shape, p=[0.4, 0.2, 0.2, 0.2])
+    texture = rng.choice(len(TEXTURES), size=size.shape, p=[0.46, 0.18, 0.18, 0.18])
     place = rng.permuted(np.tile(np.arange(len(PLACES)), (len(size), 1)), axis=1)[:, :MAX_OBJECTS]
     code = np.ravel_multi_index((size, combination[..., 0], combination[..., 1], texture, place), _RADICES)
     objects = -np.sort(-np.where(present, code, _ABSENT), axis=1)

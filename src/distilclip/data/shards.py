@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from distilclip.data.samples import Entry, Sample
 from distilclip.data.tables import CsvShard, ParquetShard
@@ -12,6 +12,7 @@ from distilclip.data.tars import TarShard
 from distilclip.errors import InputError
 
 
+@runtime_checkable
 class Shard(Protocol):
     """A file of samples with random access."""
 

@@ -92,6 +92,7 @@ class PairStream:
             raise InputError(f"seed is {loader.seed}; it must not be negative.")
         self.loader, self.policy = loader, policy
         self.batch_size, self.rank, self.world = batch_size, rank, world
+        self._latest: tuple[int, Int64[np.ndarray, " rows"]] = -1, np.empty(0, np.int64)
 
     @property
     def num_rows(self) -> int:
@@ -129,5 +130,3 @@ class PairStream:
             generator = np.random.Generator(np.random.PCG64([self.loader.seed, epoch]))
             self._latest = epoch, generator.permutation(self.num_rows)
         return self._latest[1]
-
-    _latest: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))

@@ -51,11 +51,14 @@ class TarShard:
     def index(self) -> list[Entry]:
         """Every sample in file order, unusable ones included; payloads are skipped, not read.
 
+        Where a tar is cut or damaged, the last entry stands for all that is lost: the sample that is cut, or an entry
+        without key at the byte where the tar cannot be followed any more.
+
         Raises:
             InputError: the file is no tar, or holds no sample.
         """
         spans: list[_Span] = []
-        cut = ""
+        lost: list[Entry] = []
         with files.Reader(self.uri, sequential=True) as reader:
             try:
                 for member in walk(reader.read, reader.size):
@@ -65,17 +68,18 @@ class TarShard:
                         spans.append(_Span(member))
                     spans[-1].add(member)
             except _CutError as error:
-                if error.start == 0:
+                if error.start == 0 and not spans:
                     raise InputError(f"{self.uri} is no tar file ({error}). {_remedy(reader.read(0, 4))}") from error
-                cut = str(error)
+                if not spans or spans[-1].error != _CUT:
+                    lost = [Entry("", error.start, 0, str(error))]
             end = reader.read(max(0, reader.size - BLOCK), BLOCK)
-            self.truncated = bool(cut) or any(end) or reader.size % BLOCK != 0
+            self.truncated = bool(lost) or any(end) or reader.size % BLOCK != 0
         if not spans:
             raise InputError(
                 f"{self.uri} holds no sample. Expected members such as 000000000.jpg and 000000000.txt; "
                 "remove the file from the data, or fetch it again."
             )
-        return _entries(spans, cut)
+        return _entries(spans) + lost
 
     def read(self, offset: int, size: int) -> Sample:
         """The sample that the index found at `offset`, by one range read.
@@ -141,7 +145,7 @@ def walk(read: ReadAt, size: int) -> Iterator[Member]:
         if kind in (_LONG_NAME, _PAX):
             content = read(data, length)
             if len(content) < length:
-                raise _CutError("tar cut", start)
+                raise _CutError(_CUT, start)
             if kind == _LONG_NAME:
                 long_name = content.rstrip(b"\0")
             else:
@@ -149,9 +153,10 @@ def walk(read: ReadAt, size: int) -> Iterator[Member]:
         elif kind not in _OTHER_EXTENDED:
             length = 0 if kind in _WITHOUT_PAYLOAD else _pax_length(pax, length, start)
             if kind in _REGULAR:
-                yield _member(pax.get(b"path") or long_name or _ustar_name(header), start, data, length)
+                name = pax.get(b"path") or long_name or _ustar_name(header)
+                yield _member(name, start, data, length, error=_CUT if data + length > size else "")
             if data + length > size:
-                raise _CutError("tar cut", start)
+                raise _CutError(_CUT, start)
             long_name, pax = b"", {}
         offset = data + _padded(length)
         if not long_name and not pax:
@@ -161,6 +166,7 @@ def walk(read: ReadAt, size: int) -> Iterator[Member]:
 _REGULAR = (b"0", b"\0", b"7")
 _WITHOUT_PAYLOAD = (b"1", b"2", b"3", b"4", b"5", b"6")  # links, devices, folders, pipes, whatever their size says
 _LONG_NAME, _PAX = b"L", b"x"
+_CUT = "tar cut"
 _OTHER_EXTENDED = (b"K", b"g", b"X")  # long link names, global pax records
 
 
@@ -171,7 +177,7 @@ def _padded(length: int) -> int:
 def _header_length(header: bytes, offset: int) -> int:
     """The size field of a header whose checksum holds (POSIX.1-1988; base 256 as in GNU tar)."""
     if len(header) < BLOCK:
-        raise _CutError("tar cut", offset)
+        raise _CutError(_CUT, offset)
     try:
         checksum = int(header[148:156].strip(b"\0 "), 8)
         field_ = header[124:136]
@@ -217,14 +223,13 @@ def _ustar_name(header: bytes) -> bytes:
     return name
 
 
-def _member(raw_name: bytes, start: int, data: int, size: int) -> Member:
-    error = ""
+def _member(raw_name: bytes, start: int, data: int, size: int, *, error: str) -> Member:
     try:
         name = raw_name.decode("utf-8")
     except UnicodeDecodeError:
-        name, error = raw_name.decode("utf-8", "backslashreplace"), "member name is not UTF-8"
+        name, error = raw_name.decode("utf-8", "backslashreplace"), error or "member name is not UTF-8"
     if name.startswith("/") or ".." in name.split("/"):
-        error = "unsafe member name"
+        error = error or "unsafe member name"
     match = _NAME.fullmatch(name)
     key, extension = (match[1], match[2].lower()) if match else ("", "")
     return Member(key, extension, start, data, size, error)
@@ -246,20 +251,18 @@ class _Span:
     def add(self, member: Member) -> None:
         self.extensions.add(member.extension)
         self.end = member.end
-        self.error = self.error or member.error
+        self.error = member.error or self.error
 
 
-def _entries(spans: list[_Span], cut: str) -> list[Entry]:
+def _entries(spans: list[_Span]) -> list[Entry]:
     entries = []
     seen: set[str] = set()
     for span in spans:
         key, start, size = span.first.key, span.first.start, span.end - span.first.start
         error = span.error
-        if cut and span is spans[-1]:
-            error = cut
-        elif key in seen:
+        if not error and key in seen:
             error = "duplicate key"
-        elif size > MAX_SPAN:
+        elif not error and size > MAX_SPAN:
             error = "sample larger than 4 GiB"
         elif not error and not span.extensions & IMAGE_EXTENSIONS:
             error = "no image"

@@ -56,7 +56,7 @@ class Classes:
             )
         if int(label) >= len(self):
             raise InputError(
-                f"{where}: the label {label} is out of range: {self.source} has {len(self)} classes, 0 to {len(self) - 1}."
+                f"{where}: the label {label} is out of range: {self.source} has {len(self)} classes, numbered from 0."
             )
         return int(label)
 

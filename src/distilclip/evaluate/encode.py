@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from distilclip.data import files
 from distilclip.data.loader import OpenShards
 from distilclip.data.policy import ErrorPolicy
 from distilclip.data.samples import MAX_PIXELS, BadSample, decode_image
+from distilclip.data.workers import map_tasks
 from distilclip.errors import InputError
 from distilclip.evaluate.dataset import ImageRef
 from distilclip.models.clip import Clip
@@ -81,10 +81,15 @@ def encode_images(
         "embedding": clip.encode_image,
         "backbone": clip.backbone_features,
     }
+    decoder = _Images(images, clip.preprocess, encoding.max_pixels)
+    batches = [
+        range(first, min(first + encoding.batch_size, len(images)))
+        for first in range(0, len(images), encoding.batch_size)
+    ]
     buffers: dict[Output, Tensor] = {}
     rows: list[int] = []
     with progress(description, len(images)) as advance, torch.no_grad():
-        for pixels, read, bad in _batches(clip, images, encoding):
+        for pixels, read, bad in map_tasks(decoder, batches, num_workers=encoding.num_workers):
             policy.seen(len(read) + len(bad))
             for row, error in bad:
                 policy.bad(error, where=images[row].where)
@@ -103,10 +108,10 @@ def encode_images(
     policy.check(final=True)
     if not rows:
         raise InputError(f"None of the {len(images)} images could be read; the first is {policy.first}.")
-    features = {output: buffer[: len(rows)] for output, buffer in buffers.items()}
-    if not all(torch.isfinite(x).all() for x in features.values()):
-        raise InputError(f"{clip.name} gives NaN or infinite features: its weights are broken, or bf16 is too coarse.")
-    return ImageFeatures(rows=torch.tensor(rows), features=features, reasons=dict(sorted(policy.reasons.items())))
+    found = {output: buffer[: len(rows)] for output, buffer in buffers.items()}
+    for features in found.values():
+        _check_finite(clip, features)
+    return ImageFeatures(rows=torch.tensor(rows), features=found, reasons=dict(sorted(policy.reasons.items())))
 
 
 def encode_texts(clip: Clip, texts: Sequence[str], *, encoding: Encoding | None = None) -> Float[Tensor, "n dim"]:
@@ -118,73 +123,51 @@ def encode_texts(clip: Clip, texts: Sequence[str], *, encoding: Encoding | None 
             tokens = clip.tokenizer(list(texts[start : start + encoding.batch_size])).to(clip.device)
             parts.append(clip.encode_text(tokens).float().cpu())
     features = torch.cat(parts)
-    if not torch.isfinite(features).all():
-        raise InputError(f"{clip.name} gives NaN or infinite features: its weights are broken, or bf16 is too coarse.")
+    _check_finite(clip, features)
     return features
 
 
-_Batch = tuple[Tensor, list[int], list[tuple[int, str]]]  # pixels; the rows they are of; the unreadable rows and why
+def _check_finite(clip: Clip, features: Tensor) -> None:
+    if not torch.isfinite(features).all():
+        raise InputError(f"{clip.name} gives NaN or infinite features: its weights are broken, or bf16 is too coarse.")
 
 
-def _batches(clip: Clip, images: Sequence[ImageRef], encoding: Encoding) -> Iterator[_Batch]:
-    parallel: dict[str, Any] = {}
-    if encoding.num_workers > 0:
-        parallel = {"multiprocessing_context": "fork" if sys.platform == "linux" else "spawn"}
-    loader = DataLoader(
-        _Images(images, clip.preprocess, encoding.max_pixels),
-        batch_size=encoding.batch_size,
-        num_workers=encoding.num_workers,
-        collate_fn=_collate,
-        pin_memory=clip.device.type == "cuda",
-        generator=torch.Generator(),  # else the loader draws its base seed from the global random state
-        **parallel,
-    )
-    for batch in loader:
-        if isinstance(batch, InputError):
-            raise batch
-        yield batch
+_Batch = tuple[Tensor, list[int], list[tuple[int, str]]]  # pixels; the rows they are of; unreadable rows and why
 
 
 class _Images(Dataset):
-    """Decoded and preprocessed images by row. Errors are returned: raised in a worker, they would lose their type."""
+    """Maps rows to their batch, decoded and preprocessed. Picklable; opens files in the process that reads them."""
 
     def __init__(self, images: Sequence[ImageRef], preprocess: Callable[..., Tensor], max_pixels: int) -> None:
         self.images, self.preprocess, self.max_pixels = images, preprocess, max_pixels
-        uris = list(dict.fromkeys(image.uri for image in images if image.key))
-        self.number = {uri: number for number, uri in enumerate(uris)}
-        self.shards = OpenShards(uris)
+        self.shards = OpenShards()
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def __getitem__(self, rows: range) -> _Batch | InputError:
+        """The rows' batch. An `InputError` is returned: raised here, it would lose its type (`map_tasks` raises it)."""
+        pixels: list[Tensor] = []
+        read: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for row in rows:
+            try:
+                pixels.append(self._pixels(self.images[row]))
+                read.append(row)
+            except BadSample as error:
+                bad.append((row, error.error))
+            except InputError as error:
+                return error
+        return torch.stack(pixels) if pixels else torch.empty(0), read, bad
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | str | InputError]:
-        image = self.images[row]
-        try:
-            picture = decode_image(self._read(image), max_pixels=self.max_pixels, where=image.where)
-            return row, self.preprocess(picture)
-        except BadSample as error:
-            return row, error.error
-        except InputError as error:
-            return row, error
-
-    def _read(self, image: ImageRef) -> bytes:
+    def _pixels(self, image: ImageRef) -> Tensor:
         if image.error:
-            raise BadSample(*image.error.split(": ", 1)[:1], detail=image.error.partition(": ")[2], where=image.where)
-        if not image.key:
-            return files.read_bytes(image.uri)
-        sample = self.shards[self.number[image.uri]].read(image.offset, image.size)
+            reason, _, detail = image.error.partition(": ")
+            raise BadSample(reason, detail=detail, where=image.where)
+        data = self._sample(image) if image.key else files.read_bytes(image.uri)
+        return self.preprocess(decode_image(data, max_pixels=self.max_pixels, where=image.where))
+
+    def _sample(self, image: ImageRef) -> bytes:
+        sample = self.shards[image.uri].read(image.offset, image.size)
         if sample.key != image.key:
             raise InputError(f"{image.where}: found {sample.key!r} in its place; the file was changed during the run.")
         if sample.image is None:
             raise BadSample("no image", where=image.where)
         return sample.image
-
-
-def _collate(items: list[tuple[int, Tensor | str | InputError]]) -> _Batch | InputError:
-    for _, item in items:
-        if isinstance(item, InputError):
-            return item
-    pixels = [item for _, item in items if isinstance(item, Tensor)]
-    read = [row for row, item in items if isinstance(item, Tensor)]
-    bad = [(row, item) for row, item in items if isinstance(item, str)]
-    return (torch.stack(pixels) if pixels else torch.empty(0)), read, bad

@@ -26,8 +26,9 @@ RECALL_AT = (1, 5, 10)
 class Score:
     """One number. `value`, `low` and `high` (a 95 % bootstrap interval), `chance` and `majority` are fractions.
 
-    `value` is None where there is none, and `reason` says why. `headline` marks what the set is known by. `chance` is what guessing gets, `majority` what always
-    answering the most frequent class gets. `details` say how it was measured.
+    `value` is None where there is none, and `reason` says why. `headline` marks the metric that the set is known by.
+    `chance` is what guessing gets, `majority` what always answering the most frequent class gets. `details` say how it
+    was measured.
     """
 
     set: str
@@ -98,8 +99,10 @@ def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score, *,
 
 
 def agreement_scores(found: Agreement, base: Score) -> list[Score]:
-    """Top-1 agreement, KL, CKA and, where the widths match, mean cosine."""
-    values = {"top1_agreement": found.top1, "kl": found.kl, "cka": found.cka, "cosine": found.cosine}
+    """CKA, where the widths match mean cosine and, for a labelled set, top-1 agreement and KL."""
+    values = {"cka": found.cka, "cosine": found.cosine}
+    if base.num_classes is not None:
+        values = {"top1_agreement": found.top1, "kl": found.kl, **values}
     reasons = {"cosine": "the embeddings of student and teacher differ in width"}
     return [
         dataclasses.replace(
@@ -107,7 +110,7 @@ def agreement_scores(found: Agreement, base: Score) -> list[Score]:
             metric=metric,
             value=value,
             headline=metric in ("top1_agreement", "cka"),
-            reason="" if value is not None else reasons.get(metric, "the set has no named classes"),
+            reason="" if value is not None else reasons.get(metric, "the classes have numbers but no names"),
         )
         for metric, value in values.items()
     ]

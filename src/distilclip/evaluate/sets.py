@@ -33,11 +33,11 @@ def load_set(spec: str) -> LabelledSet | PairSet:
 
 
 def parse_spec(spec: str) -> tuple[str, str, str]:
-    """Name, kind and path of a set, without reading anything. The name is the last part of the path that is no pattern."""
+    """Name, kind and path of a set; nothing is read. The name is the path's last part that is no pattern."""
     match = re.fullmatch(r"(?:([\w.+-]+)=)?([\w-]+):(?!//)(.+)", spec)
     if not match:
         raise InputError(
-            f"The evaluation set {spec!r} does not say of what kind it is: write {', '.join(f'{k}:PATH' for k in KINDS)}."
+            f"The evaluation set {spec!r} does not say of what kind it is. Write folder:PATH, tar:PATH or pairs:PATH."
         )
     name, kind, path = match.groups()
     if kind not in KINDS:

@@ -70,7 +70,9 @@ def text_classifier(
         prompts = [template.replace("{}", name) for name in some for template in templates]
         embeddings = encode_texts(clip, prompts, encoding=encoding)
         rows.append(F.normalize(embeddings.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
-    return TextClassifier(weight=torch.cat(rows), scale=float(clip.scale), templates_digest=templates_digest(templates))
+    return TextClassifier(
+        weight=torch.cat(rows), scale=float(clip.scale.detach()), templates_digest=templates_digest(templates)
+    )
 
 
 def classify(

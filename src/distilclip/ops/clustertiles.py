@@ -22,7 +22,7 @@ from distilclip.ops.clustersums import PartialSums, Softmaxes, combine
 from distilclip.ops.streaming import blocks, no_autocast, scaled_exp
 
 _SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize
-_KEPT_ENTRIES = 1 << 24
+_KEPT_ENTRIES = 1 << 22
 _TILE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 25}
 
 
@@ -58,7 +58,7 @@ class CenterTiles:
     """Centers of one shard, walked in tiles of unit rows against blocks of embeddings; owns the buffers they need.
 
     With `keep`, the logits of one block against all classes stay until the next block, so that the gradients of that
-    block need no second product. A block then has dim / 4 rows (or what 64 MiB allow, if that is more): the kept logits
+    block need no second product. A block then has dim / 4 rows (or what 16 MiB allow, if that is more): the kept logits
     take half the memory of the centers, whatever n is.
     """
 
@@ -207,7 +207,7 @@ def partial_gradients(
 
 
 def _default_tile(centers: Tensor) -> tuple[int, int]:
-    """Rows such that kept logits take half the centers' memory, or 64 MiB; columns such that a tile stays in cache."""
+    """Rows such that kept logits take half the centers' memory, or 16 MiB; columns such that a tile stays in cache."""
     k, dim = centers.shape
     rows = max(dim // 4, _KEPT_ENTRIES // (2 * max(k, 1)), 1)
     return rows, max(64, _TILE_ENTRIES.get(centers.device.type, _TILE_ENTRIES["cpu"]) // (2 * rows))

@@ -9,10 +9,10 @@ It is solved in other coordinates, exactly. With mean m and covariance V diag(v)
     W = V (U / S),    b = u_0 / s_0 - m W,    S_jk = sqrt(n h_k v_j + l2),    h_k = mean p_k (1 - p_k)
 
 The free intercept absorbs the shift, the rotation keeps |W|, and a scale only turns the penalty into one per axis. In
-U the Hessian is near the identity, since n h_k v_j is about the loss's curvature for class k along axis j. CLIP features
-have a spectrum of many decades: plain L-BFGS needs hundreds of iterations where this needs tens. The map is applied
-to weights and gradients (d x k), never to the n x d features, and the scale as the initial matrix of L-BFGS, so that
-it can follow h without losing the remembered curvature pairs.
+U the Hessian is near the identity, since n h_k v_j is about the loss's curvature for class k along axis j. The spectrum
+of CLIP features spans decades: plain L-BFGS needs hundreds of iterations where this needs tens. The map is applied to
+weights and gradients (d x k), never to the n x d features, and the scale as the initial matrix of L-BFGS, so that it
+can follow h without losing the remembered curvature pairs.
 """
 
 from __future__ import annotations

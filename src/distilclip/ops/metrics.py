@@ -91,8 +91,8 @@ def linear_cka(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:
     """Linear centred kernel alignment of two representations of the same n rows, in [0, 1].
 
     The feature form |X'Y|^2 / (|X'X| |Y'Y|) of centred X and Y (Kornblith et al. 2019, equation 4 and section 3):
-    d x d products instead of n x n kernels, summed over row tiles in float64. Invariant to rotation, isotropic scale and
-    shift of either side. A representation that does not vary at all has none: the result is 0.
+    d x d products instead of n x n kernels, summed over row tiles in float64. Neither rotation, nor shift, nor scale of
+    either side changes it. A representation that does not vary at all is aligned with nothing: 0.
     """
     mean_x, mean_y = x.double().mean(0), y.double().mean(0)
     cross = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, device=x.device)

@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distilclip.ops.metric import distance, squared_threshold
-from distilclip.ops.points import Points, distinct
+from distilclip.ops.points import Points, distinct, product_error, squared_product
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def near_pairs(
     device: str | torch.device | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The pairs among `rows` (ascending) closer than the threshold, tile by tile: left, right, distance."""
-    limit = squared_threshold(threshold, metric) + product_error(points, rows)
+    limit = squared_threshold(threshold, metric) + product_error(points.dim, float(points.norm[rows].max(initial=0.0)))
     size = tile_rows(points.dim, memory_gb)
     for a in range(0, len(rows), size):
         upper = rows[a : a + size]
@@ -135,19 +135,6 @@ def nearest(
             )
     row[np.isinf(best)] = -1
     return Nearest(row=row, distance=best)
-
-
-def squared_product(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
-    """Squared Euclidean distances as |a|^2 + |b|^2 - 2ab."""
-    squared = torch.addmm(b.square().sum(1)[None, :], a, b.T, alpha=-2)
-    return squared.add_(a.square().sum(1)[:, None])
-
-
-def product_error(points: Points, rows: Int[np.ndarray, " m"]) -> float:
-    """A bound on the rounding error of `squared_product`: each of three sums of dim float32 terms errs by at most
-    (dim + 2) 2^-24 |a||b|, the product counting twice, and the points themselves by 2^-24 each."""
-    largest = float(points.norm[rows].max(initial=0.0))
-    return 4 * (points.dim + 8) * 2.0**-24 * largest**2
 
 
 def tile_rows(dim: int, memory_gb: float | None) -> int:

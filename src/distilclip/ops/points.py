@@ -5,7 +5,8 @@ Numba has no half-precision type, so float16 rows are passed to kernels as their
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, no_type_check
@@ -23,6 +24,8 @@ from distilclip.ops.metric import check_metric
 
 # Sums may be reassociated to fill vector registers; NaN and infinity keep their meaning.
 SUM = {"reassoc", "contract", "nsz"}
+ROUNDING = 2.0**-24  # of one float32 operation, relative
+PIECE = 128  # terms of a sum between two looks at whether it is too large already
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,15 +117,39 @@ def row_norms(values: np.ndarray) -> Float[np.ndarray, " n"]:
     return norms
 
 
+def squared_product(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
+    """Squared Euclidean distances as |a|^2 + |b|^2 - 2ab; see `product_error`."""
+    squared = torch.addmm(b.square().sum(1)[None, :], a, b.T, alpha=-2)
+    return squared.add_(a.square().sum(1)[:, None])
+
+
+def product_error(dim: int, radius: float) -> float:
+    """A bound on the error of `squared_product` for points no longer than `radius`.
+
+    Each of three sums of `dim` float32 terms errs by at most dim 2^-24 radius^2, the product counting twice; the points
+    themselves are rounded to float32, and the sums are added up.
+    """
+    return 4 * (dim + 8) * ROUNDING * radius**2
+
+
 def in_threads(function: Callable[[int, int], Any], count: int, *, at_least: int = 1) -> None:
-    """Call `function(start, stop)` over equal slices of `range(count)`, one per core; for kernels without the GIL."""
+    """Call `function(start, stop)` over equal slices of `range(count)`, one per core; for work without the GIL."""
     num_slices = max(1, min(torch.get_num_threads(), count // at_least))
     bounds = np.linspace(0, count, num_slices + 1).astype(int)
-    if num_slices == 1:
-        function(0, count)
-        return
-    with ThreadPoolExecutor(num_slices) as pool:
-        list(pool.map(function, bounds[:-1], bounds[1:]))
+    with workers(num_slices) as map_threads:
+        map_threads(function, bounds[:-1], bounds[1:])
+
+
+@contextlib.contextmanager
+def workers(count: int) -> Iterator[Callable[..., None]]:
+    """A `map` over threads, inside which torch computes on one thread each, so that both never compete for a core."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            yield lambda function, *arguments: list(pool.map(function, *arguments)).clear()
+    finally:
+        torch.set_num_threads(num_threads)
 
 
 def kernel_view(values: np.ndarray) -> np.ndarray:
@@ -132,7 +159,10 @@ def kernel_view(values: np.ndarray) -> np.ndarray:
 
 
 def _words(values: np.ndarray) -> np.ndarray:
-    return values.view(np.ndarray).view(f"u{values.dtype.itemsize}")
+    """Rows as unsigned integers, as wide as divides a row."""
+    row_bytes = values.shape[1] * values.dtype.itemsize
+    width = next(w for w in (8, 4, 2) if row_bytes % w == 0)
+    return values.view(np.ndarray).view(f"u{width}")
 
 
 @intrinsic
@@ -161,14 +191,26 @@ def _norms(values, out):
 
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
+def squared_distance(values, scale, i, j, limit):
+    """Squared distance of two points in float64; infinite once a partial sum exceeds the limit."""
+    a, b = scale[i], scale[j]
+    total = 0.0
+    for first in range(0, values.shape[1], PIECE):
+        part = 0.0
+        for k in range(first, min(first + PIECE, values.shape[1])):
+            difference = a * stored(values[i, k]) - b * stored(values[j, k])
+            part += difference * difference
+        total += part
+        if total > limit:
+            return np.inf
+    return total
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
 def _squared(values, scale, left, right, out):
     for e in range(len(left)):
-        i, j = left[e], right[e]
-        total = 0.0
-        for k in range(values.shape[1]):
-            difference = scale[i] * stored(values[i, k]) - scale[j] * stored(values[j, k])
-            total += difference * difference
-        out[e] = total
+        out[e] = squared_distance(values, scale, left[e], right[e], np.inf)
 
 
 @njit(nogil=True, cache=True)

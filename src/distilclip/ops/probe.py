@@ -56,9 +56,9 @@ def linear_probe(
     accuracies are decided by the smaller cross-entropy. The last fit has training and validation rows together.
 
     Features are used as they are, neither normalised nor standardised, on the device where they lie. Two classes have a
-    softmax too; scikit-learn's one-vector form at C = 2 / l2 has the same optimum. A test row of a class without training
-    rows counts as wrong. Raises `ValueError` for shapes that do not fit, features that are not finite, fewer than two
-    classes, or a validation label that no training row has.
+    softmax too; scikit-learn's one-vector form at C = 2 / l2 has the same optimum. A test row of a class without any
+    training row counts as wrong. Raises `ValueError` for shapes that do not fit, features that are not finite, fewer
+    than two classes, or a validation label that no training row has.
     """
     parts = {"train": (train, train_labels), "test": (test, test_labels)}
     if validation is not None:

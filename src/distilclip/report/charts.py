@@ -87,7 +87,7 @@ def threshold_chart(curve: Sequence[dict[str, Any]], metric: str, threshold: flo
     return Chart(
         name="threshold" + (f"-{number + 1}" if number else ""),
         svg=figures.threshold_curve(points, metric=metric, threshold=threshold),
-        label="Removed share, number of groups and largest group against the threshold; the table below has the numbers",
+        label="Removed share, number of groups and largest group against the threshold; the table has the numbers",
     )
 
 

@@ -22,8 +22,17 @@ METRICS = {
     "top1": "top-1",
     "top5": "top-5",
     "mean_per_class": "mean per class",
-    "image_to_text_r1": "image→text R@1",
-    "text_to_image_r1": "text→image R@1",
+    **{f"image_to_text_r{k}": f"image→text R@{k}" for k in (1, 5, 10)},
+    **{f"text_to_image_r{k}": f"text→image R@{k}" for k in (1, 5, 10)},
+    "top1_agreement": "same class",
+    "cka": "CKA",
+    "kl": "KL, nats",
+}
+HEADLINES = {
+    "zero-shot": ("top1",),
+    "linear-probe": ("top1",),
+    "retrieval": ("image_to_text_r1", "text_to_image_r1"),
+    "agreement": ("top1_agreement", "cka"),
 }
 MAX_COLUMNS = 12  # more than this in one table no longer fits a page, so each task gets its own
 
@@ -108,24 +117,24 @@ def title(task: str) -> str:
 def models(results: Results) -> list[Model]:
     """Every model that was scored or trained: the teacher first, then baseline, students and others.
 
-    The teacher is what an embed or train folder names as its teacher; the baseline is the first student whose
-    objective has the task term alone.
+    Scores and trainings are joined by the digest of the weights. A teacher is what an embed, train or evaluate folder
+    names as its teacher; the baseline is the first student whose objective has the task term alone. Models without a
+    train folder that are no teacher are `other`.
     """
-    trainings, references = results.trainings, _teacher_references(results)
-    named = {score.model: _training_of(score, trainings) for score in results.scores}
-    digests = {score.model: score.digest for score in results.scores}
-    told = {training.path for training in named.values() if training is not None}
-    named.update({training.name: training for training in trainings if training.path not in told})
-
-    def is_teacher(name: str) -> bool:
-        training = named[name]
-        known = {name, digests.get(name, "")} - {""}
-        paths = [] if training is None else [training.path.rstrip("/")]
-        return any(ref in known or any(ref == p or ref.startswith(p + "/") for p in paths) for ref in references)
+    teachers = _teachers(results)
+    by_digest = {training.digest: training for training in reversed(results.trainings)}
+    named = {score.model: by_digest.get(score.digest) for score in results.scores}
+    known = {score.model: {score.model, score.digest} for score in results.scores}
+    scored = {score.digest for score in results.scores}
+    for unscored in results.trainings:
+        if unscored.digest not in scored:
+            name = unscored.path if unscored.name in named else unscored.name
+            named[name], known[name] = unscored, {unscored.digest}
 
     roles: dict[str, Role] = {}
     for name, training in named.items():
-        if is_teacher(name):
+        path = training.path.rstrip("/") if training is not None else None
+        if known[name] & teachers or (path and any(f"{teacher}/".startswith(f"{path}/") for teacher in teachers)):
             roles[name] = "teacher"
         elif training is None:
             roles[name] = "other"
@@ -150,7 +159,9 @@ def compare(scores: Sequence[Score], compared: Sequence[Model]) -> Table:
     grid = {m.name: [_value(values, m.name, column, columns) for column in columns] for m in scored}
     baseline = next((grid[m.name] for m in scored if m.role == "baseline"), [None] * len(columns))
     students = [grid[m.name] for m in scored if m.role in ("baseline", "student")]
-    best = [max((value for value in column if value is not None), default=None) for column in zip(*students)]
+    best = [
+        max((value for value in column if value is not None), default=None) for column in zip(*students, strict=True)
+    ]
     rows = []
     for model in scored:
         cells = []
@@ -169,18 +180,18 @@ def _ties(value: float, best: float | None) -> bool:
 
 
 def _headline_columns(scores: Sequence[Score]) -> list[Column]:
-    """Columns by task in the order of `TASKS`, sets as found; a mean leads where a task has several sets."""
-    known = [*TASKS, *(score.task for score in scores)]
+    """Columns by task in the order of `TASKS`, sets as found; a mean leads where a task has several sets.
+
+    A set on which no model has a score is left out.
+    """
     columns: list[Column] = []
-    for task in dict.fromkeys(known):
+    for task in dict.fromkeys([*TASKS, *(score.task for score in scores)]):
         found: dict[tuple[str, str], Score] = {}
         for score in scores:
-            if score.task == task:
+            if score.task == task and score.value is not None and _is_headline(score):
                 found.setdefault((score.set, score.metric), score)
         chosen = [
-            Column(task=task, set=s.set, metric=s.metric, chance=s.chance, num_test=s.num_test)
-            for s in found.values()
-            if _is_headline(s, found)
+            Column(task=task, set=s.set, metric=s.metric, chance=s.chance, num_test=s.num_test) for s in found.values()
         ]
         if task in ("zero-shot", "linear-probe") and len(chosen) > 1:
             columns.append(_mean_column(task, chosen))
@@ -188,14 +199,10 @@ def _headline_columns(scores: Sequence[Score]) -> list[Column]:
     return columns
 
 
-def _is_headline(score: Score, found: dict[tuple[str, str], Score]) -> bool:
-    """Whether a score's metric is the one its set is known by; `found` holds all scores of the task."""
-    if score.task == "retrieval":
-        return score.metric.endswith("_r1")
-    if score.task in ("zero-shot", "linear-probe"):
-        preferred = [metric for metric in ("top1", "mean_per_class") if (score.set, metric) in found]
-        return score.metric in (preferred[:1] or [score.metric])
-    return True
+def _is_headline(score: Score) -> bool:
+    """Whether the score's metric is the one that its set, or else its task, is known by."""
+    headlines = (score.headline,) if score.headline else HEADLINES.get(score.task, (score.metric,))
+    return score.metric in headlines
 
 
 def _mean_column(task: str, columns: Sequence[Column]) -> Column:
@@ -205,7 +212,7 @@ def _mean_column(task: str, columns: Sequence[Column]) -> Column:
 
 
 def _value(
-    values: dict[tuple[str, str, str, str], float], model: str, column: Column, columns: Sequence[Column]
+    values: dict[tuple[str, str, str, str], float | None], model: str, column: Column, columns: Sequence[Column]
 ) -> float | None:
     """One cell; a mean is given only for a model that has every set of its task."""
     if column.metric:
@@ -215,25 +222,10 @@ def _value(
     return statistics.fmean(known) if len(known) == len(parts) else None
 
 
-def _training_of(score: Score, trainings: Sequence[Training]) -> Training | None:
-    """The train folder that a scored model came from: by path, else by name."""
-    for training in trainings:
-        path = training.path.rstrip("/")
-        if score.model == path or score.model.startswith(path + "/"):
-            return training
-    for training in trainings:
-        if score.model in (training.name, training.path.rstrip("/").rsplit("/", 1)[-1]):
-            return training
-    return None
-
-
-def _teacher_references(results: Results) -> set[str]:
+def _teachers(results: Results) -> set[str]:
     """Every name, path or digest by which a stage says who its teacher is."""
-    references: set[str] = set()
-    for folder in [*results.finished("embed"), *results.finished("train")]:
-        teacher = (folder.result or {}).get("teacher")
-        described = [teacher.get("name"), teacher.get("digest")] if isinstance(teacher, dict) else [teacher]
-        for value in [*described, folder.config.get("teacher")]:
-            if isinstance(value, str) and value:
-                references.add(value.rstrip("/"))
-    return references
+    found = [folder.config.get("teacher") for stage in ("train", "evaluate") for folder in results.finished(stage)]
+    for folder in results.finished("embed"):
+        teacher = folder.result["teacher"]
+        found += [folder.config.get("model"), teacher["name"], teacher["digest"]]
+    return {value.rstrip("/") for value in found if value}

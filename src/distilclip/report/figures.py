@@ -101,7 +101,7 @@ def threshold_curve(points: Sequence[Point], *, metric: str, threshold: float) -
     The dashed line is the chosen `threshold`, in `metric` as those of the points.
     """
     x = [point.threshold for point in points]
-    rows = {
+    rows: dict[str, tuple[Sequence[float], str]] = {
         "removed share": ([100 * point.removed for point in points], "--series-2"),
         "groups": ([point.num_groups for point in points], "--series-4"),
         "largest group": ([point.largest_group for point in points], "--series-3"),
@@ -129,7 +129,7 @@ def threshold_curve(points: Sequence[Point], *, metric: str, threshold: float) -
 
 def cluster_sizes(after: Sequence[int], before: Sequence[int] | None) -> str:
     """How many clusters have 0, 1, 2 to 3, 4 to 7, ... images, and had before balance where that is known."""
-    names = ["0", "1", *(f"{2**i}–{2 ** (i + 1) - 1}" for i in range(1, 64))][: max(len(after), len(before or ()))]
+    names = ["0", "1", *(f"{2**i} to {2 ** (i + 1) - 1}" for i in range(1, 64))][: max(len(after), len(before or ()))]
     with _style("cluster sizes"):
         figure, (axes,) = _panels(["number of clusters"], width=WIDTH, height=2.5, left=0.6, bottom=0.5)
         bars = [("kept images", after, "--series-2")]
@@ -150,7 +150,7 @@ def cluster_sizes(after: Sequence[int], before: Sequence[int] | None) -> str:
 
 
 def standings(rows: Sequence[Standing], series: dict[str, int]) -> str:
-    """A dot per model and set, the teacher hollow, chance as a tick; `series` gives each model's place in the palette."""
+    """A dot per model and set, the teacher hollow, chance a tick; `series` holds each model's place in the palette."""
     longest = max(len(row.label) for row in rows)
     heights = np.arange(len(rows))[::-1]
     with _style("standings"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Integer, UInt64
 
 from distilclip.report.pictures import Picture, PictureReader
 
@@ -64,8 +64,8 @@ class Cluster:
 
 
 def choose_removals(
-    samples: Int[np.ndarray, " n"],
-    representative: Int[np.ndarray, " n"],
+    samples: UInt64[np.ndarray, " n"],
+    representative: UInt64[np.ndarray, " n"],
     distance: Float[np.ndarray, " n"],
     *,
     threshold: float,
@@ -116,8 +116,8 @@ def choose_removals(
 
 
 def choose_strips(
-    samples: Int[np.ndarray, " n"],
-    cluster: Int[np.ndarray, " n"],
+    samples: UInt64[np.ndarray, " n"],
+    cluster: Integer[np.ndarray, " n"],
     distance: Float[np.ndarray, " n"],
     *,
     num_clusters: int,
@@ -126,8 +126,8 @@ def choose_strips(
     """The `num_clusters` largest and smallest clusters that have any member, none twice; ties by cluster number."""
     found, place, counts = np.unique(cluster, return_inverse=True, return_counts=True)
     by_size = np.lexsort((found, -counts))
-    largest = by_size[:num_clusters]
-    smallest = by_size[num_clusters:][::-1][:num_clusters]
+    largest = by_size[:num_clusters].tolist()
+    smallest = by_size[num_clusters:][::-1][:num_clusters].tolist()
 
     def strip(index: int) -> Strip:
         rows = np.flatnonzero(place == index)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -35,27 +35,36 @@ TERMS = {
 
 @dataclass(frozen=True, kw_only=True)
 class StageFolder:
-    """One stage's output folder. `result` is None while the stage is unfinished."""
+    """One stage's output folder. `result` is empty while the stage is unfinished."""
 
     path: str
     stage: str
     config: dict[str, Any]
     environment: dict[str, Any]
-    result: dict[str, Any] | None
+    result: dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One row of an evaluate folder. `value` and `chance` are fractions; `chance` is None where it is not known."""
+    """One row of an evaluate folder: `value`, its 95 % interval `low` to `high`, and `chance`, None where not known.
+
+    They are fractions, except for the metric `kl`, in nats. `headline` is the metric that the set is known by, where
+    it has one of its own; `reason` says why there is no value.
+    """
 
     model: str
     digest: str
     set: str
     task: str
     metric: str
-    value: float
-    num_test: int | None = None
+    value: float | None
+    low: float | None = None
+    high: float | None = None
     chance: float | None = None
+    num_test: int | None = None
+    num_unreadable: int = 0
+    headline: str = ""
+    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,14 +77,16 @@ class Series:
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """One train folder: what was trained, with which weights, and every number it logged."""
+    """One train folder: what was trained, with which weights, and every number it logged.
+
+    The name is the folder's; `digest` is that of the trained weights, as evaluate folders have it too.
+    """
 
     name: str
     path: str
     weights: dict[str, float]
-    num_parameters: int | None
-    num_samples_seen: int | None
-    teacher: str
+    num_parameters: int
+    num_samples_seen: int
     digest: str
     logged: dict[str, Series] = field(default_factory=dict)
 
@@ -87,10 +98,12 @@ class Training:
     @property
     def samples_per_second(self) -> float | None:
         """The median over the log, without its first line, which holds the warm-up; None where nothing was logged."""
-        series = self.logged.get("samples_per_second")
-        if series is None:
-            return None
-        return float(np.median(series.value[1:] if len(series.value) > 1 else series.value))
+        return self._median("samples_per_second")
+
+    @property
+    def data_share(self) -> float | None:
+        """The share of the time spent waiting for data, as `samples_per_second`."""
+        return self._median("data_share")
 
     @property
     def terms(self) -> list[str]:
@@ -102,6 +115,12 @@ class Training:
         """Whether any term compared with a teacher."""
         return any(weight for name, weight in self.weights.items() if name != "task")
 
+    def _median(self, name: str) -> float | None:
+        series = self.logged.get(name)
+        if series is None:
+            return None
+        return float(np.median(series.value[1:] if len(series.value) > 1 else series.value))
+
     @property
     def diagnostics(self) -> list[str]:
         """The logged cosines and agreements with the teacher."""
@@ -110,30 +129,20 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All the stage folders that one page tells about."""
+    """All that one page tells about: the stage folders, and what the evaluate and train folders among them hold."""
 
     folders: list[StageFolder]
+    scores: list[Score]
+    trainings: list[Training]
 
     def finished(self, stage: str) -> list[StageFolder]:
         """The finished folders of one stage, in the order found."""
-        return [folder for folder in self.folders if folder.stage == stage and folder.result is not None]
+        return _finished(self.folders, stage)
 
     @property
     def unfinished(self) -> list[StageFolder]:
-        """Folders that were begun and have no result.json."""
-        return [folder for folder in self.folders if folder.result is None]
-
-    @property
-    def scores(self) -> list[Score]:
-        """Every evaluation row found. A row that two folders repeat counts once; the later folder's value stands."""
-        rows = [row for folder in self.finished("evaluate") for row in (folder.result or {}).get("rows", [])]
-        scores = [_score(row) for row in rows]
-        return list({(s.model, s.digest, s.set, s.task, s.metric): s for s in scores}.values())
-
-    @property
-    def trainings(self) -> list[Training]:
-        """Every finished train folder."""
-        return [_training(folder) for folder in self.finished("train")]
+        """Folders that were begun and have no result."""
+        return [folder for folder in self.folders if not folder.result]
 
 
 def load(paths: Sequence[str]) -> Results:
@@ -149,13 +158,21 @@ def load(paths: Sequence[str]) -> Results:
             folder = _read_folder(place)
             if folder is not None and folder.stage not in ("run", "demo", "report"):
                 found[place] = folder
-    results = Results(folders=list(found.values()))
-    if all(folder.result is None for folder in results.folders):
+    folders = list(found.values())
+    if not any(folder.result for folder in folders):
         raise InputError(
             f"No result.json under {', '.join(paths)}: there is nothing to report yet. "
             "Run a stage to its end first, `distilclip run RECIPE` for all of them."
         )
-    return results
+    return Results(
+        folders=folders,
+        scores=_scores(_finished(folders, "evaluate")),
+        trainings=[_training(folder) for folder in _finished(folders, "train")],
+    )
+
+
+def _finished(folders: Sequence[StageFolder], stage: str) -> list[StageFolder]:
+    return [folder for folder in folders if folder.stage == stage and folder.result]
 
 
 def _folders_with(path: str, names: tuple[str, ...]) -> list[str]:
@@ -172,77 +189,89 @@ def _folders_with(path: str, names: tuple[str, ...]) -> list[str]:
 
 def _read_folder(path: str) -> StageFolder | None:
     """A stage's folder, or None for a folder whose config.json is something else's (a model's, say)."""
-    config = _read_object(files.join(path, "config.json"))
-    result = _read_object(files.join(path, "result.json"))
-    stage = (result or config or {}).get("stage")
+    config, environment, result = (_read_object(files.join(path, f"{n}.json")) for n in ("config", "env", "result"))
+    stage = (result or config).get("stage")
     if not isinstance(stage, str):
         return None
-    environment = _read_object(files.join(path, "env.json")) or {}
-    config = {name: value for name, value in (config or {}).items() if name != "stage"}
+    config = {name: value for name, value in config.items() if name != "stage"}
     return StageFolder(path=path, stage=stage, config=config, environment=environment, result=result)
 
 
-def _read_object(path: str) -> dict[str, Any] | None:
-    """A JSON object, or None where there is no such file."""
+def _read_object(path: str) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file."""
     if not files.exists(path):
-        return None
+        return {}
     try:
         value = json.loads(files.read_bytes(path))
     except ValueError as error:
         raise InputError(f"{path} is not valid JSON ({error}). Remove it and run its stage again.") from error
-    return value if isinstance(value, dict) else None
+    return value if isinstance(value, dict) else {}
+
+
+def _scores(folders: Sequence[StageFolder]) -> list[Score]:
+    """Every evaluation row. One that two folders repeat counts once: the later folder's value stands.
+
+    Two models of one name (three seeds of a student, say) are told apart by the beginning of their digests.
+    """
+    rows = [_score(row) for folder in folders for row in folder.result["rows"]]
+    scores = {(s.model, s.digest, s.set, s.task, s.metric): s for s in rows}.values()
+    digests: dict[str, set[str]] = {}
+    for score in scores:
+        digests.setdefault(score.model, set()).add(score.digest)
+    return [
+        score if len(digests[score.model]) == 1 else replace(score, model=f"{score.model} {score.digest[:7]}")
+        for score in scores
+    ]
 
 
 def _score(row: dict[str, Any]) -> Score:
-    num_classes = row.get("num_classes")
-    chance = row.get("chance", 1 / num_classes if num_classes and row["task"] != "retrieval" else None)
     return Score(
-        model=str(row["model"]),
-        digest=str(row.get("model_digest", "")),
-        set=str(row["set"]),
-        task=str(row["task"]),
-        metric=str(row["metric"]),
-        value=float(row["value"]),
+        model=row["model"],
+        digest=row["model_digest"],
+        set=row["set"],
+        task=row["task"],
+        metric=row["metric"],
+        value=row["value"],
+        low=row.get("low"),
+        high=row.get("high"),
+        chance=row.get("chance"),
         num_test=row.get("num_test"),
-        chance=chance,
+        num_unreadable=row.get("num_unreadable", 0),
+        headline=(row.get("details") or {}).get("headline") or "",
+        reason=row.get("reason") or "",
     )
 
 
 def _training(folder: StageFolder) -> Training:
-    result = folder.result or {}
-    objective = result.get("objective") or {}
-    weights = {name: float(objective[name]) for name in TERMS if objective.get(name)}
+    result = folder.result
+    weights = {name: float(result["objective"][name]) for name in TERMS if result["objective"].get(name)}
     return Training(
-        name=str(result.get("name") or os.path.basename(folder.path)),
+        name=folder.path.rstrip("/").rsplit("/", 1)[-1],
         path=folder.path,
         weights=weights,
-        num_parameters=result.get("num_parameters"),
-        num_samples_seen=result.get("num_samples_seen"),
-        teacher=str(folder.config.get("teacher") or ""),
-        digest=str(result.get("digest", "")),
+        num_parameters=result["num_parameters"],
+        num_samples_seen=result["num_samples_seen"],
+        digest=result["digest"],
         logged=_read_log(files.join(folder.path, "metrics.jsonl")),
     )
 
 
 def _read_log(path: str) -> dict[str, Series]:
-    """Every numeric column of a metrics.jsonl over its steps; a last line cut by a kill is left out."""
+    """Every numeric column of a metrics.jsonl over its steps, empty where there is none."""
     columns: dict[str, list[tuple[int, float]]] = {}
-    for line in _lines(path):
+    for line in _lines(path) if files.exists(path) else ():
         for name, value in line.items():
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                columns.setdefault(name, []).append((int(line["step"]), float(value)))
+                columns.setdefault(name, []).append((line["step"], value))
     return {
-        name: Series(step=np.array([step for step, _ in pairs]), value=np.array([value for _, value in pairs]))
+        name: Series(step=np.array([step for step, _ in pairs]), value=np.array([value for _, value in pairs], float))
         for name, pairs in columns.items()
     }
 
 
-def _lines(path: str) -> Iterable[dict[str, Any]]:
-    def parse() -> Iterator[dict[str, Any]]:
-        for line in files.read_bytes(path).decode().splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
-
-    return parse() if files.exists(path) else ()
+def _lines(path: str) -> Iterator[dict[str, Any]]:
+    for line in files.read_bytes(path).decode().splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:  # a line cut by a kill is the last one
+            return

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +62,7 @@ def build(
         table=table,
         agreement=agreement,
         all_scores=_all_scores(scores, compared),
+        remarks=_remarks(scores),
         standings=standings,
         curves=curves,
         embeddings=embedded,
@@ -83,28 +83,33 @@ def build(
 
 
 def story(table: Table, results: Results) -> str:
-    """What came out, in a sentence or two: the best student, its gain, its share of the teacher, what balance removed."""
-    sentences = []
-    students = [row for row in table.rows if row.model.role in ("baseline", "student") and row.cells[0].value is not None]
-    if students:
-        best = max(students, key=lambda row: row.cells[0].value or 0.0)
-        column, cell = table.columns[0], best.cells[0]
-        measure = f"{title(column.task).lower()} on {column.set}" if column.metric else f"mean {title(column.task).lower()}"
-        text = f"{best.model.name} is the best of {_number(len(students), 'student')}: {wording.percent(cell.value)} % {measure}"
-        if cell.gain is not None:
-            text += f", {wording.gain(cell.gain)} points against the same student without distillation"
-        teachers = [row for row in table.rows if row.model.role == "teacher" and row.cells[0].value]
-        if teachers and cell.value is not None and teachers[0].cells[0].value:
-            share = cell.value / teachers[0].cells[0].value
-            text += f" and {100 * share:.0f} % of its teacher's score"
-        sentences.append(text + ".")
+    """What came out, in a sentence or two: the best student, its gain and share of the teacher, what balance removed."""
+    sentences = [_best_student(table)] if table.columns else []
     for folder in results.finished("balance")[:1]:
-        result = folder.result or {}
-        sentences.append(
-            f"Semantic balance kept {wording.count(result.get('num_kept'))} of "
-            f"{wording.count(result.get('num_valid'))} pictures ({wording.percent(result.get('removed_ratio'))} % removed)."
-        )
-    return " ".join(sentences) or f"Results of {_number(len(results.folders), 'stage folder')}."
+        kept, valid = wording.count(folder.result["num_kept"]), wording.count(folder.result["num_valid"])
+        removed = wording.percent(folder.result["removed_ratio"])
+        sentences.append(f"Semantic balance kept {kept} of {valid} pictures ({removed} % removed).")
+    return " ".join(filter(None, sentences)) or f"Results of {_number(len(results.folders), 'stage folder')}."
+
+
+def _best_student(table: Table) -> str:
+    """The sentence on the best student of the first column; empty where no student has a score there."""
+    found = [(row.cells[0].value, row) for row in table.rows if row.model.role in ("baseline", "student")]
+    scored = [(value, row) for value, row in found if value is not None]
+    if not scored:
+        return ""
+    value, best = max(scored, key=lambda pair: pair[0])
+    column, gain = table.columns[0], best.cells[0].gain
+    task = title(column.task).lower()
+    measure = f"{task} on {column.set}" if column.metric else f"mean {task}"
+    text = f"{best.model.name} is the best of {_number(len(scored), 'student')}: {wording.percent(value)} % {measure}"
+    if gain is not None:
+        baseline = next(row.model.name for row in table.rows if row.model.role == "baseline")
+        text += f", {wording.gain(gain)} points against {baseline}, which had no teacher,"
+    teacher = next((row.cells[0].value for row in table.rows if row.model.role == "teacher"), None)
+    if teacher:
+        text += f" and {100 * value / teacher:.0f} % of its teacher's score"
+    return text.rstrip(",") + "."
 
 
 def _number(value: int, noun: str) -> str:
@@ -112,8 +117,8 @@ def _number(value: int, noun: str) -> str:
 
 
 def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict[str, Any]]:
-    """Every metric of every set, a row each, with a value per model."""
-    values = {(s.model, s.task, s.set, s.metric): s.value for s in scores}
+    """Every metric of every set, a row each, with a score per model (None where there is none)."""
+    found = {(s.model, s.task, s.set, s.metric): s for s in scores}
     rows = {(s.task, s.set, s.metric): s.num_test for s in scores}
     names = [model.name for model in compared if any(s.model == model.name for s in scores)]
     return [
@@ -121,11 +126,25 @@ def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict
             "task": title(task),
             "set": dataset,
             "metric": title(metric),
+            "is_share": metric != "kl",
             "num_test": num_test,
-            "values": [(name, values.get((name, task, dataset, metric))) for name in names],
+            "scores": [(name, found.get((name, task, dataset, metric))) for name in names],
         }
         for (task, dataset, metric), num_test in rows.items()
     ]
+
+
+def _remarks(scores: Sequence[Score]) -> list[str]:
+    """What a reader of the table must know: scores that do not exist, pictures that could not be read."""
+    remarks: dict[str, None] = {}
+    for score in scores:
+        if score.value is None and score.reason:
+            remarks[f"{score.set}, {title(score.task).lower()}: no {title(score.metric)} score, {score.reason}."] = None
+        elif score.num_unreadable:
+            remarks[f"{score.set}: {_number(score.num_unreadable, 'picture')} could not be read and are left out."] = (
+                None
+            )
+    return list(remarks)
 
 
 def _absent(results: Results, *, has_diagnostics: bool) -> list[tuple[str, str]]:
@@ -158,7 +177,7 @@ def _template() -> jinja2.Template:
         percent=wording.percent,
         gain=wording.gain,
         shorten=wording.shorten,
+        plain=wording.plain,
         title=title,
-        json=lambda value: json.dumps(value, ensure_ascii=False),
     )
     return environment.get_template("page.html.j2")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +9,6 @@ import numpy as np
 
 from distilclip.data import files
 from distilclip.data.groups import read_groups, read_labels
-from distilclip.data.samples import reason_of
 from distilclip.data.store import Store, sample_id
 from distilclip.errors import InputError
 from distilclip.ops.metric import equivalents
@@ -29,13 +27,14 @@ from distilclip.report.pictures import PictureReader
 
 @dataclass(frozen=True, kw_only=True)
 class Embedding:
-    """What one embed folder holds, and the rows it could not use, by reason."""
+    """What one embed folder holds, the rows it could not use, by reason, and the shards that end too early."""
 
     path: str
     teacher: str
     num_rows: int
     num_shards: int
     bad: list[tuple[str, int]]
+    truncated: list[str]
 
     @property
     def num_bad(self) -> int:
@@ -95,17 +94,16 @@ def embeddings(results: Results) -> list[Embedding]:
     """Every embed folder: its size and its bad rows."""
     found = []
     for folder in results.finished("embed"):
-        store = Store.open(folder.path)
-        reasons: Counter[str] = Counter()
-        for shard in store.shards:
-            reasons.update(reason_of(error) for error in store.rows(shard.index).error if error)
+        result = folder.result
+        reasons: dict[str, int] = result["reasons"]
         found.append(
             Embedding(
                 path=folder.path,
-                teacher=str(store.teacher.get("name", "")),
-                num_rows=store.num_rows,
-                num_shards=store.num_shards,
+                teacher=result["teacher"]["name"],
+                num_rows=result["num_rows"],
+                num_shards=result["num_shards"],
                 bad=sorted(reasons.items(), key=lambda item: (-item[1], item[0])),
+                truncated=result["truncated"],
             )
         )
     return found
@@ -115,9 +113,8 @@ def balances(results: Results, *, num_groups: int, num_pictures: int, thumbnail_
     """Every balance folder with its curve and gallery; `num_groups` of each kind, `num_pictures` removed ones each."""
     found = []
     for number, folder in enumerate(results.finished("balance")):
-        result = folder.result or {}
-        metric, threshold = str(result["metric"]), float(result["threshold"])
-        curve = list(result.get("curve") or [])
+        result = folder.result
+        metric, threshold, curve = result["metric"], result["threshold"], result["curve"]
         try:
             store = _store_of(folder, results)
             removals = choose_removals(
@@ -152,7 +149,7 @@ def clusterings(results: Results, *, num_clusters: int, num_pictures: int, thumb
     """Every cluster folder with its sizes and picture strips; `num_clusters` largest and as many smallest."""
     found = []
     for number, folder in enumerate(results.finished("cluster")):
-        result = folder.result or {}
+        result = folder.result
         strips: dict[str, list[Cluster]] = {}
         try:
             store = _store_of(folder, results)
@@ -197,18 +194,14 @@ def _equivalents(threshold: float, metric: str) -> dict[str, float]:
 
 def _store_of(folder: StageFolder, results: Results) -> Store:
     """The store that a balance or cluster folder was made for, or the only one of this report if that has moved."""
-    path = str(folder.config.get("store") or (folder.result or {}).get("store") or "")
-    found = [embed.path for embed in results.finished("embed")]
-    if not (path and files.exists(path)) and len(found) == 1:
-        path = found[0]
-    if not path:
-        raise InputError(f"{folder.path} does not say which store it was made for.")
-    return Store.open(path)
+    path = str(folder.config["store"])
+    found = results.finished("embed")
+    return Store.open(path if files.exists(path) or len(found) != 1 else found[0].path)
 
 
 def _removed_rows(path: str, store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, representatives and distances of the valid rows that were not kept."""
-    columns = []
+    columns: list[tuple[np.ndarray, ...]] = []
     for shard in store.shards:
         groups = read_groups(path, shard.index)
         samples = sample_id(shard.index, groups.row)
@@ -218,7 +211,7 @@ def _removed_rows(path: str, store: Store) -> tuple[np.ndarray, np.ndarray, np.n
 
 def _labelled_rows(path: str, store: Store) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Ids, clusters and distances of the rows that have a label."""
-    columns = []
+    columns: list[tuple[np.ndarray, ...]] = []
     for shard in store.shards:
         labels = read_labels(path, shard.index)
         columns.append((sample_id(shard.index, labels.row), labels.cluster.astype(np.int64), labels.distance))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+DASH = "\N{EN DASH}"  # where there is no number
+MINUS = "\N{MINUS SIGN}"
+
 
 def count(value: int | float | None) -> str:
     """1234567 as `1,234,567`; a dash where there is none."""
-    return "–" if value is None else f"{int(value):,}"
+    return DASH if value is None else f"{int(value):,}"
 
 
 def magnitude(value: int | float | None) -> str:
     """1234567 as `1.2 M`: a size to compare, not to copy."""
     if value is None:
-        return "–"
+        return DASH
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             scaled = value / (1e3 if unit == "k" else limit)
@@ -19,33 +24,44 @@ def magnitude(value: int | float | None) -> str:
     return f"{value:.4g}"
 
 
-def significant(value: float | None) -> str:
+def significant(value: int | float | None) -> str:
     """Three significant digits, never in exponent form: 0.00245, 0.07, 1.5."""
     if value is None:
-        return "–"
+        return DASH
     if value == 0:
         return "0"
     text = f"{value:.3g}"
     if "e" in text:
-        text = f"{value:.12f}".rstrip("0") if abs(value) < 1 else f"{value:.0f}"
+        text = f"{value:.12f}".rstrip("0").rstrip(".") if abs(value) < 1 else f"{value:.0f}"
     return text
 
 
-def percent(fraction: float | None) -> str:
+def percent(fraction: int | float | None) -> str:
     """0.4373 as `43.7`, the unit being in the heading; a dash where there is none."""
-    return "–" if fraction is None else f"{100 * fraction:.1f}"
+    return DASH if fraction is None else f"{100 * fraction:.1f}"
 
 
-def gain(fraction: float | None) -> str:
-    """A difference of fractions in points, signed: `+3.2`, `−0.4`, `±0.0`."""
+def gain(fraction: int | float | None) -> str:
+    """A difference of fractions in points, signed: `+3.2`, `-0.4`, `±0.0`."""
     if fraction is None:
         return ""
     points = round(100 * fraction, 1)
     if points == 0:
         return "±0.0"
-    return f"+{points:.1f}" if points > 0 else f"−{-points:.1f}"
+    return f"+{points:.1f}" if points > 0 else f"{MINUS}{-points:.1f}"
 
 
 def shorten(text: str, length: int = 300) -> str:
     """At most `length` characters, an ellipsis where any were cut: a caption can be as long as a web page."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def plain(value: Any) -> str:
+    """A JSON value in words: lists and objects with commas, a dash for null."""
+    if value is None:
+        return DASH
+    if isinstance(value, list):
+        return ", ".join(plain(item) for item in value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {plain(item)}" for name, item in value.items())
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -26,7 +26,7 @@ from distilclip.evaluate.prompts import prompts_of
 from distilclip.evaluate.protocol import ALL_TASKS, Protocol, View
 from distilclip.evaluate.scores import Task
 from distilclip.evaluate.sets import load_set, parse_spec
-from distilclip.evaluate.table import Table, build_table, write_csv
+from distilclip.evaluate.table import Table, build_tables, write_csv
 from distilclip.models.clip import Clip, load_clip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -123,10 +123,10 @@ def main(config: Config) -> dict[str, Any]:
             run.write_json(parts[model, spec], part)
     found = [run.read_json(path) for path in parts.values()]
     rows = [row for part in found for row in part["rows"]]
-    table = build_table(rows)
-    files.write_bytes(folder.child("table.md"), table.markdown().encode())
+    tables = build_tables(rows)
+    files.write_bytes(folder.child("table.md"), "\n".join(table.markdown() for table in tables).encode())
     files.write_bytes(folder.child("table.csv"), write_csv(rows).encode())
-    _print(table)
+    _print(tables)
     by_name = {kind: {part[kind]["name"]: part[kind] for part in found} for kind in ("model", "set")}
     return folder.finish(
         {"rows": rows, "models": list(by_name["model"].values()), "sets": list(by_name["set"].values())}
@@ -178,7 +178,7 @@ def split_model(spec: str) -> tuple[str, str]:
 
 
 def weights_by_name(weights: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Weights files by model; a bare file belongs to the only model. Raises `InputError` for a name that no model has."""
+    """Weights files by model; a bare file is the only model's. Raises `InputError` for a name that no model has."""
     found = {}
     for value in weights:
         match = re.fullmatch(r"([\w.+-]+)=(.+)", value)
@@ -238,11 +238,12 @@ def _describe_set(dataset: LabelledSet | PairSet, protocol: Protocol) -> dict[st
     }
 
 
-def _print(table: Table) -> None:
-    printed = RichTable(*table.columns)
-    for row in table.rows:
-        printed.add_row(*row)
-    console = Console()
-    console.print(printed)
-    for note in table.notes:
-        console.print(note, highlight=False)
+def _print(tables: Sequence[Table]) -> None:
+    console = Console(highlight=False)
+    for table in tables:
+        printed = RichTable(table.columns[0], title=table.title, title_justify="left")
+        for column in table.columns[1:]:
+            printed.add_column(column, justify="right")
+        for row in table.rows:
+            printed.add_row(*row)
+        console.print(printed, *table.notes, sep="\n")

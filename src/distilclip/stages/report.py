@@ -83,7 +83,7 @@ def _digests(results: Results) -> dict[str, str]:
     return {
         folder.path: hashlib.sha256(json.dumps(folder.result, sort_keys=True).encode()).hexdigest()
         for folder in results.folders
-        if folder.result is not None
+        if folder.result
     }
 
 

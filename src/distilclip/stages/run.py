@@ -1,12 +1,11 @@
-"""Every step of one recipe, in the order of its tables, in one folder; finished steps are skipped.
+"""Every step of one recipe in one folder, each after those it uses; finished steps are skipped.
 
 `[train.teacher]` is the step `train/teacher` and writes `OUT/train/teacher`; elsewhere in the recipe
-`@train/teacher` stands for that folder.
+`@train/teacher` stands for that folder, and a bare `@` for the run's own.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import re
 import time
@@ -20,6 +19,7 @@ from distilclip import run
 from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
 
+REFERENCE = re.compile(r"(?:^|(?<=[=:]))@([\w./-]*)")
 STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "report")
 
 
@@ -71,11 +71,28 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def read_steps(tables: dict[str, Any], *, out: str, seed: int | None, source: str) -> list[Step]:
-    """The recipe's steps with their configs, `@` references replaced by folders of this run.
+    """The recipe's steps with their configs, `@` references replaced by folders of this run, each after those it uses.
 
-    Raises `InputError` for an unknown stage and for a reference to a step that does not come before it.
+    Raises `InputError` for an unknown stage, an unknown reference, and steps that wait for one another.
     """
-    steps: list[Step] = []
+    values = _step_values(tables, source=source)
+    if not values:
+        raise InputError(f"{source} has no steps. Add a table such as [embed].")
+    steps = []
+    for path in _in_order(values, source=source):
+        stage, _, name = path.partition("/")
+        config_type = _config_type(stage)
+        resolved = {key: _resolve(value, out) for key, value in values[path].items()}
+        resolved["out"] = files.join(out, path)
+        if seed is not None and "seed" in recipes.field_names(config_type):
+            resolved["seed"] = seed
+        steps.append(Step(stage=stage, name=name, config=recipes.build(config_type, resolved, stage=stage)))
+    return steps
+
+
+def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, Any]]:
+    """Path and values of every step, in the order of the file."""
+    values = {}
     for stage, table in tables.items():
         if not isinstance(table, dict):
             if stage != "out":
@@ -83,29 +100,47 @@ def read_steps(tables: dict[str, Any], *, out: str, seed: int | None, source: st
             continue
         if stage not in STEP_STAGES:
             raise InputError(f"{source}: no stage [{stage}]. {did_you_mean(stage, STEP_STAGES)}")
-        config_type = importlib.import_module(f"distilclip.stages.{stage}").Config
+        config_type = _config_type(stage)
         for name in recipes.step_names(table, config_type) or [""]:
             path = f"{stage}/{name}" if name else stage
-            values = recipes.recipe_values(tables, config_type, stage=stage, name=name, source=source)
-            known = [step.path for step in steps]
-            values = {k: _resolve(v, out=out, known=known, where=f"{source}, [{path}]") for k, v in values.items()}
-            values["out"] = files.join(out, path)
-            if seed is not None and any(f.name == "seed" for f in dataclasses.fields(config_type)):
-                values["seed"] = seed
-            steps.append(Step(stage=stage, name=name, config=recipes.build(config_type, values, stage=stage)))
-    if not steps:
-        raise InputError(f"{source} has no steps. Add a table such as [embed].")
-    return steps
+            values[path] = recipes.recipe_values(tables, config_type, stage=stage, name=name, source=source)
+    return values
 
 
-def _resolve(value: Any, *, out: str, known: list[str], where: str) -> Any:
+def _in_order(values: dict[str, dict[str, Any]], *, source: str) -> list[str]:
+    """Steps in the order of the file, but each after the steps it refers to."""
+    waiting = {path: _references(list(v.values()), path, list(values), source) for path, v in values.items()}
+    order: list[str] = []
+    while waiting:
+        ready = next((path for path, needed in waiting.items() if needed <= set(order)), None)
+        if ready is None:
+            raise InputError(f"{source}: the steps {sorted(waiting)} wait for one another; check their @ references.")
+        order.append(ready)
+        del waiting[ready]
+    return order
+
+
+def _references(values: list[Any], path: str, paths: list[str], source: str) -> set[str]:
+    """The steps that a step's values name; a bare `@`, the run's folder, names all others."""
+    found: set[str] = set()
+    for value in values:
+        if isinstance(value, list):
+            found |= _references(value, path, paths, source)
+        for reference in REFERENCE.findall(value) if isinstance(value, str) else []:
+            step = next((p for p in paths if reference == p or reference.startswith(f"{p}/")), None)
+            if reference and step is None:
+                raise InputError(f"{source}, [{path}]: @{reference} is no step. {did_you_mean(reference, paths)}")
+            found |= {step} if step else set(paths) - {path}
+    return found
+
+
+def _resolve(value: Any, out: str) -> Any:
     if isinstance(value, list):
-        return [_resolve(v, out=out, known=known, where=where) for v in value]
+        return [_resolve(item, out) for item in value]
     if not isinstance(value, str):
         return value
-    for reference in re.findall(r"(?:^|[=:])@([\w./-]*)", value):
-        if reference and not any(reference == step or reference.startswith(f"{step}/") for step in known):
-            raise InputError(
-                f"{where}: @{reference} is no step before this one. {did_you_mean(reference, known or ['none'])}"
-            )
-    return re.sub(r"(^|[=:])@", lambda match: f"{match.group(1)}{out}/", value).rstrip("/")
+    return REFERENCE.sub(lambda match: files.join(out, match.group(1)) if match.group(1) else out, value)
+
+
+def _config_type(stage: str) -> Any:
+    return importlib.import_module(f"distilclip.stages.{stage}").Config

@@ -42,9 +42,9 @@ class Config:
     """folder of `balance`: train on kept rows only"""
     clusters: str | None = None
     """folder of `cluster`: centers and labels for the cluster term"""
-    teacher: str | None = None
+    live_teacher: str | None = None
     """a live teacher instead of a store's: folder, open_clip name or hf-hub:ORG/NAME"""
-    teacher_weights: str | None = None
+    live_teacher_weights: str | None = None
     """weights file of a live teacher given as an open_clip name"""
     objective: Literal["clip", "clip-cid", "clip-kd"] = "clip"
     """the method: a named set of term weights"""
@@ -85,8 +85,8 @@ class Config:
         method = objective(self.objective, self.terms)
         if bool(self.data) == (self.store is not None):
             raise InputError("train needs --data or --store, and not both: a store knows its own pairs.")
-        if method.needs_teacher and not (self.store or self.teacher):
-            raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --teacher.")
+        if method.needs_teacher and not (self.store or self.live_teacher):
+            raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --live-teacher.")
         if method.cluster and not self.clusters:
             raise InputError("The cluster term needs --clusters, a folder of `distilclip cluster`.")
         if (self.groups or self.clusters) and not self.store:
@@ -105,7 +105,7 @@ def main(config: Config) -> dict[str, Any]:
     method = objective(config.objective, config.terms)
     clip = create_clip(config.student, seed=config.seed, device=device)
     store = _open_store(config)
-    live = load_clip(config.teacher, weights=config.teacher_weights, device=device) if config.teacher else None
+    live = load_clip(config.live_teacher, weights=config.live_teacher_weights, device=device) if config.live_teacher else None
     heads = _heads(clip, method, store=store, live=live, clusters=config.clusters, seed=config.seed).to(device)
     student = Student(clip=clip, heads=heads, precision=PRECISIONS[config.precision])
     optimizer = build_optimizer(
@@ -128,6 +128,7 @@ def main(config: Config) -> dict[str, Any]:
         start=start,
         num_steps=config.num_steps,
         warmup_steps=config.warmup_steps,
+        batch_size=config.batch_size,
         micro_batch=config.micro_batch or config.batch_size,
         gradient_clip=config.gradient_clip,
         checkpoint_every=config.checkpoint_every,
@@ -151,8 +152,8 @@ def _open_store(config: Config) -> Store | None:
         return None
     run.require(config.store, stage="embed")
     for path, stage in ((config.groups, "balance"), (config.clusters, "cluster")):
-        if path is not None and (made_for := run.require(path, stage=stage)["store"]) != config.store:
-            raise InputError(f"{path} was made for the store {made_for}, not for {config.store}.")
+        if path is not None:
+            run.require(path, stage=stage, store=config.store)
     return Store.open(config.store)
 
 

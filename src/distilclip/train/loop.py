@@ -63,6 +63,7 @@ def fit(
     start: int,
     num_steps: int,
     warmup_steps: int,
+    batch_size: int,
     micro_batch: int,
     gradient_clip: float,
     checkpoint_every: int,
@@ -77,7 +78,7 @@ def fit(
     device = student.clip.device
     student.clip.model.train()
     log = _Log()
-    for step in track(range(start, num_steps), f"train {folder.path}", num_samples=lambda: log.num_samples):
+    for step in track(range(start, num_steps), "train", num_samples=batch_size):
         waiting = time.perf_counter()
         batch = next(batches)
         log.data_seconds += time.perf_counter() - waiting
@@ -99,7 +100,7 @@ def fit(
         log.add(result, norm, len(batch.pixels))
         done = step + 1
         if done % LOG_EVERY == 0 or done == num_steps:
-            scale = float(student.clip.scale)
+            scale = float(student.clip.scale.detach())
             metrics.write(step=done, **log.line(), learning_rate=rate, scale=round(scale, 4))
             log = _Log()
         if done % checkpoint_every == 0 or done == num_steps:

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from distilclip.ops.metrics import (
+    bootstrap_interval,
+    linear_cka,
+    mean_cosine,
+    mean_kl,
+    mean_per_class,
+    retrieval_ranks,
+    row_tiles,
+    target_rank,
+    top_k_accuracy,
+)
+
+
+def coarse(num_rows: int, num_columns: int, seed: int) -> torch.Tensor:
+    """Scores of a few values, so that ties are everywhere."""
+    return torch.randint(0, 4, (num_rows, num_columns), generator=torch.Generator().manual_seed(seed)).float()
+
+
+# Ranks and accuracies
+
+
+def test_rank_equals_place_in_a_stable_sort() -> None:
+    scores = coarse(50, 7, seed=0)
+    target = torch.arange(50) % 7
+    order = scores.argsort(dim=1, descending=True, stable=True)
+    naive = [order[i].tolist().index(target[i]) for i in range(50)]
+    assert target_rank(scores, target).tolist() == naive
+
+
+def test_among_equal_scores_the_smaller_index_comes_first() -> None:
+    scores = torch.tensor([[1.0, 1.0, 1.0], [0.0, 2.0, 2.0]])
+    assert target_rank(scores, torch.tensor([2, 1])).tolist() == [2, 0]
+
+
+def test_a_constant_scorer_gets_chance() -> None:
+    labels = torch.arange(10)
+    assert top_k_accuracy(torch.zeros(10, 10), labels) == 0.1
+    assert top_k_accuracy(torch.zeros(10, 10), labels, top_k=5) == 0.5
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_scores_that_are_not_finite_are_no_perfect_rank(value: float) -> None:
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        target_rank(torch.tensor([[0.0, value]]), torch.tensor([0]))
+
+
+def test_mean_per_class_weighs_classes_alike_and_skips_absent_ones() -> None:
+    labels = torch.tensor([0, 0, 0, 0, 2])
+    correct = torch.tensor([True, True, True, False, False])
+    assert mean_per_class(correct, labels) == pytest.approx((0.75 + 0.0) / 2)
+
+
+def test_mean_per_class_is_accuracy_for_balanced_classes() -> None:
+    labels = torch.arange(12) % 3
+    correct = torch.arange(12) % 5 == 0
+    assert mean_per_class(correct, labels) == pytest.approx(correct.double().mean().item())
+
+
+def test_tiles_cover_every_row_once() -> None:
+    covered = [row for tile in row_tiles(103, 10, tile_elements=70) for row in range(tile.start, tile.stop)]
+    assert covered == list(range(103))
+    assert next(row_tiles(5, 10**9)) == slice(0, 1)
+
+
+# Retrieval
+
+
+def naive_ranks(
+    image: torch.Tensor, text: torch.Tensor, image_of_text: torch.Tensor
+) -> tuple[list[int], list[int]]:
+    """Sort every list, look for the first own entry."""
+    scores = image @ text.T
+    captions = scores.argsort(dim=1, descending=True, stable=True)
+    images = scores.T.argsort(dim=1, descending=True, stable=True)
+    image_ranks = [[int(image_of_text[j]) for j in captions[i]].index(i) for i in range(len(image))]
+    return image_ranks, [images[j].tolist().index(int(image_of_text[j])) for j in range(len(text))]
+
+
+@pytest.mark.parametrize("tile_elements", [1, 40, 1 << 24])
+def test_retrieval_equals_sorting_the_full_matrix(tile_elements: int) -> None:
+    image, text = coarse(12, 3, seed=1), coarse(30, 3, seed=2)  # small integers: exact products, many ties
+    image_of_text = torch.cat([torch.arange(12), torch.randint(0, 12, (18,))])
+    found = retrieval_ranks(image, text, image_of_text, tile_elements=tile_elements)
+    assert tuple(ranks.tolist() for ranks in found) == naive_ranks(image, text, image_of_text)
+
+
+def test_any_of_an_images_captions_counts() -> None:
+    image = torch.eye(2)
+    text = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.2, 0.8]])  # the first caption of image 0 is bad, its second good
+    image_ranks, text_ranks = retrieval_ranks(image, text, torch.tensor([0, 0, 1]))
+    assert image_ranks.tolist() == [0, 1]
+    assert text_ranks.tolist() == [1, 0, 0]
+
+
+def test_permuting_images_permutes_their_ranks() -> None:
+    generator = torch.Generator().manual_seed(3)
+    image, text = torch.randn(9, 4, generator=generator), torch.randn(18, 4, generator=generator)
+    owner = torch.arange(18) % 9
+    order = torch.randperm(9, generator=generator)
+    image_ranks, text_ranks = retrieval_ranks(image, text, owner)
+    permuted, same = retrieval_ranks(image[order], text, order.argsort()[owner])
+    assert torch.equal(permuted, image_ranks[order])
+    assert torch.equal(same, text_ranks)
+
+
+def test_an_image_without_a_caption_is_refused() -> None:
+    with pytest.raises(ValueError, match="needs a caption"):
+        retrieval_ranks(torch.eye(2), torch.eye(2), torch.tensor([0, 0]))
+    with pytest.raises(ValueError, match="another image"):
+        retrieval_ranks(torch.eye(2), torch.eye(3, 2), torch.tensor([0, 1, 2]))
+
+
+# Two models
+
+
+def kernel_cka(x: torch.Tensor, y: torch.Tensor) -> float:
+    """HSIC of the centred n x n kernels, from its definition."""
+    center = torch.eye(len(x), dtype=torch.float64) - 1 / len(x)
+    k, m = center @ x.double() @ x.double().T @ center, center @ y.double() @ y.double().T @ center
+    return ((k * m).sum() / (k.norm() * m.norm())).item()
+
+
+def test_cka_in_feature_form_equals_its_kernel_form() -> None:
+    generator = torch.Generator().manual_seed(4)
+    x = torch.randn(40, 5, generator=generator) + 3
+    y = torch.cat([x[:, :2] ** 2, torch.randn(40, 6, generator=generator)], dim=1)
+    assert linear_cka(x, y) == pytest.approx(kernel_cka(x, y), rel=1e-9)
+
+
+def test_cka_ignores_rotation_scale_and_shift() -> None:
+    x = torch.randn(30, 4, generator=torch.Generator().manual_seed(5))
+    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(6)))[0]
+    assert linear_cka(x, 7 * x @ rotation - 2) == pytest.approx(1, abs=1e-6)
+
+
+def test_a_constant_representation_is_aligned_with_nothing() -> None:
+    assert linear_cka(torch.ones(5, 3), torch.randn(5, 3)) == 0.0
+
+
+def test_kl_is_zero_for_equal_and_known_for_simple_distributions() -> None:
+    logits = torch.tensor([[0.3, -1.0, 2.0]])
+    assert mean_kl(logits, logits + 5) == pytest.approx(0, abs=1e-12)
+    teacher, student = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert mean_kl(student, teacher) == pytest.approx(0.5 * np.log(2) + 0.5 * np.log(2 / 3), rel=1e-6)
+
+
+def test_mean_cosine_by_hand() -> None:
+    x, y = torch.tensor([[2.0, 0.0], [1.0, 1.0]]), torch.tensor([[3.0, 0.0], [0.0, 5.0]])
+    assert mean_cosine(x, y) == pytest.approx((1 + 0.5**0.5) / 2)
+
+
+# Bootstrap
+
+
+def test_interval_of_a_mean_is_near_the_normal_one() -> None:
+    values = (np.arange(400) % 4 == 0).astype(float)
+    low, high = bootstrap_interval(values, seed=1)
+    half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
+    assert low == pytest.approx(0.25 - half, abs=0.01)
+    assert high == pytest.approx(0.25 + half, abs=0.01)
+
+
+def test_interval_depends_on_the_seed_alone() -> None:
+    values = np.random.default_rng(0).random(50)
+    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
+    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+
+
+def test_interval_of_certain_values_has_no_width() -> None:
+    assert bootstrap_interval(np.ones(20)) == (1.0, 1.0)
+    strata = np.arange(20) % 2
+    assert bootstrap_interval((strata == 0).astype(float), strata=strata) == (0.5, 0.5)
+
+
+def test_strata_hold_the_mean_per_class() -> None:
+    strata = np.repeat([0, 1], [300, 30])
+    values = np.where(strata == 0, np.arange(330) % 2, 1.0)
+    low, high = bootstrap_interval(values, strata=strata, seed=2)
+    assert low < 0.75 < high
+    assert high - low < 0.1

@@ -1,0 +1,73 @@
+from __future__ import annotations
+
+import re
+import xml.etree.ElementTree as ET
+
+import numpy as np
+import pytest
+
+from distilclip.report import figures
+from distilclip.report.load import Series
+
+
+def line(label: str = "student <1>", num: int = 20, series: int = 2) -> figures.Line:
+    steps = np.arange(num)
+    return figures.Line(label=label, series=series, data=Series(step=steps, value=np.exp(-steps / 10)))
+
+
+@pytest.fixture(scope="module")
+def drawings() -> dict[str, str]:
+    return draw()
+
+
+def draw() -> dict[str, str]:
+    points = [
+        figures.Point(threshold=0.01 * i, removed=0.05 * i, num_groups=20 - i, largest_group=1 + i) for i in range(8)
+    ]
+    standing = figures.Standing(label="shape", values={"teacher": 0.6, "student": 0.4}, chance=0.1)
+    return {
+        "training": figures.training_curve("loss", [line(), line("b", series=11)]),
+        "threshold": figures.threshold_curve(points, metric="sqeuclidean", threshold=0.07),
+        "clusters": figures.cluster_sizes([0, 2, 5, 1], [0, 1, 4, 2, 1]),
+        "standings": figures.standings([standing], {"teacher": 0, "student": 1}),
+    }
+
+
+def test_equal_numbers_give_equal_bytes(drawings: dict[str, str]) -> None:
+    assert draw() == drawings
+
+
+@pytest.mark.parametrize("name", ["training", "threshold", "clusters", "standings"])
+def test_an_inline_figure_is_well_formed_named_themed_and_without_repeated_ids(
+    drawings: dict[str, str], name: str
+) -> None:
+    svg = drawings[name]
+    ET.fromstring(svg)
+    inline = figures.inline(svg, label='what it "says"')
+    root = ET.fromstring(inline)
+    assert root.get("aria-label") == 'what it "says"'
+    assert root.get("role") == "img"
+    assert "var(--ink)" in inline or "var(--muted)" in inline
+    left_over = set(re.findall(r"#[0-9a-f]{6}\b", inline)) - {"#000000", "#ffffff"}
+    assert not left_over, "every colour follows the page"
+    assert "DejaVu" not in inline
+    assert "http" not in inline.replace("http://www.w3.org/1999/xlink", "").replace("http://www.w3.org/2000/svg", "")
+
+
+def test_ids_differ_from_figure_to_figure(drawings: dict[str, str]) -> None:
+    ids = [set(re.findall(r' id="([^"]*)"', figures.inline(svg, label=""))) for svg in drawings.values()]
+    assert sum(map(len, ids)) == len(set.union(*ids))
+
+
+def test_the_axis_tells_the_threshold_in_all_three_metrics(drawings: dict[str, str]) -> None:
+    svg = drawings["threshold"]
+    for words in ("sqeuclidean distance", "= euclidean", "= cosine", "chosen: 0.07", "0.245", "0.03"):
+        assert f">{words}<" in svg
+
+
+def test_thin_averages_and_keeps_the_end() -> None:
+    series = Series(step=np.arange(1, 1001), value=np.arange(1000.0))
+    thinned = figures.thin(series, 10)
+    assert thinned.step.tolist() == list(range(100, 1001, 100))
+    assert thinned.value.tolist() == [49.5 + 100 * i for i in range(10)]
+    assert figures.thin(series, 1000) is series
