@@ -27,8 +27,9 @@ class Case:
     """One row of the table.
 
     `setup` builds the inputs from a fixed seed; `ours` and `peer` take them. `peer` is None where it does not fit into
-    memory. `equal` judges the two results, unless the two sides compute different things on purpose. `result_mb` is what either side must return (gradients, say): it is
-    subtracted from the measured peak, so that the table shows working memory only.
+    memory. `equal` judges the two results; None where the two sides compute different things on purpose. `result_mb` is
+    what either side must return (gradients, say): it is subtracted from the measured peak, so that the table shows
+    working memory only.
     """
 
     name: str

@@ -17,11 +17,12 @@ GROUND = {"errors", "data.files", "devices"}
 ALLOWED = {
     "ops": {"ops"},
     "data": {"data", "ops", "progress"},
+    "corpus": {"corpus", "data"},
     "models": {"models", "data", "ops"},
     "train": {"train", "models", "data", "ops", "losses", "progress", "run", "distributed"},
     "evaluate": {"evaluate", "models", "data", "ops", "progress"},
-    "report": {"report", "data", "run"},
-    "stages": {"stages", "train", "evaluate", "report", "models", "data", "ops", "losses", "progress"}
+    "report": {"report", "data", "ops", "run"},
+    "stages": {"stages", "train", "evaluate", "report", "models", "data", "corpus", "ops", "losses", "progress"}
     | {"config", "run", "engine", "distributed"},
     "cli": {"stages", "config"},
     "config": set(),

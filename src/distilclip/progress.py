@@ -11,11 +11,11 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-Advance = Callable[[float, int], None]
+Advance = Callable[[float | int, int], None]
 
 
 @contextlib.contextmanager
-def progress(description: str, total: float) -> Iterator[Advance]:
+def progress(description: str, total: float | int) -> Iterator[Advance]:
     """A bar for the length of the block; yields `advance(amount, num_samples)`, amounts summing to `total`.
 
     Shown on a terminal only; the environment variable `DISTILCLIP_PROGRESS` (1 or 0) decides otherwise.
@@ -38,7 +38,7 @@ def progress(description: str, total: float) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True, force_terminal=True)) as bar:
         task = bar.add_task(description, total=total, speed="")
 
-        def advance(amount: float, num_samples: int) -> None:
+        def advance(amount: float | int, num_samples: int) -> None:
             nonlocal num_done
             num_done += num_samples
             speed = f"{num_done / (time.perf_counter() - started):,.0f} samples/s" if num_done else ""

@@ -26,7 +26,9 @@ def png_header_claiming(width: int, height: int) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -103,9 +105,7 @@ def test_sixteen_bit_grey_is_scaled_and_not_clipped() -> None:
 
 def test_an_animation_gives_its_first_frame() -> None:
     buffer = io.BytesIO()
-    Image.new("RGB", (8, 8), "red").save(
-        buffer, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")]
-    )
+    Image.new("RGB", (8, 8), "red").save(buffer, "GIF", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")])
     assert decode_image(buffer.getvalue()).getpixel((0, 0)) == (255, 0, 0)
 
 
@@ -121,15 +121,19 @@ def test_what_is_no_image_is_named(data: bytes) -> None:
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
 def test_any_cut_or_changed_byte_gives_an_image_or_a_reason(format: str) -> None:
+    def verdict(broken: bytes) -> str:
+        try:
+            return decode_image(broken).mode
+        except BadSample as error:
+            return error.reason
+
     data = encoded(picture(1), format)
     random = np.random.default_rng(0)
     for _ in range(60):
         broken = bytearray(data[: random.integers(1, len(data) + 1)])
         broken[random.integers(len(broken))] = random.integers(256)
-        try:
-            assert decode_image(bytes(broken)).mode == "RGB"
-        except BadSample as error:
-            assert error.reason in ("truncated image", "damaged image", "not an image", "too many pixels")
+        reasons = ("truncated image", "damaged image", "not an image", "too many pixels")
+        assert verdict(bytes(broken)) in ("RGB", *reasons)
 
 
 def test_a_bomb_is_refused_from_its_header() -> None:

@@ -120,7 +120,7 @@ def test_the_payload_says_what_it_is(tmp_path: Path) -> None:
 def test_an_unfinished_store_names_the_stage(tmp_path: Path) -> None:
     write_store(str(tmp_path))
     (tmp_path / "manifest.parquet").unlink()
-    with pytest.raises(InputError, match="no finished store.*distilclip embed"):
+    with pytest.raises(InputError, match=r"no finished store.*distilclip embed"):
         Store.open(str(tmp_path))
 
 
@@ -202,5 +202,3 @@ def test_a_store_is_read_while_its_folder_is_read_only(tmp_path: Path) -> None:
     assert store.image(0).shape == (3, 8)
     with pytest.raises(ValueError, match="read-only"):
         store.image(0)[0, 0] = 1
-
-

@@ -86,7 +86,9 @@ def test_ranks_share_out_the_global_batch(joined: dict[str, str]) -> None:
 def test_a_stream_resumes_at_any_step(joined: dict[str, str]) -> None:
     whole = list(stream(**joined).batches(stop=9))
     for start in (1, 4, 8):
-        assert all(same(a, b) for a, b in zip(whole[start:], stream(**joined).batches(start=start, stop=9), strict=True))
+        assert all(
+            same(a, b) for a, b in zip(whole[start:], stream(**joined).batches(start=start, stop=9), strict=True)
+        )
 
 
 def test_the_seed_decides_order_and_views(joined: dict[str, str]) -> None:
@@ -165,7 +167,9 @@ def test_a_bad_sample_is_replaced_the_same_way_everywhere_and_counted(tmp_path: 
 def test_on_error_raise_names_the_sample(tmp_path: Path, num_workers: int) -> None:
     path = write_tar(tmp_path / "a.tar", [("0.jpg", b"no image"), ("0.txt", b"words")])
     opened = stream(data=[path], on_error="raise", batch_size=1)
-    with pytest.raises(InputError, match=r"16 samples drawn in a row cannot be used, the last .*a\.tar: 0: not an image"):
+    with pytest.raises(
+        InputError, match=r"16 samples drawn in a row cannot be used, the last .*a\.tar: 0: not an image"
+    ):
         next(opened.batches(stop=1, num_workers=num_workers))
     members = [("0.jpg", b"no image"), ("0.txt", b"words"), ("1.jpg", encoded(picture(1))), ("1.txt", b"words")]
     opened = stream(data=[write_tar(tmp_path / "b.tar", members)], on_error="raise", batch_size=2)
@@ -219,10 +223,10 @@ def test_groups_and_clusters_of_another_store_are_refused(tmp_path: Path, joined
     groups = read_groups(joined["groups"], 1)
     fewer = Groups(**{name: value[:-1] for name, value in vars(groups).items()})
     write_groups(joined["groups"], 1, fewer)
-    with pytest.raises(InputError, match="rows of shard 1 are not the valid rows of the store.*distilclip balance"):
+    with pytest.raises(InputError, match=r"rows of shard 1 are not the valid rows of the store.*distilclip balance"):
         stream(**joined)
     write_groups(joined["groups"], 1, Groups(**{**vars(groups), "row": groups.row + np.uint32(9)}))
-    with pytest.raises(InputError, match="shard 1 has a row 15, the store .* 7 rows"):
+    with pytest.raises(InputError, match=r"shard 1 has a row 15, the store .* 7 rows"):
         stream(**joined)
     with pytest.raises(InputError, match=r"clusters: row 0 of shard 0 has no label.*groups that the clusters"):
         stream(store=joined["store"], clusters=joined["clusters"])
@@ -236,7 +240,7 @@ def test_a_damaged_embedding_is_found_when_it_is_read(tmp_path: Path, pair_tars:
     payload = bytearray((folder / "000000.safetensors").read_bytes())
     payload[-store.image(0).nbytes :] = np.full(store.image(0).shape, np.nan, np.float16).tobytes()
     (folder / "000000.safetensors").write_bytes(payload)
-    with pytest.raises(InputError, match="embedding of shard 0, row . is not a finite unit vector"):
+    with pytest.raises(InputError, match=r"embedding of shard 0, row . is not a finite unit vector"):
         next(stream(store=str(folder)).batches(stop=1))
 
 
@@ -266,5 +270,3 @@ def test_open_files_are_bounded(pair_tars: PairTars) -> None:
         assert shards[uri].read(0, 20 * 512).caption is not None
     assert len(os.listdir("/proc/self/fd")) < 100
     assert len(shards._open) == 2
-
-

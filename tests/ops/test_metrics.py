@@ -71,9 +71,7 @@ def test_tiles_cover_every_row_once() -> None:
 # Retrieval
 
 
-def naive_ranks(
-    image: torch.Tensor, text: torch.Tensor, image_of_text: torch.Tensor
-) -> tuple[list[int], list[int]]:
+def naive_ranks(image: torch.Tensor, text: torch.Tensor, image_of_text: torch.Tensor) -> tuple[list[int], list[int]]:
     """Sort every list, look for the first own entry."""
     scores = image @ text.T
     captions = scores.argsort(dim=1, descending=True, stable=True)

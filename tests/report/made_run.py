@@ -203,7 +203,8 @@ def write_evaluate(folder: Path) -> None:
             rows.append(_score(model, "retrieval", "retrieval", metric, level / 2, chance=1 / 400, num_test=400))
         for metric, value in (("top1_agreement", 0.2 + level), ("cka", 0.9), ("kl", 1.25)):
             rows.append(_score(model, "shape", "agreement", metric, value))
-    write_stage(folder, "evaluate", {"rows": rows}, models=list(STUDENTS), teacher="teacher")
+    models = [{"name": name, "digest": digest(name), "num_parameters": 1_234_567} for name in ("teacher", *STUDENTS)]
+    write_stage(folder, "evaluate", {"rows": rows, "models": models}, models=["teacher", *STUDENTS], teacher="teacher")
 
 
 def _accuracies(model: str, dataset: str, task: str, value: float) -> list[dict[str, Any]]:
@@ -216,4 +217,15 @@ def _accuracies(model: str, dataset: str, task: str, value: float) -> list[dict[
 def _score(model: str, dataset: str, task: str, metric: str, value: float | None, **more: Any) -> dict[str, Any]:
     row = {"model": model, "model_digest": digest(model), "set": dataset, "task": task, "metric": metric}
     interval = {"low": value - 0.04, "high": value + 0.04} if value is not None else {"low": None, "high": None}
-    return {**row, "value": value, **interval, "chance": None, "num_test": 500, "reason": "", "details": {}, **more}
+    headline = metric in ("top1", "image_to_text_r1", "text_to_image_r1", "top1_agreement", "cka")
+    return {
+        **row,
+        "value": value,
+        **interval,
+        "headline": headline,
+        "chance": None,
+        "num_test": 500,
+        "reason": "",
+        "details": {},
+        **more,
+    }

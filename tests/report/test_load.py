@@ -50,7 +50,7 @@ def test_nothing_to_report_names_the_folder_and_the_remedy(tmp_path: Path) -> No
     write_stage(tmp_path / "train", "train", None)
     with pytest.raises(InputError, match=rf"No result.json under {tmp_path}.*distilclip run"):
         load([str(tmp_path)])
-    with pytest.raises(InputError, match="nowhere.*does not exist"):
+    with pytest.raises(InputError, match=r"nowhere.*does not exist"):
         load([str(tmp_path / "nowhere")])
 
 
@@ -86,7 +86,7 @@ def test_models_of_one_name_and_different_weights_stay_apart(tmp_path: Path) -> 
     row = {"model": "student", "set": "shape", "task": "zero-shot", "metric": "top1"}
     for seed, digest in enumerate(("aaaaaaaaaa", "bbbbbbbbbb", "bbbbbbbbbb")):
         rows = [{**row, "model_digest": digest, "value": 0.1 * seed}]
-        write_stage(tmp_path / f"evaluate-{seed}", "evaluate", {"rows": rows})
+        write_stage(tmp_path / f"evaluate-{seed}", "evaluate", {"rows": rows, "models": []})
     scores = load([str(tmp_path)]).scores
     assert {s.model: s.value for s in scores} == {"student aaaaaaa": 0.0, "student bbbbbbb": 0.2}
 

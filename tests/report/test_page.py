@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -126,7 +127,16 @@ def test_a_moved_run_finds_its_store_again(tmp_path: Path) -> None:
 
 def test_scores_alone_make_a_page_without_students(tmp_path: Path) -> None:
     row = {"model": "ViT-B-32", "model_digest": digest("x"), "set": "cars", "task": "zero-shot", "metric": "top1"}
-    write_stage(tmp_path, "evaluate", {"rows": [{**row, "value": 0.594}]})
+    write_stage(tmp_path, "evaluate", {"rows": [{**row, "value": 0.594}], "models": []})
     page = page_of(tmp_path)
     assert "59.4" in page.html
     assert "Results of 1 stage folder." in page.html
+
+
+def test_chaining_is_pointed_out(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    assert "chained together" not in page_of(tmp_path).html
+    result = json.loads((tmp_path / "balance" / "result.json").read_text())
+    result |= {"num_valid": 1000, "largest_group": 920}
+    (tmp_path / "balance" / "result.json").write_text(json.dumps(result))
+    assert "The largest group holds 92.0 % of all pictures" in page_of(tmp_path).html

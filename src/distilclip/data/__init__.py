@@ -1,1 +1,1 @@
-"""Pairs in, joined batches out: shards, samples, the store, the training stream, the synthetic corpus."""
+"""Pairs in, joined batches out: shards, samples, the store, the training stream."""

@@ -132,13 +132,12 @@ class PairLoader(Dataset):
 
     def _usable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, str, Image.Image]:
         """Row, caption and image; of another row, drawn by (seed, epoch, row), where those of `index` are unusable."""
-        draw = np.random.Generator(np.random.PCG64([self.seed, epoch, index, 1]))
         for _ in range(MAX_REPLACEMENTS):
             try:
                 return index, *self._read(index)
             except BadSample as error:
                 bad.append((error.where, error.error))
-                index = int(draw.integers(len(self.table)))
+                index = int(self._generator(epoch, index).integers(len(self.table)))
         raise InputError(
             f"{MAX_REPLACEMENTS} samples drawn in a row cannot be used, the last {bad[-1][0]}: {bad[-1][1]}. "
             "Check the data with `distilclip embed`."

@@ -54,7 +54,7 @@ def cluster(
     student, the centers and, if it asks for one, the teacher; that of `total` is found in the forward pass, block by
     block while the logits are at hand (differentiating `label` or `distribution` alone costs a second sweep).
     `classes` restricts the softmaxes to some centers (see `sample_classes`); other centers get a gradient of zero. The
-    memory beyond inputs and gradients is O(n dim + k dim / 2); `tile` (rows, columns) sets the tile, and no result
+    memory beyond inputs and gradients is O(n dim + 256 k); `tile` (rows, columns) sets the tile, and no result
     depends on it. Raises `ValueError` for shapes that differ, for labels without a center and for impossible scales.
     """
     check_pairs(student, teacher, names=("student", "teacher"))

@@ -23,7 +23,8 @@ from distilclip.ops.streaming import blocks, no_autocast, scaled_exp
 
 _SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize
 _KEPT_ENTRIES = 1 << 22
-_TILE_ENTRIES = {"cpu": 1 << 19, "cuda": 1 << 25}
+_BLOCK_ROWS = {"cpu": 128, "cuda": 512}
+_TILE_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,8 +59,8 @@ class CenterTiles:
     """Centers of one shard, walked in tiles of unit rows against blocks of embeddings; owns the buffers they need.
 
     With `keep`, the logits of one block against all classes stay until the next block, so that the gradients of that
-    block need no second product. A block then has dim / 4 rows (or what 16 MiB allow, if that is more): the kept logits
-    take half the memory of the centers, whatever n is.
+    block need no second product. On CPUs a block has 128 rows (or what 16 MiB allow, if that is more): the kept logits
+    take 1 KiB per class, whatever n is, and a center is read and its gradient touched once per 128 rows.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class CenterTiles:
         self.softmaxes = softmaxes
         self.first_class = first_class
         self.inverse_norm = 1 / torch.linalg.vector_norm(centers, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM)
-        rows, columns = tile or _default_tile(centers)
+        rows, columns = tile or _default_tile(centers, num_rows)
         self.rows = min(rows, num_rows)
         self.columns = list(blocks(k, columns))
         width = min(columns, k)
@@ -206,11 +207,11 @@ def partial_gradients(
     return gradients
 
 
-def _default_tile(centers: Tensor) -> tuple[int, int]:
-    """Rows such that kept logits take half the centers' memory, or 16 MiB; columns such that a tile stays in cache."""
-    k, dim = centers.shape
-    rows = max(dim // 4, _KEPT_ENTRIES // (2 * max(k, 1)), 1)
-    return rows, max(64, _TILE_ENTRIES.get(centers.device.type, _TILE_ENTRIES["cpu"]) // (2 * rows))
+def _default_tile(centers: Tensor, num_rows: int) -> tuple[int, int]:
+    """Rows of a block; columns such that a tile stays in the last-level cache and threads have few barriers to meet."""
+    device = centers.device.type if centers.device.type in _BLOCK_ROWS else "cpu"
+    rows = min(num_rows, max(_BLOCK_ROWS[device], _KEPT_ENTRIES // (2 * max(len(centers), 1))))
+    return rows, max(64, _TILE_ENTRIES[device] // (2 * rows))
 
 
 def _tile_sums(cosines: Tensor, softmaxes: Softmaxes, working: Tensor) -> PartialSums:

@@ -32,7 +32,7 @@ from distilclip.ops.streaming import (
 PLAIN_ENTRIES = 1 << 22
 """Up to so many logits (16 MiB) the materialised form is used: it is faster there, and equal."""
 
-_TILE_ENTRIES = {"cpu": 1 << 20, "cuda": 1 << 25}
+_TILE_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 def contrastive(
@@ -143,9 +143,9 @@ def _width_message(left_name: str, left: Tensor, right_name: str, right: Tensor)
 
 
 def _default_tile(image: Tensor) -> tuple[int, int]:
-    """One row to four columns; within the last-level cache on CPUs."""
-    rows = math.isqrt(_TILE_ENTRIES.get(image.device.type, _TILE_ENTRIES["cpu"]) // 4)
-    return rows, 4 * rows
+    """One row to two columns; within the last-level cache on CPUs."""
+    rows = math.isqrt(_TILE_ENTRIES.get(image.device.type, _TILE_ENTRIES["cpu"]) // 2)
+    return rows, 2 * rows
 
 
 def _tiled_contrastive(image: Tensor, text: Tensor, scale: Tensor, tile: tuple[int, int]) -> Tensor:

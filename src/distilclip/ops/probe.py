@@ -45,7 +45,7 @@ def linear_probe(
     validation: tuple[Float[Tensor, "v dim"], Int[Tensor, " v"]] | None = None,
     held_out: float = 0.2,
     seed: int = 0,
-    tolerance: float = 1e-6,
+    tolerance: float = 1e-7,
     max_iterations: int = 1000,
 ) -> Probe:
     """Fit multinomial logistic regression to frozen features and test it once (Radford et al. 2021, appendix A.3).

@@ -28,12 +28,6 @@ METRICS = {
     "cka": "CKA",
     "kl": "KL, nats",
 }
-HEADLINES = {
-    "zero-shot": ("top1",),
-    "linear-probe": ("top1",),
-    "retrieval": ("image_to_text_r1", "text_to_image_r1"),
-    "agreement": ("top1_agreement", "cka"),
-}
 MAX_COLUMNS = 12  # more than this in one table no longer fits a page, so each task gets its own
 
 
@@ -44,6 +38,7 @@ class Model:
     name: str
     role: Role
     series: int
+    num_parameters: int | None = None
     training: Training | None = None
 
 
@@ -123,18 +118,17 @@ def models(results: Results) -> list[Model]:
     """
     teachers = _teachers(results)
     by_digest = {training.digest: training for training in reversed(results.trainings)}
-    named = {score.model: by_digest.get(score.digest) for score in results.scores}
-    known = {score.model: {score.model, score.digest} for score in results.scores}
-    scored = {score.digest for score in results.scores}
+    digests = {score.model: score.digest for score in results.scores}
+    named = {name: by_digest.get(digest) for name, digest in digests.items()}
     for unscored in results.trainings:
-        if unscored.digest not in scored:
+        if unscored.digest not in digests.values():
             name = unscored.path if unscored.name in named else unscored.name
-            named[name], known[name] = unscored, {unscored.digest}
+            named[name], digests[name] = unscored, unscored.digest
 
     roles: dict[str, Role] = {}
     for name, training in named.items():
         path = training.path.rstrip("/") if training is not None else None
-        if known[name] & teachers or (path and any(f"{teacher}/".startswith(f"{path}/") for teacher in teachers)):
+        if {name, digests[name]} & teachers or (path and any(f"{t}/".startswith(f"{path}/") for t in teachers)):
             roles[name] = "teacher"
         elif training is None:
             roles[name] = "other"
@@ -146,13 +140,19 @@ def models(results: Results) -> list[Model]:
     ordered = sorted(named, key=lambda name: order.index(roles[name]))
     num_teachers = sum(role == "teacher" for role in roles.values())
     return [
-        Model(name=name, role=roles[name], series=max(0, place - num_teachers + 1), training=named[name])
+        Model(
+            name=name,
+            role=roles[name],
+            series=max(0, place - num_teachers + 1),
+            num_parameters=results.num_parameters.get(digests[name]),
+            training=named[name],
+        )
         for place, name in enumerate(ordered)
     ]
 
 
 def compare(scores: Sequence[Score], compared: Sequence[Model]) -> Table:
-    """The headline scores of all models: one metric per classification set, R@1 both ways per retrieval set."""
+    """The headline scores of all models, and what they gain over the baseline."""
     columns = _headline_columns(scores)
     values = {(s.model, s.task, s.set, s.metric): s.value for s in scores}
     scored = [model for model in compared if any(score.model == model.name for score in scores)]
@@ -188,7 +188,7 @@ def _headline_columns(scores: Sequence[Score]) -> list[Column]:
     for task in dict.fromkeys([*TASKS, *(score.task for score in scores)]):
         found: dict[tuple[str, str], Score] = {}
         for score in scores:
-            if score.task == task and score.value is not None and _is_headline(score):
+            if score.task == task and score.value is not None and score.headline:
                 found.setdefault((score.set, score.metric), score)
         chosen = [
             Column(task=task, set=s.set, metric=s.metric, chance=s.chance, num_test=s.num_test) for s in found.values()
@@ -197,12 +197,6 @@ def _headline_columns(scores: Sequence[Score]) -> list[Column]:
             columns.append(_mean_column(task, chosen))
         columns += chosen
     return columns
-
-
-def _is_headline(score: Score) -> bool:
-    """Whether the score's metric is the one that its set, or else its task, is known by."""
-    headlines = (score.headline,) if score.headline else HEADLINES.get(score.task, (score.metric,))
-    return score.metric in headlines
 
 
 def _mean_column(task: str, columns: Sequence[Column]) -> Column:
@@ -224,7 +218,9 @@ def _value(
 
 def _teachers(results: Results) -> set[str]:
     """Every name, path or digest by which a stage says who its teacher is."""
-    found = [folder.config.get("teacher") for stage in ("train", "evaluate") for folder in results.finished(stage)]
+    found = [folder.config.get("teacher") for folder in results.finished("train")]
+    for folder in results.finished("evaluate"):
+        found += (folder.config.get("teacher") or "").split("=", 1)  # MODEL, or NAME=MODEL
     for folder in results.finished("embed"):
         teacher = folder.result["teacher"]
         found += [folder.config.get("model"), teacher["name"], teacher["digest"]]

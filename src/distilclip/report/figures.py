@@ -80,7 +80,7 @@ def training_curve(name: str, lines: Sequence[Line]) -> str:
             axes.plot(data.step, data.value, label=line.label, **_line_style(line.series))
         axes.set_xlabel("step", loc="right", labelpad=1)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: magnitude(step)))
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=[1, 2, 5, 10]))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
         axes.margins(x=0.01)
         return _svg(figure)
@@ -115,13 +115,14 @@ def threshold_curve(points: Sequence[Point], *, metric: str, threshold: float) -
             axes.set_ylim(bottom=0, top=1.08 * max(values) or 1)
             axes.axvline(threshold, color=PALETTE["--ink"], linewidth=1, linestyle=(0, (4, 3)))
         panels[0].yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        late = threshold > 0.8 * x[-1]
         panels[0].annotate(
             f"chosen: {significant(threshold)}",
-            (threshold, 1),
+            (threshold, 0),
             xycoords=("data", "axes fraction"),
-            xytext=(0, 4),
+            xytext=(-6 if late else 6, 5),
             textcoords="offset points",
-            ha="right" if threshold > 0.8 * x[-1] else "center",
+            ha="right" if late else "left",
         )
         _metric_axis(panels[-1], metric)
         return _svg(figure)
@@ -269,7 +270,7 @@ def _metric_axis(axes: Axes, metric: str) -> None:
         same = equivalents(value, metric)
         return "\n".join(significant(same[name]) for name in (metric, *others))
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(label))
     axes.set_xlim(left=0)
     axes.annotate(

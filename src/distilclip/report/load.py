@@ -6,16 +6,16 @@ the models nor the tars.
 
 from __future__ import annotations
 
-import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from distilclip import run
 from distilclip.data import files
 from distilclip.errors import InputError
 
@@ -48,8 +48,8 @@ class StageFolder:
 class Score:
     """One row of an evaluate folder: `value`, its 95 % interval `low` to `high`, and `chance`, None where not known.
 
-    They are fractions, except for the metric `kl`, in nats. `headline` is the metric that the set is known by, where
-    it has one of its own; `reason` says why there is no value.
+    They are fractions, except for the metric `kl`, in nats. `headline` marks the metric that the set is known by;
+    `reason` says why there is no value.
     """
 
     model: str
@@ -63,7 +63,7 @@ class Score:
     chance: float | None = None
     num_test: int | None = None
     num_unreadable: int = 0
-    headline: str = ""
+    headline: bool = True
     reason: str = ""
 
 
@@ -129,11 +129,15 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that one page tells about: the stage folders, and what the evaluate and train folders among them hold."""
+    """All that one page tells about: the stage folders, and what the evaluate and train folders among them hold.
+
+    `num_parameters` is that of the evaluated models, by the digest of their weights.
+    """
 
     folders: list[StageFolder]
     scores: list[Score]
     trainings: list[Training]
+    num_parameters: dict[str, int]
 
     def finished(self, stage: str) -> list[StageFolder]:
         """The finished folders of one stage, in the order found."""
@@ -164,9 +168,11 @@ def load(paths: Sequence[str]) -> Results:
             f"No result.json under {', '.join(paths)}: there is nothing to report yet. "
             "Run a stage to its end first, `distilclip run RECIPE` for all of them."
         )
+    evaluations = _finished(folders, "evaluate")
     return Results(
         folders=folders,
-        scores=_scores(_finished(folders, "evaluate")),
+        scores=_scores(evaluations),
+        num_parameters={m["digest"]: m["num_parameters"] for folder in evaluations for m in folder.result["models"]},
         trainings=[_training(folder) for folder in _finished(folders, "train")],
     )
 
@@ -199,12 +205,7 @@ def _read_folder(path: str) -> StageFolder | None:
 
 def _read_object(path: str) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    if not files.exists(path):
-        return {}
-    try:
-        value = json.loads(files.read_bytes(path))
-    except ValueError as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Remove it and run its stage again.") from error
+    value = run.read_json(path) if files.exists(path) else {}
     return value if isinstance(value, dict) else {}
 
 
@@ -237,7 +238,7 @@ def _score(row: dict[str, Any]) -> Score:
         chance=row.get("chance"),
         num_test=row.get("num_test"),
         num_unreadable=row.get("num_unreadable", 0),
-        headline=(row.get("details") or {}).get("headline") or "",
+        headline=row.get("headline", True),
         reason=row.get("reason") or "",
     )
 
@@ -257,9 +258,9 @@ def _training(folder: StageFolder) -> Training:
 
 
 def _read_log(path: str) -> dict[str, Series]:
-    """Every numeric column of a metrics.jsonl over its steps, empty where there is none."""
+    """Every numeric column of a metrics.jsonl over its steps; none where there is no such file."""
     columns: dict[str, list[tuple[int, float]]] = {}
-    for line in _lines(path) if files.exists(path) else ():
+    for line in run.read_metrics(path) if files.exists(path) else ():
         for name, value in line.items():
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 columns.setdefault(name, []).append((line["step"], value))
@@ -267,11 +268,3 @@ def _read_log(path: str) -> dict[str, Series]:
         name: Series(step=np.array([step for step, _ in pairs]), value=np.array([value for _, value in pairs], float))
         for name, pairs in columns.items()
     }
-
-
-def _lines(path: str) -> Iterator[dict[str, Any]]:
-    for line in files.read_bytes(path).decode().splitlines():
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:  # a line cut by a kill is the last one
-            return

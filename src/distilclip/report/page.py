@@ -60,6 +60,7 @@ def build(
         story=story(table, results),
         models=compared,
         table=table,
+        baseline=next((row.model.name for row in table.rows if row.model.role == "baseline"), ""),
         agreement=agreement,
         all_scores=_all_scores(scores, compared),
         remarks=_remarks(scores),
@@ -83,7 +84,7 @@ def build(
 
 
 def story(table: Table, results: Results) -> str:
-    """What came out, in a sentence or two: the best student, its gain and share of the teacher, what balance removed."""
+    """What came out, in two sentences: the best student, its gain and share of the teacher; what balance removed."""
     sentences = [_best_student(table)] if table.columns else []
     for folder in results.finished("balance")[:1]:
         kept, valid = wording.count(folder.result["num_kept"]), wording.count(folder.result["num_valid"])

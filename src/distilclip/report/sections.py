@@ -74,6 +74,11 @@ class Balance:
     gallery: Gallery
 
     @property
+    def largest_share(self) -> float:
+        """The share of the valid images that the largest group holds: a large one is a sign of chaining."""
+        return self.result["largest_group"] / max(self.result["num_valid"], 1)
+
+    @property
     def thresholds(self) -> dict[str, float]:
         """The threshold in every metric, the folder's own first."""
         return _equivalents(self.threshold, self.metric)

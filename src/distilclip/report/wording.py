@@ -21,19 +21,15 @@ def magnitude(value: int | float | None) -> str:
         if abs(value) >= limit:
             scaled = value / (1e3 if unit == "k" else limit)
             return f"{scaled:.3g} {unit}"
-    return f"{value:.4g}"
+    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
 def significant(value: int | float | None) -> str:
-    """Three significant digits, never in exponent form: 0.00245, 0.07, 1.5."""
+    """Three significant digits, at most six decimals, never in exponent form: 0.00245, 0.07, 2000."""
     if value is None:
         return DASH
-    if value == 0:
-        return "0"
     text = f"{value:.3g}"
-    if "e" in text:
-        text = f"{value:.12f}".rstrip("0").rstrip(".") if abs(value) < 1 else f"{value:.0f}"
-    return text
+    return f"{value:.6f}".rstrip("0").rstrip(".") if "e-" in text else f"{value:.0f}" if "e+" in text else text
 
 
 def percent(fraction: int | float | None) -> str:

@@ -11,7 +11,7 @@ from rich.progress import track
 
 from distilclip import run
 from distilclip.data import files
-from distilclip.data.synthetic import plan_corpus, write_shards, write_texts
+from distilclip.corpus.plan import plan_corpus, write_shards, write_texts
 from distilclip.errors import InputError
 
 

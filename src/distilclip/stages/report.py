@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,6 @@ from distilclip import run
 from distilclip.data import files
 from distilclip.errors import InputError
 from distilclip.report.load import Results, load
-from distilclip.report.page import build
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,9 @@ class Config:
     """of the random groups"""
 
     def __post_init__(self) -> None:
+        for package in ("jinja2", "matplotlib"):
+            if importlib.util.find_spec(package) is None:
+                raise InputError(f"report needs {package}, which is not installed: pip install 'distilclip[report]'.")
         if not self.folders:
             raise InputError("report needs --folders: the folder of a run, or of its stages.")
         for name in ("num_groups", "num_clusters", "num_pictures"):
@@ -50,6 +53,8 @@ def main(config: Config) -> dict[str, Any]:
 
     A finished page is left as it is. Raises `InputError` where it was made from results that have changed since.
     """
+    from distilclip.report.page import build  # of the extra `report`, which Config has asked for
+
     folder = run.open_folder(config.out, stage="report", config=config)
     results = load(config.folders)
     sources = _digests(results)

@@ -175,7 +175,7 @@ def _heads(
     clip: Clip, method: Objective, *, store: Store | None, live: Clip | None, clusters: str | None, seed: int
 ) -> Heads:
     teacher_dim = live.dim if live is not None else store.dim if store is not None else clip.dim
-    centers = torch.from_numpy(read_centers(clusters)) if method.cluster and clusters else None
+    centers = torch.tensor(read_centers(clusters)) if method.cluster and clusters else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Heads(clip.dim, teacher_dim, augmented=method.augmented > 0, centers=centers)

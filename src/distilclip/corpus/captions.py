@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from distilclip.data.scenes import Object, Scene
+from distilclip.corpus.scenes import Object, Scene
 
 # The ways to say a word of the vocabulary: the plain one first, which is also the commonest.
 SYNONYMS: dict[str, tuple[str, ...]] = {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from jaxtyping import Float, UInt8
 
-from distilclip.data.scenes import PLACES, Object, Scene
+from distilclip.corpus.scenes import PLACES, Object, Scene
 
 Plane = Float[np.ndarray, "h w"]
 

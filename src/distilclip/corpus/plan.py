@@ -21,8 +21,8 @@ import numpy as np
 from jaxtyping import Int
 
 from distilclip.data import files
-from distilclip.data.captions import COLOUR_TEMPLATES, SHAPE_TEMPLATES
-from distilclip.data.scenes import (
+from distilclip.corpus.captions import COLOUR_TEMPLATES, SHAPE_TEMPLATES
+from distilclip.corpus.scenes import (
     COLOURS,
     SHAPES,
     Prior,
@@ -31,7 +31,7 @@ from distilclip.data.scenes import (
     draw_scenes,
     held_out_combinations,
 )
-from distilclip.data.synthetic_shards import (
+from distilclip.corpus.shards import (
     CAPTION_KINDS,
     COPIES,
     PLAN,

@@ -14,10 +14,10 @@ from jaxtyping import Int
 from PIL import Image
 
 from distilclip.data import files
-from distilclip.data.captions import describe, write_caption
-from distilclip.data.copies import encode_jpeg, perceptual_copy
-from distilclip.data.drawing import draw_look, draw_scene, draw_sketch, vary_look
-from distilclip.data.scenes import Prior, Scene, draw_scenes, scene_of
+from distilclip.corpus.captions import describe, write_caption
+from distilclip.corpus.copies import encode_jpeg, perceptual_copy
+from distilclip.corpus.drawing import draw_look, draw_scene, draw_sketch, vary_look
+from distilclip.corpus.scenes import Prior, Scene, draw_scenes, scene_of
 
 COPIES = ("original", "perceptual", "semantic")
 CAPTION_KINDS = ("true", "wrong", "empty")

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distilclip.data.captions import SYNONYMS, describe, write_caption
-from distilclip.data.scenes import (
+from distilclip.corpus.captions import SYNONYMS, describe, write_caption
+from distilclip.corpus.scenes import (
     BACKGROUNDS,
     COLOURS,
     SHAPES,
@@ -30,8 +30,8 @@ from distilclip.data.scenes import (
     scene_of,
     seen_combinations,
 )
-from distilclip.data.synthetic import CorpusSummary, plan_corpus, write_corpus
-from distilclip.data.synthetic_shards import EvalShard, write_shard
+from distilclip.corpus.plan import CorpusSummary, plan_corpus, write_corpus
+from distilclip.corpus.shards import EvalShard, write_shard
 from distilclip.errors import InputError
 
 SMALL = {"num_pairs": 240, "seed": 5, "image_size": 32, "shard_size": 90, "num_eval": 24}

@@ -1,0 +1,88 @@
+"""docs/formats.md is a contract: what it documents equals what is written."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from safetensors import safe_open
+
+from distilclip.data.columns import FORMAT_VERSION
+from distilclip.data.groups import Forest, write_centers, write_forest
+from distilclip.data.policy import _REMEDIES
+
+ROOT = Path(__file__).parents[2]
+TEXT = (ROOT / "docs" / "formats.md").read_text()
+
+
+def documented(heading: str, first_column: str) -> list[list[str]]:
+    """The lines of the first table after `heading` whose first column has that name."""
+    after = TEXT[TEXT.index(heading) :]
+    table = after[after.index(f"| {first_column} |") :].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
+
+
+def columns(heading: str) -> dict[str, str]:
+    return {name.strip("`"): type_ for name, type_, _ in documented(heading, "column")}
+
+
+def written(path: Path) -> dict[str, str]:
+    return {field.name: str(field.type) for field in pq.read_schema(path)}
+
+
+@pytest.fixture
+def folders(joined: dict[str, str]) -> dict[str, Path]:
+    ids = np.array([0, 1], np.uint64)
+    write_forest(joined["groups"], Forest(ids[:1], ids[1:], np.zeros(1, np.float32)))
+    write_centers(joined["clusters"], np.eye(2, dtype=np.float32))
+    return {name: Path(folder) for name, folder in joined.items()}
+
+
+def test_documented_columns_are_the_written_ones(folders: dict[str, Path]) -> None:
+    cases = {
+        "### `manifest.parquet`": folders["store"] / "manifest.parquet",
+        "### `000000.rows.parquet`": folders["store"] / "000000.rows.parquet",
+        "`groups/000000.parquet`": folders["groups"] / "groups" / "000000.parquet",
+        "`forest.parquet`": folders["groups"] / "forest.parquet",
+        "`labels/000000.parquet`": folders["clusters"] / "labels" / "000000.parquet",
+    }
+    for heading, path in cases.items():
+        assert columns(heading) == written(path), heading
+        assert list(columns(heading)) == list(written(path)), heading
+
+
+def test_documented_tensors_and_metadata_are_the_written_ones(folders: dict[str, Path]) -> None:
+    cases = {
+        "### `000000.safetensors`": folders["store"] / "000000.safetensors",
+        "`centers.safetensors`": folders["clusters"] / "centers.safetensors",
+    }
+    for heading, path in cases.items():
+        tensors = {name.strip("`"): dtype.split()[0] for name, dtype, _ in documented(heading, "tensor")}
+        with safe_open(str(path), "np") as file:
+            assert tensors == {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+            metadata = file.metadata()
+        assert metadata["format"] == FORMAT_VERSION
+        if "store" in str(path):
+            keys = {key.strip("`") for key, _ in documented(heading, "key")}
+            assert keys == set(metadata)
+
+
+def test_the_documented_version_is_the_written_one() -> None:
+    assert f"format version is **{FORMAT_VERSION}**" in TEXT
+
+
+def test_every_reason_in_the_source_is_documented() -> None:
+    phrases = set(_REMEDIES)
+    for name in ("samples", "tars", "tables", "scan", "loader"):
+        source = (ROOT / "src" / "distilclip" / "data" / f"{name}.py").read_text()
+        phrases |= set(re.findall(r'BadSample\("([a-z][^"]+)"', source))
+        phrases |= {phrase.split(":")[0] for phrase in re.findall(r'_CutError\(f?"([^"]+)"', source)}
+        phrases |= set(re.findall(r'error = (?:error or )?"([a-z][^"]+)"', source))
+    documented_reasons = {
+        r for cells in documented("with one of these reasons", "reason") for r in re.findall("`([^`]+)`", cells[0])
+    }
+    assert len(phrases) >= 15
+    assert phrases <= documented_reasons, phrases - documented_reasons

@@ -1,0 +1,224 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distilclip import config as recipes
+from distilclip.errors import InputError
+from distilclip.evaluate.protocol import Protocol
+from distilclip.models.clip import create_clip
+from distilclip.stages.evaluate import Config, main, split_model, weights_by_name
+from tests.conftest import encoded, picture, write_tar
+from tests.evaluate.test_sets import write_labelled_tar
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory, tiny_clip_json: str) -> tuple[str, str]:
+    """Two models of random weights, `large` the teacher."""
+    folder = tmp_path_factory.mktemp("models")
+    for seed, name in enumerate(("small", "large")):
+        create_clip(tiny_clip_json, seed=seed).save(str(folder / name))
+    return str(folder / "small"), str(folder / "large")
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A labelled set with training images, and image-text pairs."""
+    folder = tmp_path_factory.mktemp("sets")
+    write_labelled_tar(folder / "shape" / "train-0.tar", ["0", "1", "2"] * 4)
+    write_labelled_tar(folder / "shape" / "test-0.tar", ["0", "1", "2"] * 2)
+    (folder / "shape" / "classnames.txt").write_text("circle\nsquare\nstar\n")
+    members = []
+    for number in range(6):
+        members += [(f"{number}.jpg", encoded(picture(number))), (f"{number}.txt", f"picture {number}".encode())]
+    write_tar(folder / "pairs" / "test-0.tar", members)
+    return f"tar:{folder}/shape", f"pairs:{folder}/pairs"
+
+
+def config_of(out: Path, models: tuple[str, ...], sets: tuple[str, ...], **options: object) -> Config:
+    values = {"out": str(out), "models": models, "sets": sets, "device": "cpu", "num_workers": 0, **options}
+    return Config(**values)  # type: ignore[arg-type]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file that a rerun must reproduce."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "env.json"
+    }
+
+
+def test_every_model_on_every_set_gets_its_rows(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = main(config_of(tmp_path / "out", models, sets, teacher="large"))
+    found = {(row["model"], row["set"], row["task"], row["metric"]): row for row in result["rows"]}
+    assert {(model, task) for model, _, task, _ in found} == {
+        *((m, t) for m in ("small", "large") for t in ("zero-shot", "linear-probe", "retrieval")),
+        ("small", "agreement"),  # the teacher is not compared with itself
+    }
+    assert found["small", "shape", "zero-shot", "top1"]["num_test"] == 6
+    assert found["small", "pairs", "retrieval", "text_to_image_r10"]["value"] == 1.0
+    assert all(row["value"] is None or row["metric"] == "kl" or -1 <= row["value"] <= 1 for row in found.values())
+    digests = {row["model"]: row["model_digest"] for row in found.values()}
+    assert digests["small"] != digests["large"]
+    assert {model["name"]: model["digest"] for model in result["models"]} == digests
+    (shape,) = (s for s in result["sets"] if s["name"] == "shape")
+    assert shape["templates"] == ["a photo of a {}."]
+    assert (shape["num_train"], shape["num_test"], shape["num_classes"]) == (12, 6, 3)
+    assert "Linear probe" in capsys.readouterr().out
+    assert "| small |" in (tmp_path / "out" / "table.md").read_text()
+    assert len((tmp_path / "out" / "table.csv").read_text().splitlines()) == len(result["rows"]) + 1
+
+
+def test_a_finished_folder_is_not_touched(tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]) -> None:
+    config = config_of(tmp_path / "out", models[:1], sets[:1])
+    first = main(config)
+    before = content(tmp_path / "out")
+    assert main(config) == first
+    assert content(tmp_path / "out") == before
+
+
+def test_an_interrupted_run_measures_only_what_is_missing(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(config_of(tmp_path / "whole", models, sets, teacher="large"))
+    for number in range(4):
+        (tmp_path / "whole" / "result.json").unlink()
+        part = sorted((tmp_path / "whole" / "parts").iterdir())[number]
+        part.unlink()
+        expected = part.name
+        measured = []
+        measure = Protocol.measure
+
+        def counted(self: Protocol, clip: object, dataset: object, *, teacher: object = None) -> object:
+            measured.append(dataset)  # noqa: B023
+            return measure(self, clip, dataset, teacher=teacher)  # type: ignore[arg-type]  # noqa: B023
+
+        monkeypatch.setattr(Protocol, "measure", counted)
+        main(config_of(tmp_path / "whole", models, sets, teacher="large"))
+        monkeypatch.undo()
+        assert len(measured) == 1, expected
+
+
+def test_killed_at_any_moment_and_run_again_gives_the_same_files(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]
+) -> None:
+    main(config_of(tmp_path / "whole", models, sets, teacher="large"))
+    whole = content(tmp_path / "whole")
+    flags = recipes.as_flags({"models": list(models), "sets": list(sets), "teacher": "large", "num_workers": 0})
+    flags += ["--device", "cpu", "--out", str(tmp_path / "out")]
+    # The process kills itself, without any clean-up, when it has written its second part.
+    code = (
+        "import os, signal, sys\n"
+        "from distilclip import run\n"
+        "from distilclip.cli import main\n"
+        "write = run.write_json\n"
+        "def dying(path, value):\n"
+        "    write(path, value)\n"
+        "    if path.endswith('00-01.json'): os.kill(os.getpid(), signal.SIGKILL)\n"
+        "run.write_json = dying\n"
+        "main(['evaluate', *sys.argv[1:]])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    assert not (tmp_path / "out" / "result.json").exists()
+    main(config_of(tmp_path / "out", models, sets, teacher="large"))
+    found = content(tmp_path / "out")
+    assert found.keys() == whole.keys()
+    assert {name for name in whole if name != "config.json" and found[name] != whole[name]} == set()
+
+
+def test_worker_processes_change_no_byte(tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]) -> None:
+    main(config_of(tmp_path / "a", models[:1], sets))
+    main(config_of(tmp_path / "b", models[:1], sets, num_workers=1))
+    results = [(tmp_path / name / "result.json").read_bytes() for name in "ab"]
+    assert results[0] == results[1]
+
+
+def test_templates_from_a_file_replace_the_sets_own(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]
+) -> None:
+    (tmp_path / "templates.txt").write_text("{}\nthe {}\n")
+    templates = str(tmp_path / "templates.txt")
+    result = main(config_of(tmp_path / "out", models[:1], sets[:1], tasks=("zero-shot",), templates=templates))
+    assert result["sets"][0]["templates"] == ["{}", "the {}"]
+    assert result["rows"][0]["details"]["num_templates"] == 2
+
+
+def test_a_teacher_need_not_be_among_the_models(tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]) -> None:
+    result = main(config_of(tmp_path / "out", models[:1], sets[:1], tasks=("agreement",), teacher=models[1]))
+    assert {row["model"] for row in result["rows"]} == {"small"}
+    assert {row["metric"] for row in result["rows"]} == {"top1_agreement", "kl", "cka", "cosine"}
+
+
+# Flags
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        ("runs/demo/train/student/", ("student", "runs/demo/train/student/")),
+        ("kd=runs/demo/train/student", ("kd", "runs/demo/train/student")),
+        ("hf-hub:org/model", ("model", "hf-hub:org/model")),
+        ("ViT-B-32", ("ViT-B-32", "ViT-B-32")),
+    ],
+)
+def test_model_names(spec: str, expected: tuple[str, str]) -> None:
+    assert split_model(spec) == expected
+
+
+def test_weights_belong_to_models_by_name() -> None:
+    assert weights_by_name(["w.safetensors"], ["a"]) == {"a": "w.safetensors"}
+    assert weights_by_name(["b=w.pt"], ["a", "b"]) == {"b": "w.pt"}
+    with pytest.raises(InputError, match="write NAME=w.pt"):
+        weights_by_name(["w.pt"], ["a", "b"])
+    with pytest.raises(InputError, match="Did you mean 'student'"):
+        weights_by_name(["studnt=w.pt"], ["student", "b"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"models": ()}, "--models is empty"),
+        ({"models": ("a/x", "b/x")}, "two entries called 'x'"),
+        ({"sets": ("tar:a/x", "folder:b/x")}, "two entries called 'x'"),
+        ({"sets": ("a/x",)}, "does not say of what kind"),
+        ({"tasks": ("agreement",)}, "needs --teacher"),
+        ({"teacher_weights": "w.pt"}, "needs --teacher"),
+        ({"probe_l2": 0.0}, "must be positive"),
+        ({"batch_size": 0}, "must be at least 1"),
+        ({"max_bad_ratio": 2.0}, "between 0 and 1"),
+        ({"weights": ("y=w.pt",)}, "no model is called 'y'"),
+    ],
+)
+def test_flags_that_contradict_each_other_are_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    values = {"models": ("x",), "sets": ("tar:x",), **change}
+    with pytest.raises(InputError, match=message):
+        config_of(tmp_path / "out", **values)  # type: ignore[arg-type]
+
+
+def test_flags_parse_from_the_command_line(tmp_path: Path) -> None:
+    argv = "--out o --models a b=c --sets tar:x pairs:y --tasks zero-shot retrieval --probe-features projected"
+    config = recipes.parse(Config, argv.split(), stage="evaluate")
+    assert config.models == ("a", "b=c")
+    assert config.tasks == ("zero-shot", "retrieval")
+    assert config.probe_features == "projected"
+
+
+def test_a_missing_set_stops_before_any_model_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=f"{tmp_path}/absent is not a folder"):
+        main(config_of(tmp_path / "out", ("no/such/model",), (f"folder:{tmp_path}/absent",)))
+
+
+def test_result_is_plain_json_without_times(tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]) -> None:
+    main(config_of(tmp_path / "out", models[:1], sets[:1], tasks=("zero-shot",)))
+    text = (tmp_path / "out" / "result.json").read_text()
+    assert json.loads(text)["stage"] == "evaluate"
+    assert "seconds" not in text
+    assert "NaN" not in text
