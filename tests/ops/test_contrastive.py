@@ -54,8 +54,9 @@ def test_info_nce_equals_the_formula_in_value_and_gradients(unit_rows: Make, blo
 def test_two_orthogonal_pairs_by_hand(tile: tuple[int, int] | None) -> None:
     # Logits log 3 on the diagonal, 0 beside it: each softmax gives its own pair 3 / 4.
     rows = torch.eye(2, dtype=torch.float64)
-    assert contrastive(rows, rows, scale=math.log(3), tile=tile).item() == pytest.approx(math.log(4 / 3))
-    assert contrastive(rows, rows.flip(0), scale=math.log(3), tile=tile).item() == pytest.approx(math.log(4))
+    # Tight: a scale given as a Python number must not pass through float32.
+    assert contrastive(rows, rows, scale=math.log(3), tile=tile).item() == pytest.approx(math.log(4 / 3), rel=1e-14)
+    assert contrastive(rows, rows.flip(0), scale=math.log(3), tile=tile).item() == pytest.approx(math.log(4), rel=1e-14)
 
 
 def test_instance_by_hand() -> None:

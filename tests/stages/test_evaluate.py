@@ -9,8 +9,10 @@ import pytest
 
 from distilclip import config as recipes
 from distilclip.errors import InputError
-from distilclip.evaluate.protocol import Protocol
-from distilclip.models.clip import create_clip
+from distilclip.evaluate.dataset import LabelledSet, PairSet
+from distilclip.evaluate.protocol import Protocol, View
+from distilclip.evaluate.scores import Score
+from distilclip.models.clip import Clip, create_clip
 from distilclip.stages.evaluate import Config, main, split_model, weights_by_name
 from tests.conftest import encoded, picture, write_tar
 from tests.evaluate.test_sets import write_labelled_tar
@@ -87,23 +89,23 @@ def test_a_finished_folder_is_not_touched(tmp_path: Path, models: tuple[str, str
 def test_an_interrupted_run_measures_only_what_is_missing(
     tmp_path: Path, models: tuple[str, str], sets: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main(config_of(tmp_path / "whole", models, sets, teacher="large"))
-    for number in range(4):
-        (tmp_path / "whole" / "result.json").unlink()
-        part = sorted((tmp_path / "whole" / "parts").iterdir())[number]
+    config = config_of(tmp_path / "out", models, sets, teacher="large")
+    main(config)
+    before = content(tmp_path / "out")
+    measured = []
+    measure = Protocol.measure
+
+    def counted(self: Protocol, clip: Clip, dataset: LabelledSet | PairSet, *, teacher: View | None) -> list[Score]:
+        measured.append((clip.name, dataset.name))
+        return measure(self, clip, dataset, teacher=teacher)
+
+    monkeypatch.setattr(Protocol, "measure", counted)
+    for part in sorted((tmp_path / "out" / "parts").iterdir()):
         part.unlink()
-        expected = part.name
-        measured = []
-        measure = Protocol.measure
-
-        def counted(self: Protocol, clip: object, dataset: object, *, teacher: object = None) -> object:
-            measured.append(dataset)  # noqa: B023
-            return measure(self, clip, dataset, teacher=teacher)  # type: ignore[arg-type]  # noqa: B023
-
-        monkeypatch.setattr(Protocol, "measure", counted)
-        main(config_of(tmp_path / "whole", models, sets, teacher="large"))
-        monkeypatch.undo()
-        assert len(measured) == 1, expected
+        (tmp_path / "out" / "result.json").unlink()
+        main(config)
+        assert content(tmp_path / "out") == before
+    assert measured == [(model, name) for model in ("small", "large") for name in ("shape", "pairs")]
 
 
 def test_killed_at_any_moment_and_run_again_gives_the_same_files(
@@ -176,7 +178,7 @@ def test_model_names(spec: str, expected: tuple[str, str]) -> None:
 def test_weights_belong_to_models_by_name() -> None:
     assert weights_by_name(["w.safetensors"], ["a"]) == {"a": "w.safetensors"}
     assert weights_by_name(["b=w.pt"], ["a", "b"]) == {"b": "w.pt"}
-    with pytest.raises(InputError, match="write NAME=w.pt"):
+    with pytest.raises(InputError, match=r"write NAME=w\.pt"):
         weights_by_name(["w.pt"], ["a", "b"])
     with pytest.raises(InputError, match="Did you mean 'student'"):
         weights_by_name(["studnt=w.pt"], ["student", "b"])

@@ -86,52 +86,6 @@ def sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-class Reader:
-    """Positioned reads of one file, which is opened on first use and again in every other process.
-
-    `sequential=True` suits a forward pass over a remote file: bytes are fetched ahead in large blocks, where otherwise
-    each read is one request of exactly its range.
-    """
-
-    def __init__(self, path: str, *, sequential: bool = False) -> None:
-        self.path, self.sequential = path, sequential
-        self._file: Any = None
-        self._process = 0
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_file": None}
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    @property
-    def size(self) -> int:
-        """Bytes of the file."""
-        return size(self.path)
-
-    def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`; fewer only where the file ends."""
-        if is_url(self.path) and not self.sequential:
-            return read_range(self.path, offset, length)
-        if self._file is None or self._process != os.getpid():
-            self._file, self._process = self._open(), os.getpid()
-        self._file.seek(offset)
-        return self._file.read(length)
-
-    def close(self) -> None:
-        """Close the file; the next read opens it again."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> Any:
-        # Unbuffered, since a buffer would fetch 8 KiB for each header of 512 bytes.
-        return open_read(self.path) if is_url(self.path) else open(self.path, "rb", buffering=0)
-
-
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
     """The path itself where it is local; else a temporary download, gone after the block."""

@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64, UInt32
+from jaxtyping import Float, Float32, Int, Int64, Num, UInt32
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from distilclip.data.pairs import PairTable, assert_key
 from distilclip.data.samples import MAX_PIXELS, BadSample, decode_image
 from distilclip.data.shards import Shard, open_shard
-from distilclip.data.store import Store, not_unit, sample_id
+from distilclip.data.store import Store, not_unit
 from distilclip.errors import InputError
 
 Transform = Callable[[Image.Image, np.random.Generator], Tensor]
@@ -27,6 +27,7 @@ Tokenize = Callable[[list[str]], Tensor]
 
 MAX_OPEN_SHARDS = 128
 MAX_REPLACEMENTS = 16
+READ_AHEAD = 64  # samples under way at once: more than a disk's queue, fewer than MAX_OPEN_SHARDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,10 +40,10 @@ class Batch:
     """
 
     ids: Int64[Tensor, " n"]
-    pixels: Tensor
+    pixels: Num[Tensor, "n 3 h w"]
     tokens: Int[Tensor, "n context"]
     captions: list[str]
-    teacher_pixels: Tensor | None = None
+    teacher_pixels: Num[Tensor, "n 3 height width"] | None = None
     teacher_image: Float[Tensor, "n dim"] | None = None
     teacher_text: Float[Tensor, "n dim"] | None = None
     labels: Int64[Tensor, " n"] | None = None
@@ -110,7 +111,7 @@ class PairLoader(Dataset):
 
     def _batch(self, epoch: int, wanted: Int64[np.ndarray, " n"]) -> Batch:
         bad: list[tuple[str, str]] = []
-        samples = [self._usable(epoch, int(index), bad) for index in wanted]
+        samples = [self._usable(epoch, index, bad) for index in self._read_ahead(wanted)]
         rows = np.array([index for index, _, _ in samples])
         captions = [caption for _, caption, _ in samples]
         views = [
@@ -130,14 +131,25 @@ class PairLoader(Dataset):
             bad=bad,
         )
 
+    def _read_ahead(self, rows: Int64[np.ndarray, " n"]) -> Iterator[int]:
+        """The rows, the bytes of each asked for `READ_AHEAD` rows before its turn."""
+        table = self.table
+        for place in range(len(rows) + READ_AHEAD):
+            if place < len(rows):
+                index = rows[place]
+                shard = self._shards[table.uris[int(table.shard[index])]]
+                shard.prefetch(int(table.offset[index]), int(table.size[index]))
+            if place >= READ_AHEAD:
+                yield int(rows[place - READ_AHEAD])
+
     def _usable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, str, Image.Image]:
         """Row, caption and image; of another row, drawn by (seed, epoch, row), where those of `index` are unusable."""
-        for _ in range(MAX_REPLACEMENTS):
+        for attempt in range(1, MAX_REPLACEMENTS + 1):
             try:
                 return index, *self._read(index)
             except BadSample as error:
                 bad.append((error.where, error.error))
-                index = int(self._generator(epoch, index).integers(len(self.table)))
+                index = int(self._generator(epoch, index, attempt).integers(len(self.table)))
         raise InputError(
             f"{MAX_REPLACEMENTS} samples drawn in a row cannot be used, the last {bad[-1][0]}: {bad[-1][1]}. "
             "Check the data with `distilclip embed`."
@@ -155,10 +167,10 @@ class PairLoader(Dataset):
             raise BadSample("no image", where=where)
         return sample.caption, decode_image(sample.image, max_pixels=self.max_pixels, draft=self.draft, where=where)
 
-    def _generator(self, epoch: int, index: int) -> np.random.Generator:
-        """The random numbers of one view of one sample, the same in whatever batch, process or run it stands."""
-        sample = sample_id(self.table.shard[index], self.table.row[index])
-        return np.random.Generator(np.random.PCG64([self.seed, epoch, int(sample)]))
+    def _generator(self, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
+        """The random numbers of one sample in one epoch, the same in whatever batch, process or run it stands."""
+        shard, row = int(self.table.shard[index]), int(self.table.row[index])
+        return np.random.Generator(np.random.PCG64([self.seed, epoch, shard, row, attempt]))
 
     def _teacher_rows(
         self, shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]

@@ -59,13 +59,16 @@ def join_store(
             f"The data are {len(uris)} files, but the store {store.path} was made from {store.num_shards}, "
             f"{store.shards[0].uri} first. Give the same files in the same order."
         )
-    tables = [store.rows(shard) for shard in range(store.num_shards)]
-    _check_sources(store, uris, tables)
-    kept = [_kept_rows(store, shard, rows, groups) for shard, rows in enumerate(tables)]
-    cluster = None
-    if clusters is not None:
-        cluster = np.concatenate([_clusters(clusters, shard, keep) for shard, keep in enumerate(kept)])
-    return _table(uris, tables, kept, cluster)
+
+    def join(shard: int) -> _Part:
+        rows = store.rows(shard)
+        _check_source(store, shard, uris[shard], rows)
+        keep = _kept_rows(store, shard, rows, groups)
+        cluster = None if clusters is None else _clusters(clusters, shard, keep)
+        return _part(rows.key, rows.offset, rows.size, keep, cluster)
+
+    with ThreadPoolExecutor(16) as pool:  # each shard of a remote store takes a few requests
+        return _table(uris, list(pool.map(join, range(store.num_shards))))
 
 
 def index_pairs(data: Sequence[str], *, policy: ErrorPolicy) -> PairTable:
@@ -74,7 +77,7 @@ def index_pairs(data: Sequence[str], *, policy: ErrorPolicy) -> PairTable:
     Raises:
         InputError: a shard cannot be read, or `policy` has had enough.
     """
-    tables, kept = [], []
+    parts = []
     for uri in data:
         shard = open_shard(uri)
         entries = shard.index()
@@ -84,34 +87,45 @@ def index_pairs(data: Sequence[str], *, policy: ErrorPolicy) -> PairTable:
             if entry.error:
                 policy.bad(entry.error, where=f"{uri}: {entry.key}")
         policy.check()
-        tables.append(
-            Rows(
-                key=[entry.key for entry in entries],
-                offset=np.array([entry.offset for entry in entries], np.uint64),
-                size=np.array([entry.size for entry in entries], np.uint32),
-                valid=np.array([not entry.error for entry in entries]),
-                error=[entry.error for entry in entries],
-                image_sha256=np.zeros((len(entries), 32), np.uint8),
-            )
-        )
-        kept.append(tables[-1].valid)
-    return _table(list(data), tables, kept, None)
+        offset = np.array([entry.offset for entry in entries], np.uint64)
+        size = np.array([entry.size for entry in entries], np.uint32)
+        usable = np.array([not entry.error for entry in entries])
+        parts.append(_part([entry.key for entry in entries], offset, size, usable, None))
+    return _table(list(data), parts)
 
 
-def _table(
-    uris: list[str], tables: list[Rows], kept: list[Bool[np.ndarray, " r"]], cluster: Int64[np.ndarray, " n"] | None
-) -> PairTable:
-    numbers = [np.flatnonzero(keep) for keep in kept]
+@dataclass(frozen=True)
+class _Part:
+    """The rows of the table that come from one shard."""
+
+    row: UInt32[np.ndarray, " n"]
+    offset: UInt64[np.ndarray, " n"]
+    size: UInt32[np.ndarray, " n"]
+    key: pa.LargeStringArray
+    cluster: Int64[np.ndarray, " n"] | None
+
+
+def _part(
+    key: list[str],
+    offset: UInt64[np.ndarray, " r"],
+    size: UInt32[np.ndarray, " r"],
+    keep: Bool[np.ndarray, " r"],
+    cluster: Int64[np.ndarray, " n"] | None,
+) -> _Part:
+    row = np.flatnonzero(keep).astype(np.uint32)
+    return _Part(row, offset[keep], size[keep], pa.array(key, pa.large_string()).filter(pa.array(keep)), cluster)
+
+
+def _table(uris: list[str], parts: list[_Part]) -> PairTable:
+    clusters = [part.cluster for part in parts if part.cluster is not None]
     return PairTable(
         uris=uris,
-        shard=np.repeat(np.arange(len(uris), dtype=np.uint32), [len(n) for n in numbers]),
-        row=np.concatenate(numbers).astype(np.uint32),
-        offset=np.concatenate([table.offset[keep] for table, keep in zip(tables, kept, strict=True)]),
-        size=np.concatenate([table.size[keep] for table, keep in zip(tables, kept, strict=True)]),
-        key=pa.concat_arrays(
-            pa.array(t.key, pa.large_string()).filter(pa.array(keep)) for t, keep in zip(tables, kept, strict=True)
-        ),
-        cluster=cluster,
+        shard=np.repeat(np.arange(len(uris), dtype=np.uint32), [len(part.row) for part in parts]),
+        row=np.concatenate([part.row for part in parts]),
+        offset=np.concatenate([part.offset for part in parts]),
+        size=np.concatenate([part.size for part in parts]),
+        key=pa.concat_arrays([part.key for part in parts]),
+        cluster=np.concatenate(clusters) if clusters else None,
     )
 
 
@@ -144,34 +158,32 @@ def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int64[
     return found
 
 
-def _check_sources(store: Store, uris: list[str], tables: list[Rows]) -> None:
-    """Every shard is there, of the size that was embedded, with the key of its first valid row where the index says.
+def _check_source(store: Store, shard: int, uri: str, rows: Rows) -> None:
+    """The shard is there, of the size that was embedded, and holds the key of its first valid row where the index says.
 
-    All other keys are compared as they are read. In threads, since each file of a remote store takes two requests.
+    All other keys are compared as they are read.
     """
-
-    def check(shard: int) -> None:
-        uri, line, rows = uris[shard], store.shards[shard], tables[shard]
-        if not files.exists(uri):
-            raise InputError(f"{uri} is missing; {store.path} was made from it. Say where the data lies now (--data).")
-        if files.size(uri) != line.num_bytes:
-            raise InputError(
-                f"{uri} has {files.size(uri)} bytes, {line.num_bytes} when {store.path} was made from it: "
-                "not the same file. Embed it again, or give the files that were embedded."
-            )
-        if not rows.valid.any():
-            return
-        row = int(np.argmax(rows.valid))
-        source = open_shard(uri)
-        try:
-            found = source.read(int(rows.offset[row]), int(rows.size[row])).key
-        except BadSample as error:
-            found = str(error)
-        source.close()
-        assert_key(found, rows.key[row], uri=uri, row=row)
-
-    with ThreadPoolExecutor(16) as pool:
-        list(pool.map(check, range(len(uris))))
+    try:
+        num_bytes = files.size(uri)
+    except FileNotFoundError as error:
+        raise InputError(
+            f"{uri} is missing; {store.path} was made from it. Say where the data lies now (--data)."
+        ) from error
+    if num_bytes != store.shards[shard].num_bytes:
+        raise InputError(
+            f"{uri} has {num_bytes} bytes, {store.shards[shard].num_bytes} when {store.path} was made from it: "
+            "not the same file. Embed it again, or give the files that were embedded."
+        )
+    if not rows.valid.any():
+        return
+    row = int(np.argmax(rows.valid))
+    source = open_shard(uri)
+    try:
+        found = source.read(int(rows.offset[row]), int(rows.size[row])).key
+    except BadSample as error:
+        found = str(error)
+    source.close()
+    assert_key(found, rows.key[row], uri=uri, row=row)
 
 
 def assert_key(found: str, expected: str, *, uri: str, row: int) -> None:

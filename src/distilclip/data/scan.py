@@ -76,7 +76,6 @@ def scan(
 @dataclass(frozen=True, kw_only=True)
 class _Task:
     shard: int
-    uri: str
     path: str
     first: int
     entries: list[Entry]
@@ -117,7 +116,7 @@ class _Sources:
             self._sources[shard] = source, copy
             for first in range(0, len(entries), self.batch_size):
                 part = entries[first : first + self.batch_size]
-                yield _Task(shard=shard, uri=uri, path=path, first=first, entries=part)
+                yield _Task(shard=shard, path=path, first=first, entries=part)
 
     def finish(self, decoded: _Decoded) -> ScannedBatch:
         """The batch with its source; after the last one of a shard its download is removed."""

@@ -22,6 +22,9 @@ class Shard(Protocol):
     def index(self) -> list[Entry]:
         """Every sample in file order, unusable ones included."""
 
+    def prefetch(self, offset: int, size: int) -> None:
+        """Begin to fetch an entry that `read` will ask for soon, where that helps."""
+
     def read(self, offset: int, size: int) -> Sample:
         """The sample of an entry. Raises `BadSample` where it cannot be understood."""
 

@@ -58,6 +58,9 @@ class ParquetShard:
         assert self._image_column  # found or complained about
         return [Entry(_key(key, row), row, 0) for row, key in enumerate(keys)]
 
+    def prefetch(self, offset: int, size: int) -> None:
+        """Nothing: a row group is read when the first of its rows is."""
+
     def read(self, offset: int, size: int) -> Sample:
         """The sample in row `offset`. Raises `BadSample` where its caption is none."""
         ends = self._row_group_ends
@@ -135,6 +138,9 @@ class CsvShard:
         if not self._rows:
             raise InputError(f"{self.uri} has no rows: remove it from the data.")
         return [_csv_entry(row, number) for number, row in enumerate(self._rows)]
+
+    def prefetch(self, offset: int, size: int) -> None:
+        """Nothing: image files are read when they are asked for."""
 
     def read(self, offset: int, size: int) -> Sample:
         """The sample in row `offset`, with its image file. Raises `BadSample` where the file is missing."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from distilclip.data import files
+from distilclip.data.reader import Reader
 from distilclip.data.samples import (
     IMAGE_EXTENSIONS,
     LABEL_EXTENSIONS,
@@ -42,7 +42,7 @@ class TarShard:
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.truncated = False
-        self._reader = files.Reader(uri)
+        self._reader = Reader(uri)
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -59,7 +59,7 @@ class TarShard:
         """
         spans: list[_Span] = []
         lost: list[Entry] = []
-        with files.Reader(self.uri, sequential=True) as reader:
+        with Reader(self.uri, sequential=True) as reader:
             try:
                 for member in walk(reader.read, reader.size):
                     if not member.key:
@@ -80,6 +80,10 @@ class TarShard:
                 "remove the file from the data, or fetch it again."
             )
         return _entries(spans) + lost
+
+    def prefetch(self, offset: int, size: int) -> None:
+        """Begin to fetch a sample that `read` will ask for soon."""
+        self._reader.prefetch(offset, size)
 
     def read(self, offset: int, size: int) -> Sample:
         """The sample that the index found at `offset`, by one range read.

@@ -28,6 +28,7 @@ from torch.nn import functional as F
 
 from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
+from distilclip.models import towers  # noqa: F401 - registers image towers with timm
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CONFIG_FILE = "open_clip_config.json"

@@ -49,7 +49,7 @@ def contrastive(
     the shapes differ.
     """
     check_pairs(image, text, names=("image", "text"))
-    image, text, scale = full_precision(image, text, torch.as_tensor(scale, device=image.device))
+    image, text, scale = full_precision(image, text, scale)
     if tile is None and len(image) ** 2 <= PLAIN_ENTRIES:
         with no_autocast(image):
             logits = scale * image @ text.T
@@ -83,7 +83,7 @@ def info_nce(
             f"offset={offset} with {len(queries)} queries and {len(keys)} keys: key offset + i must exist for every "
             "query i. Gather the keys of all ranks, and pass the number of rows on the ranks before this one."
         )
-    queries, keys, scale = full_precision(queries, keys, torch.as_tensor(scale, device=queries.device))
+    queries, keys, scale = full_precision(queries, keys, scale)
     count = len(queries) if count is None else count
     if block is None and len(queries) * len(keys) <= PLAIN_ENTRIES:
         with no_autocast(queries):

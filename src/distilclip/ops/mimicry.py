@@ -60,15 +60,10 @@ def row_divergence(
             raise ValueError(
                 f"student has {len(own)} {name}, teacher {len(target)}: row i of both must be the same sample."
             )
-    device = queries.device
     queries, keys, scale, teacher_queries, teacher_keys, teacher_scale = full_precision(
-        queries,
-        keys,
-        torch.as_tensor(scale, device=device),
-        teacher_queries.detach(),
-        teacher_keys.detach(),
-        torch.as_tensor(teacher_scale, device=device).detach(),
+        queries, keys, scale, teacher_queries.detach(), teacher_keys.detach(), teacher_scale
     )
+    teacher_scale = teacher_scale.detach()
     count = len(queries) if count is None else count
     if block is None and len(queries) * len(keys) <= PLAIN_ENTRIES:
         with no_autocast(queries):

@@ -12,7 +12,7 @@ from distilclip.ops.logistic import Block, Logistic, LogisticProblem, fit_logist
 from distilclip.ops.metrics import mean_per_class, row_tiles
 
 FIRST_EXPONENTS = (6.0, 4.0, 2.0, 0.0, -2.0, -4.0, -6.0)  # log10 of l2, strongest first: each fit starts near the last
-HALVED_INTERVALS = (1.0, 0.5, 0.25, 0.125)  # decades; two fits each around the best, so 15 fits in all
+HALVED_INTERVALS = (1.0, 0.5, 0.25, 0.125)  # decades; two fits each around the best: 15 in all, fewer at an end
 SWEEP_TOLERANCE = 1e-5  # enough to rank penalties; the refit has the caller's tolerance
 
 

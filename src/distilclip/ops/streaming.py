@@ -21,13 +21,21 @@ def blocks(length: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, length))
 
 
-def full_precision(*tensors: Tensor) -> list[Tensor]:
-    """All tensors in float64 if one of them is, else in float32: softmaxes of half-precision sums are not worth having.
+def full_precision(first: Tensor, *others: Tensor | float) -> list[Tensor]:
+    """All values as tensors on the first one's device: in float64 if a matrix among them is, else in float32.
 
-    Differentiable; gradients come back in each tensor's own type.
+    Softmaxes of half-precision sums are not worth having. Differentiable; gradients come back in each tensor's own
+    type. Scalars follow the matrices, as in torch's own promotion.
     """
-    dtype = torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
-    return [tensor.to(dtype) for tensor in tensors]
+    values = [first, *others]
+    double = any(isinstance(value, Tensor) and value.ndim and value.dtype == torch.float64 for value in values)
+    dtype = torch.float64 if double else torch.float32
+    return [
+        value.to(first.device, dtype)
+        if isinstance(value, Tensor)
+        else torch.tensor(value, dtype=dtype).to(first.device)
+        for value in values
+    ]
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:

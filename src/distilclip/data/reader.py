@@ -1,0 +1,79 @@
+"""Positioned reads of one file, local or remote, with reading ahead."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+from distilclip.data import files
+
+NUM_REQUESTS = 16
+"""Requests that a process has under way at the same time for remote files."""
+
+
+class Reader:
+    """Reads ranges of a file, which is opened on first use and again in every other process.
+
+    `sequential=True` suits a forward pass over a remote file: bytes are fetched ahead in large blocks, where otherwise
+    each read is one request of exactly its range.
+    """
+
+    def __init__(self, path: str, *, sequential: bool = False) -> None:
+        self.path, self.sequential = path, sequential
+        self._file: Any = None
+        self._ahead: dict[tuple[int, int], Future[bytes]] = {}
+        self._process = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None, "_ahead": {}}
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return files.size(self.path)
+
+    def prefetch(self, offset: int, length: int) -> None:
+        """Begin to fetch a range that `read` will ask for soon, so that waiting for the storage overlaps."""
+        if files.is_url(self.path):
+            request = _requests(os.getpid()).submit(files.read_range, self.path, offset, length)
+            self._ahead[offset, length] = request
+        elif hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(self._opened().fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+
+    def read(self, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`; fewer only where the file ends."""
+        request = self._ahead.pop((offset, length), None)
+        if request is not None:
+            return request.result()
+        if files.is_url(self.path) and not self.sequential:
+            return files.read_range(self.path, offset, length)
+        file = self._opened()
+        file.seek(offset)
+        return file.read(length)
+
+    def close(self) -> None:
+        """Close the file; the next read opens it again."""
+        self._ahead.clear()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _opened(self) -> Any:
+        if self._file is None or self._process != os.getpid():
+            # Unbuffered, since a buffer would fetch 8 KiB for each tar header of 512 bytes.
+            self._file = files.open_read(self.path) if files.is_url(self.path) else open(self.path, "rb", buffering=0)
+            self._process = os.getpid()
+        return self._file
+
+
+@lru_cache(maxsize=1)
+def _requests(process: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(NUM_REQUESTS)  # one for each process: threads do not survive a fork
