@@ -156,29 +156,37 @@ def test_mean_cosine_by_hand() -> None:
 # Bootstrap
 
 
-def test_interval_of_a_mean_is_near_the_normal_one() -> None:
-    values = (np.arange(400) % 4 == 0).astype(float)
-    low, high = bootstrap_interval(values, seed=1)
+def test_interval_equals_that_of_resampled_rows() -> None:
+    random = np.random.default_rng(7)
+    strata = np.repeat([0, 3], [80, 20])
+    hits = random.random(100) < np.where(strata == 0, 0.3, 0.9)
+    shares = [
+        np.mean([random.choice(hits[strata == s], (strata == s).sum()).mean() for s in (0, 3)]) for _ in range(4000)
+    ]
+    found = bootstrap_interval(hits, strata=strata, num_resamples=4000)
+    assert found == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.01)
+
+
+def test_interval_of_a_share_is_near_the_normal_one() -> None:
+    low, high = bootstrap_interval(np.arange(400) % 4 == 0, seed=1)
     half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
     assert low == pytest.approx(0.25 - half, abs=0.01)
     assert high == pytest.approx(0.25 + half, abs=0.01)
 
 
 def test_interval_depends_on_the_seed_alone() -> None:
-    values = np.random.default_rng(0).random(50)
-    assert bootstrap_interval(values, seed=3) == bootstrap_interval(values, seed=3)
-    assert bootstrap_interval(values, seed=3) != bootstrap_interval(values, seed=4)
+    hits = np.arange(50) % 3 == 0
+    assert bootstrap_interval(hits, seed=3) == bootstrap_interval(hits, seed=3)
+    assert bootstrap_interval(hits, seed=3) != bootstrap_interval(hits, seed=4)
 
 
-def test_interval_of_certain_values_has_no_width() -> None:
-    assert bootstrap_interval(np.ones(20)) == (1.0, 1.0)
+def test_interval_of_what_is_certain_has_no_width() -> None:
+    assert bootstrap_interval(np.ones(20, dtype=bool)) == (1.0, 1.0)
     strata = np.arange(20) % 2
-    assert bootstrap_interval((strata == 0).astype(float), strata=strata) == (0.5, 0.5)
+    assert bootstrap_interval(strata == 0, strata=strata) == (0.5, 0.5)
 
 
-def test_strata_hold_the_mean_per_class() -> None:
-    strata = np.repeat([0, 1], [300, 30])
-    values = np.where(strata == 0, np.arange(330) % 2, 1.0)
-    low, high = bootstrap_interval(values, strata=strata, seed=2)
-    assert low < 0.75 < high
-    assert high - low < 0.1
+def test_more_confidence_is_a_wider_interval() -> None:
+    hits = np.arange(60) % 2 == 0
+    wide, narrow = (bootstrap_interval(hits, confidence=c) for c in (0.99, 0.8))
+    assert wide[0] < narrow[0] < narrow[1] < wide[1]

@@ -66,9 +66,9 @@ def write_caption(rng: np.random.Generator, scene: Scene) -> str:
         text = f"the {_say(rng, one.size)} one is {_with_article(rng, _phrase(rng, one, size=0.0))}"
     else:
         text = _pick(rng, _FRAMES).format(_list(rng, mentioned))
-        if count == 1 and rng.random() < 0.25:
+        if count == 1 and rng.random() < 0.15:
             text = f"{text} {_PLACES[mentioned[0].place]}"
-    if rng.random() < 0.25:
+    if rng.random() < 0.15:
         text = f"{text} {_pick(rng, _BACKGROUNDS).format(scene.background)}"
     if rng.random() < 0.06:
         text = f"{text} - {_pick(rng, _TAILS)}"
@@ -112,9 +112,9 @@ def _relation(rng: np.random.Generator, first: Object, second: Object) -> str:
     return _pick(rng, true)
 
 
-def _phrase(rng: np.random.Generator, item: Object, *, size: float = 0.3) -> str:
+def _phrase(rng: np.random.Generator, item: Object, *, size: float = 0.2) -> str:
     """The object without an article; `size` is the probability that its size is told."""
-    tell_colour, tell_texture, tell_size = rng.random(3) < (0.6, 0.35, size)
+    tell_colour, tell_texture, tell_size = rng.random(3) < (0.5, 0.25, size)
     adjectives: list[str] = []
     afterwards: list[str] = []
     if tell_size:
@@ -122,7 +122,7 @@ def _phrase(rng: np.random.Generator, item: Object, *, size: float = 0.3) -> str
     if tell_texture:
         texture = _say(rng, item.texture)
         (afterwards if texture.startswith("with") else adjectives).append(texture)
-    if tell_colour and rng.random() < 0.18:
+    if tell_colour and rng.random() < 0.1:
         if not adjectives and not afterwards and rng.random() < 0.5:
             return f"something {_say(rng, item.colour)}"
         noun = _pick(rng, ("object", "shape", "thing"))

@@ -16,7 +16,7 @@ from distilclip.corpus.scenes import PLACES, Object, Scene
 
 Plane = Float[np.ndarray, "h w"]
 
-_RADIUS = {"small": 0.135, "medium": 0.21, "large": 0.31}
+_RADIUS = {"small": 0.17, "medium": 0.25, "large": 0.34}
 _RGB = {
     "red": (0.85, 0.10, 0.10),
     "orange": (0.98, 0.52, 0.05),

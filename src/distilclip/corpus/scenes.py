@@ -109,7 +109,7 @@ def draw_scenes(rng: np.random.Generator, num: int, prior: Prior) -> Int[np.ndar
     combination = prior.draw(rng, num * MAX_OBJECTS).reshape(num, MAX_OBJECTS, 2)
     size = rng.choice([SMALL, MEDIUM], size=(num, MAX_OBJECTS), p=[0.4, 0.6])
     size[:, 0] = rng.choice(len(SIZES), size=num, p=[0.25, 0.4, 0.35])
-    present = np.arange(MAX_OBJECTS) < rng.choice([1, 2, 3], size=num, p=[0.55, 0.3, 0.15])[:, None]
+    present = np.arange(MAX_OBJECTS) < rng.choice([1, 2, 3], size=num, p=[0.7, 0.2, 0.1])[:, None]
     return _scene_codes(rng, size, combination, present)
 
 

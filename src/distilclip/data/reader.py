@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
@@ -69,7 +70,7 @@ class Reader:
     def _opened(self) -> Any:
         if self._file is None or self._process != os.getpid():
             # Unbuffered, since a buffer would fetch 8 KiB for each tar header of 512 bytes.
-            self._file = files.open_read(self.path) if files.is_url(self.path) else open(self.path, "rb", buffering=0)
+            self._file = files.open_read(self.path) if files.is_url(self.path) else io.FileIO(self.path)
             self._process = os.getpid()
         return self._file
 

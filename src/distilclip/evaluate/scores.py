@@ -82,7 +82,7 @@ def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score, *,
     ):
         for k in RECALL_AT:
             hits = ranks < k
-            low, high = bootstrap_interval(hits.double().numpy(), seed=seed)
+            low, high = bootstrap_interval(hits.numpy(), seed=seed)
             scores.append(
                 dataclasses.replace(
                     base,
@@ -134,14 +134,12 @@ def _accuracies(
     found.append(("mean_per_class", correct, strata))
     scores = []
     for metric, hits, within in found:
-        values = hits.double().numpy()
-        low, high = bootstrap_interval(values, strata=within, seed=seed)
-        value = values.mean() if within is None else mean_per_class(hits, labels)
+        low, high = bootstrap_interval(hits.numpy(), strata=within, seed=seed)
         scores.append(
             dataclasses.replace(
                 base,
                 metric=metric,
-                value=float(value),
+                value=hits.double().mean().item() if within is None else mean_per_class(hits, labels),
                 headline=metric == headline,
                 low=low,
                 high=high,

@@ -120,25 +120,24 @@ def mean_kl(student_logits: Float[Tensor, "n k"], teacher_logits: Float[Tensor, 
 
 
 def bootstrap_interval(
-    values: Float[np.ndarray, " n"],
+    hits: Bool[np.ndarray, " n"],
     *,
     strata: Int[np.ndarray, " n"] | None = None,
     confidence: float = 0.95,
     num_resamples: int = 1000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of `values`, the same for the same seed.
+    """Percentile bootstrap interval of the share of hits, the same for the same seed.
 
     With `strata` (the labels, for mean per class) rows are drawn within each stratum and the statistic is the mean of
-    the strata's means. Memory is bounded: resamples are drawn in tiles.
+    the strata's shares. The number of hits among n rows drawn with replacement is binomial, so it is drawn as such.
     """
-    random = np.random.default_rng(seed)
-    parts = [values] if strata is None else [values[strata == s] for s in np.unique(strata)]
-    means = np.zeros(num_resamples)
-    for part in parts:
-        for tile in row_tiles(num_resamples, len(part), tile_elements=1 << 20):
-            drawn = random.integers(len(part), size=(tile.stop - tile.start, len(part)))
-            means[tile] += part[drawn].mean(axis=1)
+    if strata is None:
+        strata = np.zeros(len(hits), dtype=np.int64)
+    total = np.bincount(strata)
+    present = total > 0
+    total, num_hits = total[present], np.bincount(strata, weights=hits)[present]
+    drawn = np.random.default_rng(seed).binomial(total, num_hits / total, size=(num_resamples, len(total)))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(means / len(parts), [tail, 1 - tail])
+    low, high = np.quantile((drawn / total).mean(axis=1), [tail, 1 - tail])
     return float(low), float(high)

@@ -1,0 +1,67 @@
+"""The whole story on a made-up corpus: a teacher, three students, one table, one page; minutes on two CPU cores."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from distilclip import run
+from distilclip.data import files
+from distilclip.errors import InputError
+from distilclip.stages import run as run_stage
+
+COLUMNS = {
+    "shape": ("shape", "zero-shot"),
+    "colour": ("colour", "zero-shot"),
+    "unseen pairs": ("shape_colour_unseen", "zero-shot"),
+    "shift (sketch)": ("sketch", "zero-shot"),
+    "probe (shape)": ("shape", "linear-probe"),
+    "retrieval": ("retrieval", "retrieval"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip demo`."""
+
+    out: str = "runs/demo"
+    """folder for everything"""
+    seed: int = 0
+    """of the corpus and of all trainings"""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the recipe, print the students side by side, say where the page is."""
+    os.environ.setdefault("DISTILCLIP_PROGRESS", "1")
+    result = run_stage.main(run_stage.Config(recipe=recipe_path(), out=config.out, seed=config.seed))
+    console = Console()
+    console.print(comparison(config.out))
+    console.print(f"The page: {files.join(config.out, 'report/index.html')}", highlight=False)
+    return result
+
+
+def recipe_path() -> str:
+    """The demo's recipe: in an installed package beside the code, in a checkout in `recipes/`."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    for folder in (os.path.join(package, "recipes"), os.path.join(package, "..", "..", "recipes")):
+        path = os.path.join(folder, "demo.toml")
+        if os.path.exists(path):
+            return os.path.normpath(path)
+    raise InputError("recipes/demo.toml is missing from this installation; reinstall distilclip.")
+
+
+def comparison(out: str) -> Table:
+    """One row a model: its headline scores in percent, and how fast it trained."""
+    rows = run.read_json(files.join(out, "evaluate/result.json"))["rows"]
+    scores = {(r["model"], r["set"], r["task"]): r["value"] for r in reversed(rows) if r["headline"]}
+    table = Table(title="Percent correct, and training speed", *["model", *COLUMNS, "samples/s"])
+    for model in dict.fromkeys(r["model"] for r in rows):
+        values = [scores.get((model, name, task)) for name, task in COLUMNS.values()]
+        metrics = list(run.read_metrics(files.join(out, f"train/{model}/metrics.jsonl")))
+        speed = sorted(line["samples_per_second"] for line in metrics)[len(metrics) // 2]
+        table.add_row(model, *("-" if v is None else f"{100 * v:.1f}" for v in values), f"{speed:.0f}")
+    return table

@@ -1,0 +1,183 @@
+"""Training from the command's own main: stored and live teachers, resume, and every refusal."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from distilclip.errors import InputError
+from distilclip.models.clip import load_clip
+from distilclip.stages import balance, cluster, embed, train
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """Folders of the stages before `train`, made from 24 tiny pairs."""
+
+    tars: list[str]
+    store: str
+    groups: str
+    clusters: str
+
+
+@pytest.fixture
+def prepared(pair_tars: Callable[..., list[str]], tiny_clip_folder: str, tmp_path: Path) -> Prepared:
+    tars = pair_tars(shards=2, rows=12)
+    store, groups, clusters = (str(tmp_path / name) for name in ("store", "groups", "clusters"))
+    embed.main(embed.Config(data=tuple(tars), out=store, model=tiny_clip_folder, num_workers=0))
+    balance.main(balance.Config(store=store, out=groups, metric="cosine", threshold=1e-4))
+    cluster.main(cluster.Config(store=store, groups=groups, out=clusters, num_centers=4))
+    return Prepared(tars=tars, store=store, groups=groups, clusters=clusters)
+
+
+def config(out: Path, tiny_clip_json: str, **values: Any) -> train.Config:
+    narrow = json.loads(tiny_clip_json) | {"embed_dim": 8}  # another width than the teacher's: projections are needed
+    defaults = {"student": json.dumps(narrow), "batch_size": 8, "num_steps": 4, "warmup_steps": 1, "num_workers": 0}
+    return train.Config(out=str(out), precision="fp32", checkpoint_every=2, **(defaults | values))
+
+
+def final_digest(out: Path) -> str:
+    return json.loads((out / "result.json").read_text())["digest"]
+
+
+def steady_metrics(out: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("samples_per_second", "data_share")} for line in lines]
+
+
+@pytest.mark.parametrize("method", ["clip", "clip-kd", "clip-cid"])
+def test_each_method_trains_from_a_store_and_its_checkpoint_loads(
+    method: str, prepared: Prepared, tiny_clip_json: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "student"
+    result = train.main(
+        config(
+            out,
+            tiny_clip_json,
+            store=prepared.store,
+            groups=prepared.groups,
+            clusters=prepared.clusters,
+            objective=method,
+        )
+    )
+    assert result["num_samples_seen"] == 32
+    assert load_clip(str(out)).digest == result["digest"]
+    line = steady_metrics(out)[-1]
+    expected = {"clip": {"task"}, "clip-kd": {"task", "relational", "feature", "interactive"}}
+    assert expected.get(method, {"task", "cluster", "instance"}) <= set(line)
+    assert line["step"] == 4
+
+
+def test_every_term_trains_at_once_in_micro_batches(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
+    terms = dict.fromkeys(("feature", "masked", "gradient", "interactive", "augmented", "relational"), 1.0)
+    common = {"store": prepared.store, "clusters": prepared.clusters, "objective": "clip-cid", "terms": terms}
+    once, parts = tmp_path / "once", tmp_path / "parts"
+    train.main(config(once, tiny_clip_json, **common))
+    train.main(config(parts, tiny_clip_json, micro_batch=3, **common))
+    for a, b in zip(steady_metrics(once), steady_metrics(parts), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_a_live_teacher_gives_what_the_store_gives(
+    prepared: Prepared, tiny_clip_json: str, tiny_clip_folder: str, tmp_path: Path
+) -> None:
+    stored, live = tmp_path / "stored", tmp_path / "live"
+    common: dict[str, Any] = {"objective": "clip-kd", "num_steps": 1, "min_crop": 1.0}
+    train.main(config(stored, tiny_clip_json, store=prepared.store, **common))
+    train.main(config(live, tiny_clip_json, data=tuple(prepared.tars), live_teacher=tiny_clip_folder, **common))
+    a, b = steady_metrics(stored)[0], steady_metrics(live)[0]
+    assert a["task"] == pytest.approx(b["task"])  # the same pairs, the same student
+    # A live teacher sees the squared crop, the store the centre crop, so they agree but are not equal.
+    assert a["cosine_text"] == pytest.approx(b["cosine_text"], abs=1e-3)
+    assert set(a) == set(b)
+
+
+def test_resuming_from_any_checkpoint_equals_an_undisturbed_run(
+    prepared: Prepared, tiny_clip_json: str, tmp_path: Path
+) -> None:
+    undisturbed, resumed = tmp_path / "undisturbed", tmp_path / "resumed"
+    common = {"store": prepared.store, "clusters": prepared.clusters, "objective": "clip-cid", "num_steps": 6}
+    train.main(config(undisturbed, tiny_clip_json, keep_checkpoints=9, **common))
+    train.main(config(resumed, tiny_clip_json, keep_checkpoints=9, **common))
+    (resumed / "result.json").unlink()
+    for step in (4, 6):  # as if killed after step 2, while step 4 was being written
+        (resumed / f"checkpoints/step-{step:06d}" / "state.json").unlink()
+    train.main(config(resumed, tiny_clip_json, keep_checkpoints=9, **common))
+    assert final_digest(undisturbed) == final_digest(resumed)
+    assert steady_metrics(undisturbed) == steady_metrics(resumed)
+
+
+def test_sigkill_and_rerun_give_the_undisturbed_bytes(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
+    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
+    common = {"store": prepared.store, "objective": "clip-kd", "num_steps": 40, "keep_checkpoints": 50}
+    train.main(config(undisturbed, tiny_clip_json, **common))
+    again = config(killed, tiny_clip_json, **common)
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"stage": "train", **dataclasses.asdict(again)}))
+    process = subprocess.Popen([sys.executable, "-m", "distilclip.cli", "train", str(recipe)], env=os.environ)
+    deadline = time.monotonic() + 120
+    while not (killed / "checkpoints/step-000004/state.json").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "result.json").exists()
+    train.main(again)
+    assert (killed / "result.json").read_bytes() == (undisturbed / "result.json").read_bytes()
+    assert steady_metrics(killed) == steady_metrics(undisturbed)
+    for path in sorted((undisturbed / "checkpoints/step-000040").iterdir()):
+        assert path.read_bytes() == (killed / "checkpoints/step-000040" / path.name).read_bytes(), path.name
+
+
+def test_a_finished_run_is_left_alone(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
+    out = tmp_path / "student"
+    first = train.main(config(out, tiny_clip_json, store=prepared.store))
+    times = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
+    assert train.main(config(out, tiny_clip_json, store=prepared.store)) == first
+    assert {path: path.stat().st_mtime_ns for path in out.rglob("*")} == times
+
+
+def test_groups_of_another_store_are_refused(
+    prepared: Prepared, tiny_clip_json: str, tiny_clip_folder: str, tmp_path: Path
+) -> None:
+    other = str(tmp_path / "other")
+    embed.main(embed.Config(data=(prepared.tars[0],), out=other, model=tiny_clip_folder, num_workers=0))
+    with pytest.raises(InputError, match="was made from the store"):
+        train.main(config(tmp_path / "student", tiny_clip_json, store=other, groups=prepared.groups))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({}, "needs --data or --store"),
+        ({"data": ("a.tar",), "store": "s"}, "and not both"),
+        ({"data": ("a.tar",), "objective": "clip-kd"}, "needs a teacher"),
+        ({"store": "s", "objective": "clip-cid"}, "needs --clusters"),
+        ({"data": ("a.tar",), "groups": "g"}, "give --store too"),
+        ({"data": ("a.tar",), "batch_size": 0}, "batch_size is 0"),
+        ({"data": ("a.tar",), "terms": {"featur": 1.0}}, "Did you mean 'feature'"),
+    ],
+)
+def test_contradictory_flags_are_refused(values: dict[str, Any], message: str, tiny_clip_json: str) -> None:
+    with pytest.raises(InputError, match=message):
+        config(Path("unused"), tiny_clip_json, **values)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_terms_named(
+    prepared: Prepared, tiny_clip_json: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"Step \d+: the loss or its gradient is not finite.*'task'"):
+        train.main(
+            config(tmp_path / "student", tiny_clip_json, store=prepared.store, learning_rate=1e30, num_steps=50)
+        )
