@@ -1,0 +1,70 @@
+"""What the pages promise is run: the README's Python, its commands' flags, every recipe."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from distilclip import cli, config
+from distilclip.stages import run as run_stage
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
+
+
+def commands() -> list[list[str]]:
+    """The `distilclip ...` lines of the README's indented blocks, continuation lines joined."""
+    text = README.replace("\\\n", " ")
+    return [shlex.split(line)[1:] for line in re.findall(r"^    (distilclip .*)$", text, flags=re.MULTILINE)]
+
+
+def test_readme_python_runs() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    assert len(blocks) == 1
+    scope: dict[str, object] = {}
+    exec(blocks[0], scope)
+    assert scope["balance"].removed_ratio == 0.5  # type: ignore[attr-defined]
+
+
+def test_readme_has_commands() -> None:
+    assert {argv[0] for argv in commands()} >= {"embed", "balance", "cluster", "train", "evaluate", "report"}
+
+
+@pytest.mark.parametrize("argv", commands(), ids=lambda argv: argv[0])
+def test_readme_commands_parse(argv: list[str]) -> None:
+    import importlib
+
+    stage = importlib.import_module(f"distilclip.stages.{argv[0]}")
+    assert config.parse(stage.Config, argv[1:], stage=argv[0]).out
+
+
+def test_readme_names_every_stage() -> None:
+    for stage in cli.STAGES:
+        assert f"| `{stage}` |" in README
+
+
+def test_every_recipe_is_checked() -> None:
+    assert len(RECIPES) >= 1
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_recipes_parse(path: Path) -> None:
+    steps = run_stage.read_steps(config.read_recipe(str(path)), out="out", seed=None, source=str(path))
+    assert len(steps) >= 3
+
+
+def test_makefile_targets_of_the_pages_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for page in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"^    make ([\w-]+)", (ROOT / page).read_text(), flags=re.MULTILINE):
+            assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_no_registry_host_and_no_path_of_a_machine_in_the_constraints() -> None:
+    text = (ROOT / "constraints.txt").read_text()
+    assert "://" not in text
+    assert all("==" in line for line in text.splitlines() if line.strip())
