@@ -68,8 +68,9 @@ def open_folder(path: str, *, stage: str, config: Any) -> Folder:
                 f"{path} was made with another configuration: {'; '.join(differences)}. "
                 "Choose another --out, or remove that folder."
             )
+        _remove_leftovers(folder.path)
         return folder
-    if not files.is_url(folder.path) and os.path.isdir(folder.path) and os.listdir(folder.path):
+    if not files.is_url(folder.path) and os.path.isdir(folder.path) and _foreign_files(folder.path):
         raise InputError(f"{path} is not empty and is no {stage} folder (no config.json). Choose another --out.")
     write_json(folder.child("env.json"), environment())
     write_json(config_path, {"stage": stage, **values})
@@ -122,6 +123,22 @@ def environment() -> dict[str, Any]:
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _foreign_files(path: str) -> list[str]:
+    """What lies in a folder that no stage has begun; a kill before config.json leaves env.json and temporary files."""
+    return [name for name in os.listdir(path) if name != "env.json" and not name.endswith(".tmp")]
+
+
+def _remove_leftovers(path: str) -> None:
+    """Remove temporary files of a killed run, except from folders of other stages below."""
+    if files.is_url(path):
+        return
+    for parent, folders, names in os.walk(path):
+        folders[:] = [f for f in folders if not os.path.exists(os.path.join(parent, f, "config.json"))]
+        for name in names:
+            if name.endswith(".tmp"):
+                os.remove(os.path.join(parent, name))
 
 
 def _gpu_names() -> list[str]:

@@ -16,6 +16,7 @@ import pytest
 from PIL import Image
 
 from distilclip.corpus.captions import SYNONYMS, describe, write_caption
+from distilclip.corpus.plan import CorpusSummary, plan_corpus, write_corpus
 from distilclip.corpus.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -30,7 +31,6 @@ from distilclip.corpus.scenes import (
     scene_of,
     seen_combinations,
 )
-from distilclip.corpus.plan import CorpusSummary, plan_corpus, write_corpus
 from distilclip.corpus.shards import EvalShard, write_shard
 from distilclip.errors import InputError
 

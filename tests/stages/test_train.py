@@ -178,6 +178,4 @@ def test_a_loss_that_is_not_finite_stops_with_the_terms_named(
     prepared: Prepared, tiny_clip_json: str, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match=r"Step \d+: the loss or its gradient is not finite.*'task'"):
-        train.main(
-            config(tmp_path / "student", tiny_clip_json, store=prepared.store, learning_rate=1e30, num_steps=50)
-        )
+        train.main(config(tmp_path / "student", tiny_clip_json, store=prepared.store, learning_rate=1e30, num_steps=50))

@@ -11,9 +11,7 @@ from distilclip.train.optimizer import build_optimizer, schedule, set_learning_r
 def optimizer(tiny_clip_json: str) -> tuple[torch.optim.AdamW, Heads, torch.nn.Module]:
     clip = create_clip(tiny_clip_json, seed=0)
     heads = Heads(clip.dim, 9, centers=torch.eye(9))
-    built = build_optimizer(
-        clip.model, heads, learning_rate=1e-3, centers_learning_rate=1e-6, weight_decay=0.2
-    )
+    built = build_optimizer(clip.model, heads, learning_rate=1e-3, centers_learning_rate=1e-6, weight_decay=0.2)
     return built, heads, clip.model
 
 

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Int
 
-from distilclip.data import files
 from distilclip.corpus.captions import COLOUR_TEMPLATES, SHAPE_TEMPLATES
 from distilclip.corpus.scenes import (
     COLOURS,
@@ -41,6 +40,7 @@ from distilclip.corpus.shards import (
     random_stream,
     write_shard,
 )
+from distilclip.data import files
 from distilclip.errors import InputError
 
 SETS = ("shape", "colour", "shape_colour_unseen", "sketch")

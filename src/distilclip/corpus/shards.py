@@ -13,11 +13,11 @@ import numpy as np
 from jaxtyping import Int
 from PIL import Image
 
-from distilclip.data import files
 from distilclip.corpus.captions import describe, write_caption
 from distilclip.corpus.copies import encode_jpeg, perceptual_copy
 from distilclip.corpus.drawing import draw_look, draw_scene, draw_sketch, vary_look
 from distilclip.corpus.scenes import Prior, Scene, draw_scenes, scene_of
+from distilclip.data import files
 
 COPIES = ("original", "perceptual", "semantic")
 CAPTION_KINDS = ("true", "wrong", "empty")

@@ -16,17 +16,6 @@ from jaxtyping import Bool, Float, Float16, Integer, UInt8, UInt32, UInt64
 
 from distilclip.data import files
 from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, write_columns
-from distilclip.data.groups import Forest as Forest
-from distilclip.data.groups import Groups as Groups
-from distilclip.data.groups import Labels as Labels
-from distilclip.data.groups import read_centers as read_centers
-from distilclip.data.groups import read_forest as read_forest
-from distilclip.data.groups import read_groups as read_groups
-from distilclip.data.groups import read_labels as read_labels
-from distilclip.data.groups import write_centers as write_centers
-from distilclip.data.groups import write_forest as write_forest
-from distilclip.data.groups import write_groups as write_groups
-from distilclip.data.groups import write_labels as write_labels
 from distilclip.data.shards import key_digest
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.errors import InputError

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import track
 
 from distilclip import run
-from distilclip.data import files
 from distilclip.corpus.plan import plan_corpus, write_shards, write_texts
+from distilclip.data import files
 from distilclip.errors import InputError
 
 

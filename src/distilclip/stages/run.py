@@ -54,7 +54,7 @@ def main(config: Config) -> dict[str, Any]:
     tables = recipes.read_recipe(config.recipe)
     out = config.out or tables.get("out")
     if not out:
-        raise InputError(f"{config.recipe} names no `out` folder: add `out = \"runs/NAME\"` or give --out.")
+        raise InputError(f'{config.recipe} names no `out` folder: add `out = "runs/NAME"` or give --out.')
     steps = read_steps(tables, out=out, seed=config.seed, source=config.recipe)
     console = Console(stderr=True)
     for number, step in enumerate(steps, start=1):

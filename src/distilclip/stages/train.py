@@ -10,7 +10,8 @@ import torch
 
 from distilclip import run
 from distilclip.data.augment import random_resized_crop
-from distilclip.data.store import Store, read_centers
+from distilclip.data.groups import read_centers
+from distilclip.data.store import Store
 from distilclip.data.stream import PairStream, open_stream
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
@@ -105,7 +106,11 @@ def main(config: Config) -> dict[str, Any]:
     method = objective(config.objective, config.terms)
     clip = create_clip(config.student, seed=config.seed, device=device)
     store = _open_store(config)
-    live = load_clip(config.live_teacher, weights=config.live_teacher_weights, device=device) if config.live_teacher else None
+    live = (
+        load_clip(config.live_teacher, weights=config.live_teacher_weights, device=device)
+        if config.live_teacher
+        else None
+    )
     heads = _heads(clip, method, store=store, live=live, clusters=config.clusters, seed=config.seed).to(device)
     student = Student(clip=clip, heads=heads, precision=PRECISIONS[config.precision])
     optimizer = build_optimizer(
@@ -158,7 +163,9 @@ def _open_store(config: Config) -> Store | None:
 
 
 def _open_stream(config: Config, clip: Clip, live: Clip | None) -> PairStream:
-    transforms = [random_resized_crop(c.image_size, min_scale=config.min_crop) for c in (clip, live) if c is not None]
+    models = [c for c in (clip, live) if c is not None]
+    transforms = [random_resized_crop(c.image_size, min_scale=config.min_crop) for c in models]
+    largest = max(c.image_size for c in models)
     return open_stream(
         data=config.data,
         store=config.store,
@@ -168,6 +175,7 @@ def _open_stream(config: Config, clip: Clip, live: Clip | None) -> PairStream:
         tokenize=clip.tokenizer,
         batch_size=config.batch_size,
         seed=config.seed,
+        draft=(2 * largest, 2 * largest),  # JPEGs decode at the nearest eighth above twice the side that is needed
     )
 
 

@@ -99,11 +99,12 @@ def fit(
         optimizer.step()
         log.add(result, norm, len(batch.pixels))
         done = step + 1
-        if done % LOG_EVERY == 0 or done == num_steps:
+        checkpoint = done % checkpoint_every == 0 or done == num_steps
+        if done % LOG_EVERY == 0 or checkpoint:  # a line never spans a checkpoint, so a resumed run writes the same
             scale = float(student.clip.scale.detach())
             metrics.write(step=done, **log.line(), learning_rate=rate, scale=round(scale, 4))
             log = _Log()
-        if done % checkpoint_every == 0 or done == num_steps:
+        if checkpoint:
             save_checkpoint(folder.child(folder_name(done)), student, optimizer, step=done)
             prune_checkpoints(folder.path, keep=keep_checkpoints)
 
