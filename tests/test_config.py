@@ -78,7 +78,7 @@ def test_bad_recipes_name_the_fault(tmp_path: Path, text: str, argument: str, me
 
 
 def test_missing_recipe_is_named() -> None:
-    with pytest.raises(InputError, match="'nowhere.toml' does not exist"):
+    with pytest.raises(InputError, match=r"'nowhere\.toml' does not exist"):
         config.parse(Config, ["nowhere.toml"], stage="train")
 
 

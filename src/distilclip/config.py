@@ -27,8 +27,8 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     """A stage's Config from `[RECIPE[#STEP]] [--flag value ...]`.
 
     `RECIPE` is a TOML file whose `[stage]` table (with `#name`, its `[stage.name]` table) holds the flags, or a
-    config.json. A Config with a field `recipe` gets the path itself. Raises `InputError` for a recipe with an unknown key or stage; tyro exits with its own message for a
-    bad flag.
+    config.json. A Config with a field `recipe` gets the path itself. Raises `InputError` for a recipe with an unknown
+    key or stage; tyro exits with its own message for a bad flag.
     """
     import tyro
 

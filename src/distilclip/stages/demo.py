@@ -36,7 +36,6 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Run the recipe, print the students side by side, say where the page is."""
-    os.environ.setdefault("DISTILCLIP_PROGRESS", "1")
     result = run_stage.main(run_stage.Config(recipe=recipe_path(), out=config.out, seed=config.seed))
     console = Console()
     console.print(comparison(config.out))
@@ -58,7 +57,7 @@ def comparison(out: str) -> Table:
     """One row a model: its headline scores in percent, and how fast it trained."""
     rows = run.read_json(files.join(out, "evaluate/result.json"))["rows"]
     scores = {(r["model"], r["set"], r["task"]): r["value"] for r in reversed(rows) if r["headline"]}
-    table = Table(title="Percent correct, and training speed", *["model", *COLUMNS, "samples/s"])
+    table = Table("model", *COLUMNS, "samples/s", title="Percent correct, and training speed")
     for model in dict.fromkeys(r["model"] for r in rows):
         values = [scores.get((model, name, task)) for name, task in COLUMNS.values()]
         metrics = list(run.read_metrics(files.join(out, f"train/{model}/metrics.jsonl")))

@@ -96,7 +96,7 @@ class Objective:
         labels: Int[Tensor, " n"] | None = None,
         classes: Int[Tensor, " c"] | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Every term with a weight, unweighted. `student` is in its own space; `heads` projects it where a term needs it.
+        """Every term with a weight, unweighted. `student` is in its own space; `heads` projects it where terms need it.
 
         `masked_image` holds the student's embeddings of the masked images (for `masked`); `labels` the cluster of
         each image and `classes` the sampled classes, None for all (for `cluster`).
