@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 
 from distilclip import cli, config
+from distilclip.models.clip import create_clip
 from distilclip.stages import run as run_stage
+from tests.conftest import encoded, picture, write_tar
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -40,6 +46,42 @@ def test_readme_commands_parse(argv: list[str]) -> None:
 
     stage = importlib.import_module(f"distilclip.stages.{argv[0]}")
     assert config.parse(stage.Config, argv[1:], stage=argv[0]).out
+
+
+SMALLER = {
+    "ViT-B-32": "TINY",
+    "10000": "4",
+    "30000": "2",
+    "1024": "8",
+    "pairs/{00000..00123}.tar": "pairs/{00000..00001}.tar",
+}
+
+
+def test_readme_commands_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_clip_json: str, pair_tars: Callable[..., list[str]]
+) -> None:
+    """The README's own session on tiny pairs: only sizes and architectures are made smaller."""
+    teacher = json.loads(tiny_clip_json)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("open_clip.list_models", lambda: ["ViT-L-14"])
+    monkeypatch.setattr("open_clip.get_model_config", lambda name: teacher)
+    safetensors.torch.save_file(create_clip("ViT-L-14", seed=0).model.state_dict(), "l14.safetensors")
+    pair_tars(shards=2, rows=12)
+    (tmp_path / "my-labelled-set").mkdir()
+    (tmp_path / "my-labelled-set/classnames.txt").write_text("cat\ndog\n")
+    for split in ("train", "test"):
+        members = [(f"{i}.{kind}", content) for i in range(8) for kind, content in labelled(i)]
+        write_tar(tmp_path / f"my-labelled-set/{split}-00000.tar", members)
+    shutil.copy("pairs/00000.tar", "my-test.tar")
+    for argv in commands():
+        replaced = [SMALLER.get(word, word) for word in argv]
+        assert cli.main([tiny_clip_json if word == "TINY" else word for word in replaced]) == 0, argv
+    assert (tmp_path / "page/index.html").exists()
+
+
+def labelled(number: int) -> list[tuple[str, bytes]]:
+    """Members of one labelled sample."""
+    return [("jpg", encoded(picture(number))), ("cls", str(number % 2).encode())]
 
 
 def test_readme_names_every_stage() -> None:

@@ -14,13 +14,14 @@ from distilclip.data import files
 from distilclip.errors import InputError
 from distilclip.stages import run as run_stage
 
+# Column: evaluation set and task. `unseen` are shape + colour pairs never trained on, `sketch` is the shifted set.
 COLUMNS = {
     "shape": ("shape", "zero-shot"),
     "colour": ("colour", "zero-shot"),
-    "unseen pairs": ("shape_colour_unseen", "zero-shot"),
-    "shift (sketch)": ("sketch", "zero-shot"),
-    "probe (shape)": ("shape", "linear-probe"),
-    "retrieval": ("retrieval", "retrieval"),
+    "unseen": ("shape_colour_unseen", "zero-shot"),
+    "sketch": ("sketch", "zero-shot"),
+    "probe": ("shape", "linear-probe"),
+    "R@1": ("retrieval", "retrieval"),
 }
 
 
@@ -57,7 +58,8 @@ def comparison(out: str) -> Table:
     """One row a model: its headline scores in percent, and how fast it trained."""
     rows = run.read_json(files.join(out, "evaluate/result.json"))["rows"]
     scores = {(r["model"], r["set"], r["task"]): r["value"] for r in reversed(rows) if r["headline"]}
-    table = Table("model", *COLUMNS, "samples/s", title="Percent correct, and training speed")
+    title = "Zero-shot accuracy, linear probe (shape) and retrieval in percent; training speed"
+    table = Table("model", *COLUMNS, "samples/s", title=title)
     for model in dict.fromkeys(r["model"] for r in rows):
         values = [scores.get((model, name, task)) for name, task in COLUMNS.values()]
         metrics = list(run.read_metrics(files.join(out, f"train/{model}/metrics.jsonl")))
