@@ -34,9 +34,10 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
 
     argv = list(argv)
     flags: list[str] = []
-    if argv and not argv[0].startswith("-") and "recipe" in field_names(config_type):
+    positional = bool(argv) and not argv[0].startswith("-")
+    if positional and not argv[0].endswith(".json") and "recipe" in field_names(config_type):
         flags = ["--recipe", argv.pop(0)]
-    elif argv and not argv[0].startswith("-"):
+    elif positional:
         path, _, name = argv.pop(0).partition("#")
         given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in argv if a.startswith("--")}
         values = recipe_values(read_recipe(path), config_type, stage=stage, name=name, source=path)
@@ -98,7 +99,9 @@ def recipe_values(
     fields = field_names(config_type)
     for key in values:
         if key not in fields:
-            raise InputError(f"{source}, [{stage}]: unknown key {key!r}. {did_you_mean(key, fields)}")
+            raise InputError(
+                f"{source}, [{stage}{'.' + name if name else ''}]: unknown key {key!r}. {did_you_mean(key, fields)}"
+            )
     return values
 
 

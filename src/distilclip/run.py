@@ -7,13 +7,15 @@ differs. Nothing is ever overwritten silently.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -53,12 +55,20 @@ def execution(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"execution": True})
 
 
-def open_folder(path: str, *, stage: str, config: Any) -> Folder:
+def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[str, str]] = ()) -> Folder:
     """Create a stage's folder, or open it again to resume it or to find it finished.
 
-    Raises `InputError` when the folder was begun by another stage or with another config, naming what differs.
+    `inputs` are the (folder, stage) that this one reads: each must be finished, and its digest is written down.
+
+    Raises `InputError` when the folder was begun by another stage, with another config, or from inputs that have
+    changed since, naming what differs.
     """
     folder = Folder(str(path), stage)
+    digests: dict[str, str] = {}
+    for input_path, input_stage in inputs:
+        require(input_path, stage=input_stage)
+        name = input_stage if input_stage not in digests else f"{input_stage} {len(digests) + 1}"
+        digests[name] = result_digest(input_path)
     config_path = folder.child("config.json")
     values = config_values(config)
     if files.exists(config_path):
@@ -68,19 +78,46 @@ def open_folder(path: str, *, stage: str, config: Any) -> Folder:
                 f"{path} was made with another configuration: {'; '.join(differences)}. "
                 "Choose another --out, or remove that folder."
             )
+        if files.exists(folder.child("inputs.json")) and (before := read_json(folder.child("inputs.json"))) != digests:
+            changed = sorted(name for name in {*before, *digests} if before.get(name) != digests.get(name))
+            raise InputError(
+                f"{path} was made from other results than those there now ({', '.join(changed)} changed). "
+                f"Choose another --out, or remove {path} and what was made from it."
+            )
         _remove_leftovers(folder.path)
         return folder
     if not files.is_url(folder.path) and os.path.isdir(folder.path) and _foreign_files(folder.path):
         raise InputError(f"{path} is not empty and is no {stage} folder (no config.json). Choose another --out.")
     write_json(folder.child("env.json"), environment())
+    if digests:
+        write_json(folder.child("inputs.json"), digests)
     write_json(config_path, {"stage": stage, **values})
     return folder
+
+
+def folders_of(stage: str, paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Those of the paths that are folders of a stage, as inputs of another; a model may also be a name or a file."""
+    found = []
+    for path in paths:
+        config = files.join(path, "config.json")
+        if files.exists(config) and read_json(config).get("stage") == stage:
+            found.append((path, stage))
+    return found
+
+
+def result_digest(path: str) -> str:
+    """SHA-256 of a finished folder's result.json, and of a store's manifest: equal results, equal digest."""
+    digest = hashlib.sha256(files.read_bytes(files.join(path, "result.json")))
+    manifest = files.join(path, "manifest.parquet")
+    if files.exists(manifest):
+        digest.update(files.read_bytes(manifest))
+    return digest.hexdigest()
 
 
 def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any]:
     """The result of a finished stage folder; `InputError` names the stage that is missing or unfinished.
 
-    With `store`, the folder must also have been made from that store.
+    With `store`, the folder must also have been made from that store, wherever it lies now.
     """
     folder = Folder(str(path), stage)
     if not files.exists(folder.child("config.json")):
@@ -92,8 +129,8 @@ def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any
         raise InputError(
             f"{path} is unfinished (no result.json): run `distilclip {stage} {path}/config.json` to finish it."
         )
-    if store is not None and files.absolute(config["store"]) != files.absolute(store):
-        raise InputError(f"{path} was made from the store {config['store']}, not from {store}.")
+    if store is not None and read_json(folder.child("inputs.json"))["embed"] != result_digest(store):
+        raise InputError(f"{path} was made from another store than {store}. Run `distilclip {stage}` on this one.")
     return folder.result()
 
 
@@ -110,13 +147,10 @@ def environment() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    commit = subprocess.run(
-        ["git", "-C", os.path.dirname(__file__), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "python": platform.python_version(),
         "versions": versions,
-        "git_commit": commit.stdout.strip() or None,
+        "git_commit": _git_commit(),
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
         "gpus": _gpu_names(),
@@ -125,9 +159,18 @@ def environment() -> dict[str, Any]:
     }
 
 
+def _git_commit() -> str | None:
+    """The commit of the checkout that this package runs from; None where it is installed, or git is not."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    if not os.path.exists(os.path.join(package, "..", "..", ".git")) or shutil.which("git") is None:
+        return None
+    found = subprocess.run(["git", "-C", package, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None
+
+
 def _foreign_files(path: str) -> list[str]:
     """What lies in a folder that no stage has begun; a kill before config.json leaves env.json and temporary files."""
-    return [name for name in os.listdir(path) if name != "env.json" and not name.endswith(".tmp")]
+    return [name for name in os.listdir(path) if name not in ("env.json", "inputs.json") and not name.endswith(".tmp")]
 
 
 def _remove_leftovers(path: str) -> None:
@@ -153,7 +196,7 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         return json.loads(files.read_bytes(path))
     except json.JSONDecodeError as error:
-        raise InputError(f"{path} is not valid JSON ({error}). Remove it and run the stage again.") from error
+        raise InputError(f"{path} is not valid JSON ({error}). Remove its folder and run the stage again.") from error
 
 
 def write_json(path: str, value: Any) -> None:
@@ -171,9 +214,12 @@ class Metrics:
 
     def write(self, *, step: int, **values: Any) -> None:
         """Append one line."""
-        fs, inner = files.filesystem(self.path)
-        with fs.open(inner, "ab") as file:
-            file.write((json.dumps({"step": step, **values}) + "\n").encode())
+        line = (json.dumps({"step": step, **values}) + "\n").encode()
+        if files.is_url(self.path):  # object stores cannot append
+            files.write_bytes(self.path, files.read_bytes(self.path) + line)
+            return
+        with open(self.path, "ab") as file:
+            file.write(line)
 
 
 def read_metrics(path: str) -> Iterator[dict[str, Any]]:
@@ -187,6 +233,9 @@ def read_metrics(path: str) -> Iterator[dict[str, Any]]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any], config: Any) -> list[str]:
     ignored = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")} | {"out"}
+    for field in dataclasses.fields(config):  # a field that an older version lacked has its default
+        if field.name not in old and field.default is not dataclasses.MISSING:
+            old[field.name] = json.loads(json.dumps(field.default))
     names = [*new, *(n for n in old if n not in new)]
     return [
         f"{n} was {old.get(n)!r}, now {new.get(n)!r}" for n in names if n not in ignored and old.get(n) != new.get(n)

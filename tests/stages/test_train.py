@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,6 +141,55 @@ def test_sigkill_and_rerun_give_the_undisturbed_bytes(prepared: Prepared, tiny_c
         assert path.read_bytes() == (killed / "checkpoints/step-000040" / path.name).read_bytes(), path.name
 
 
+def test_moved_tars_are_found_again_and_other_tars_are_refused(
+    prepared: Prepared, tiny_clip_json: str, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs").rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="is missing"):
+        train.main(config(tmp_path / "lost", tiny_clip_json, store=prepared.store))
+    moved = (str(tmp_path / "moved" / "*.tar"),)
+    result = train.main(config(tmp_path / "found", tiny_clip_json, store=prepared.store, data=moved))
+    assert result["num_rows"] == 24
+
+
+def test_a_store_made_again_with_another_teacher_is_noticed(
+    prepared: Prepared, tiny_clip_json: str, tmp_path: Path
+) -> None:
+    from distilclip.models.clip import create_clip
+
+    other = str(tmp_path / "other-teacher")
+    create_clip(tiny_clip_json, seed=8).save(other)
+    shutil.rmtree(prepared.store)
+    embed.main(embed.Config(data=tuple(prepared.tars), out=prepared.store, model=other, num_workers=0))
+    with pytest.raises(InputError, match="was made from another store"):
+        train.main(config(tmp_path / "student", tiny_clip_json, store=prepared.store, groups=prepared.groups))
+    with pytest.raises(InputError, match="embed changed"):
+        balance.main(balance.Config(store=prepared.store, out=prepared.groups, metric="cosine", threshold=1e-4))
+
+
+def test_samples_that_fail_while_training_are_counted(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
+    path = Path(prepared.tars[0])
+    content = bytearray(path.read_bytes())
+    start = content.index(b"\xff\xd8\xff")
+    content[start + 3 : start + 400] = bytes(397)  # the tar's size and index stay as they are
+    path.write_bytes(content)
+    out = tmp_path / "student"
+    result = train.main(config(out, tiny_clip_json, store=prepared.store, num_steps=3, batch_size=24))
+    assert result["num_unusable"] == 3  # once an epoch
+    assert sum(result["reasons"].values()) == 3
+    with pytest.raises(InputError, match="00000"):
+        train.main(config(tmp_path / "strict", tiny_clip_json, store=prepared.store, num_steps=3, max_bad_ratio=0.0))
+
+
+def test_a_student_with_batch_norm_refuses_micro_batches(
+    prepared: Prepared, tiny_clip_json: str, tmp_path: Path
+) -> None:
+    vision = {"timm_model_name": "cnn_w8", "timm_pool": "max", "timm_proj": "linear", "image_size": 32}
+    student = json.dumps(json.loads(tiny_clip_json) | {"vision_cfg": vision})
+    with pytest.raises(InputError, match="normalises over the batch"):
+        train.main(config(tmp_path / "student", student, store=prepared.store, student=student, micro_batch=4))
+
+
 def test_a_finished_run_is_left_alone(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
     out = tmp_path / "student"
     first = train.main(config(out, tiny_clip_json, store=prepared.store))
@@ -153,15 +203,18 @@ def test_groups_of_another_store_are_refused(
 ) -> None:
     other = str(tmp_path / "other")
     embed.main(embed.Config(data=(prepared.tars[0],), out=other, model=tiny_clip_folder, num_workers=0))
-    with pytest.raises(InputError, match="was made from the store"):
+    with pytest.raises(InputError, match="was made from another store"):
         train.main(config(tmp_path / "student", tiny_clip_json, store=other, groups=prepared.groups))
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({}, "needs --data or --store"),
-        ({"data": ("a.tar",), "store": "s"}, "and not both"),
+        ({}, "needs pairs"),
+        ({"store": "s", "clusters": "c", "objective": "clip-cid", "live_teacher": "t"}, "leave out --live-teacher"),
+        ({"data": ("a.tar",), "micro_batch": 0}, "micro_batch is 0"),
+        ({"data": ("a.tar",), "min_crop": 1.5}, "min_crop is 1.5"),
+        ({"data": ("a.tar",), "warmup_steps": 9}, "warmup_steps is 9"),
         ({"data": ("a.tar",), "objective": "clip-kd"}, "needs a teacher"),
         ({"store": "s", "objective": "clip-cid"}, "needs --clusters"),
         ({"data": ("a.tar",), "groups": "g"}, "give --store too"),

@@ -64,9 +64,13 @@ def test_clip_cid_is_base_plus_cluster_plus_instance(heads: Heads) -> None:
 
 def test_task_is_never_projected(heads: Heads) -> None:
     student = features(STUDENT_DIM, 1)
-    objective("clip").terms(student, None, heads=heads)["task"].requires_grad_(False)
     values = Objective().terms(student, features(TEACHER_DIM, 2), heads=heads)
     assert not values["task"].requires_grad  # no head's parameter is in its graph
+
+
+def test_a_term_without_its_teacher_is_an_error(heads: Heads) -> None:
+    with pytest.raises(ValueError, match="compares with a teacher"):
+        objective("clip-kd").terms(features(STUDENT_DIM, 1), None, heads=heads)
 
 
 def test_overrides_replace_weights_and_constants() -> None:

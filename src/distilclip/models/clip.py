@@ -91,8 +91,8 @@ class Clip:
 
     @property
     def scale(self) -> Float[Tensor, ""]:
-        """exp(log-scale), the factor of the cosine similarities, at most 100 (SPEC's a and b)."""
-        return self.model.logit_scale.reshape(()).float().exp().clamp(max=100)
+        """exp(log-scale), the factor of the cosine similarities (SPEC's a and b); training holds a at 100 or less."""
+        return self.model.logit_scale.reshape(()).float().exp()
 
     def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
         """Unit image embeddings, float32."""
@@ -244,6 +244,8 @@ def _assemble(
 def _model_folder(spec: str) -> str | None:
     """The open_clip folder that `spec` leads to: itself, a checkpoint's, or a train folder's last checkpoint."""
     if files.exists(files.join(spec, CONFIG_FILE)):
+        if files.exists(files.join(spec, "heads.safetensors")) and not files.exists(files.join(spec, "state.json")):
+            raise InputError(f"{spec} is an incomplete checkpoint (no state.json). Name another one.")
         return spec
     result = files.join(spec, "result.json")
     if files.exists(result):
@@ -251,7 +253,8 @@ def _model_folder(spec: str) -> str | None:
         if found.get("stage") != "train":
             raise InputError(f"{spec} was written by `distilclip {found.get('stage')}`; a model comes from `train`.")
         return files.join(spec, found["checkpoint"])
-    if files.exists(files.join(spec, "config.json")):
+    config = files.join(spec, "config.json")
+    if files.exists(config) and json.loads(files.read_bytes(config)).get("stage") == "train":
         raise InputError(
             f"{spec} is unfinished: run `distilclip train {spec}/config.json`, or name a checkpoint in it."
         )

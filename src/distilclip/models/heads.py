@@ -61,6 +61,10 @@ class Heads(nn.Module):
         return F.normalize(image, dim=-1), F.normalize(text, dim=-1)
 
     def scale(self, term: str) -> Float[Tensor, ""]:
-        """exp of a term's own log-scale, at most 100."""
+        """exp of a term's own log-scale."""
         log_scale: Tensor = getattr(self, f"{term}_log_scale")
-        return log_scale.exp().clamp(max=100)
+        return log_scale.exp()
+
+    def log_scales(self) -> list[nn.Parameter]:
+        """The log-scales of all terms."""
+        return [self.instance_log_scale, self.interactive_log_scale, self.augmented_log_scale]

@@ -56,10 +56,9 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Group the images of a store; the folder's result."""
-    folder = run.open_folder(config.out, stage="balance", config=config)
+    folder = run.open_folder(config.out, stage="balance", config=config, inputs=[(config.store, "embed")])
     if folder.finished:
         return folder.result()
-    run.require(config.store, stage="embed")
     store = Store.open(config.store)
     max_threshold = _search_distance(config)
     valid = np.concatenate([np.empty(0, bool), *(store.rows(shard.index).valid for shard in store.shards)])

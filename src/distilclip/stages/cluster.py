@@ -57,10 +57,10 @@ class _Part:
 
 def main(config: Config) -> dict[str, Any]:
     """Cluster the images of a store; the folder's result."""
-    folder = run.open_folder(config.out, stage="cluster", config=config)
+    inputs = [(config.store, "embed")] + ([(config.groups, "balance")] if config.groups else [])
+    folder = run.open_folder(config.out, stage="cluster", config=config, inputs=inputs)
     if folder.finished:
         return folder.result()
-    run.require(config.store, stage="embed")
     store = Store.open(config.store)
     parts = list(_parts(store, config.groups))
     device = resolve_device(config.device)
@@ -101,8 +101,6 @@ def main(config: Config) -> dict[str, Any]:
 
 def _parts(store: Store, groups: str | None) -> Iterator[_Part]:
     """The rows of every shard; `InputError` where the groups belong to another store."""
-    if groups is not None:
-        run.require(groups, stage="balance")
     for shard in store.shards:
         valid = np.flatnonzero(store.rows(shard.index).valid)
         if groups is None:

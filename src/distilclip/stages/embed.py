@@ -71,7 +71,7 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Embed every shard, or those that an earlier run left; the folder's result."""
-    folder = run.open_folder(config.out, stage="embed", config=config)
+    folder = run.open_folder(config.out, stage="embed", config=config, inputs=run.folders_of("train", [config.model]))
     if folder.finished:
         return folder.result()
     uris = files.expand(config.data)

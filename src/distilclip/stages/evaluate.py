@@ -93,10 +93,11 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Measure what is not measured yet, a file per model and set, then write the tables; the folder's result."""
-    folder = run.open_folder(config.out, stage="evaluate", config=config)
+    models = dict(map(split_model, config.models))
+    inputs = run.folders_of("train", list(models.values()))
+    folder = run.open_folder(config.out, stage="evaluate", config=config, inputs=inputs)
     if folder.finished:
         return folder.result()
-    models = dict(map(split_model, config.models))
     parts = {
         (model, spec): folder.child("parts", f"{i:02}-{j:02}.json")
         for i, model in enumerate(models)

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import re
 import time
@@ -56,18 +57,19 @@ def main(config: Config) -> dict[str, Any]:
     if not out:
         raise InputError(f'{config.recipe} names no `out` folder: add `out = "runs/NAME"` or give --out.')
     steps = read_steps(tables, out=out, seed=config.seed, source=config.recipe)
+    folder = run.open_folder(out, stage="run", config=dataclasses.replace(config, out=out))
     console = Console(stderr=True)
     for number, step in enumerate(steps, start=1):
-        folder = run.Folder(step.config.out, step.stage)
-        state = " (finished before)" if folder.finished else ""
+        state = " (finished before)" if run.Folder(step.config.out, step.stage).finished else ""
         console.print(f"[bold]{number}/{len(steps)} {step.path}[/bold]{state}", highlight=False)
         started = time.perf_counter()
         importlib.import_module(f"distilclip.stages.{step.stage}").main(step.config)
         if not state:
             console.print(f"    {time.perf_counter() - started:.1f} s", highlight=False)
-    summary = {"stage": "run", "recipe": tables, "steps": [step.path for step in steps]}
-    run.write_json(files.join(out, "result.json"), summary)
-    return summary
+    summary = {"recipe": tables, "steps": [step.path for step in steps]}
+    if folder.finished and folder.result() == {"stage": "run", **summary}:
+        return folder.result()
+    return folder.finish(summary)
 
 
 def read_steps(tables: dict[str, Any], *, out: str, seed: int | None, source: str) -> list[Step]:
@@ -104,6 +106,8 @@ def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, 
         for name in recipes.step_names(table, config_type) or [""]:
             path = f"{stage}/{name}" if name else stage
             values[path] = recipes.recipe_values(tables, config_type, stage=stage, name=name, source=source)
+            if "out" in values[path]:
+                raise InputError(f"{source}, [{stage}]: a step's folder is its name below the run's; leave out `out`.")
     return values
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
+from collections import Counter
 from typing import Any
 
 import safetensors.torch
@@ -15,7 +15,11 @@ import torch
 
 from distilclip import run
 from distilclip.data import files
+from distilclip.data.policy import ErrorPolicy
+from distilclip.errors import InputError
 from distilclip.train.step import Student
+
+FORMAT = 1
 
 
 def folder_name(step: int) -> str:
@@ -23,7 +27,9 @@ def folder_name(step: int) -> str:
     return f"checkpoints/step-{step:06d}"
 
 
-def save_checkpoint(folder: str, student: Student, optimizer: torch.optim.Optimizer, *, step: int) -> None:
+def save_checkpoint(
+    folder: str, student: Student, optimizer: torch.optim.Optimizer, *, step: int, policy: ErrorPolicy
+) -> None:
     """Write all of a checkpoint; `state.json` marks it complete. `step` counts the steps done."""
     student.clip.save(folder)
     heads = {name: value.detach().cpu().contiguous() for name, value in student.heads.state_dict().items()}
@@ -34,11 +40,22 @@ def save_checkpoint(folder: str, student: Student, optimizer: torch.optim.Optimi
         for name, value in values.items()
     }
     files.write_bytes(files.join(folder, "optimizer.safetensors"), safetensors.torch.save(state))
-    run.write_json(files.join(folder, "state.json"), {"step": step, "format": 1})
+    run.write_json(files.join(folder, "state.json"), _state(step, policy))
 
 
-def load_checkpoint(folder: str, student: Student, optimizer: torch.optim.Optimizer) -> int:
-    """Restore student, heads and optimizer in place; returns the number of steps done."""
+def _state(step: int, policy: ErrorPolicy) -> dict[str, Any]:
+    unusable = {"num_seen": policy.num_seen, "reasons": dict(sorted(policy.reasons.items())), "first": policy.first}
+    return {"step": step, "format": FORMAT, "unusable": unusable}
+
+
+def load_checkpoint(folder: str, student: Student, optimizer: torch.optim.Optimizer, *, policy: ErrorPolicy) -> int:
+    """Restore student, heads, optimizer and the count of unusable samples in place; returns the number of steps done.
+
+    Raises `InputError` for a checkpoint of a format that this version does not know.
+    """
+    found = run.read_json(files.join(folder, "state.json"))
+    if found["format"] != FORMAT:
+        raise InputError(f"{folder} has format {found['format']}; this version reads format {FORMAT}.")
     weights = safetensors.torch.load(files.read_bytes(files.join(folder, "open_clip_model.safetensors")))
     student.clip.model.load_state_dict(weights)
     student.heads.load_state_dict(safetensors.torch.load(files.read_bytes(files.join(folder, "heads.safetensors"))))
@@ -47,17 +64,30 @@ def load_checkpoint(folder: str, student: Student, optimizer: torch.optim.Optimi
         index, name = key.split(".", 1)
         state.setdefault(int(index), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    return int(run.read_json(files.join(folder, "state.json"))["step"])
+    policy.num_seen, policy.first = found["unusable"]["num_seen"], found["unusable"]["first"]
+    policy.reasons = Counter(found["unusable"]["reasons"])
+    return int(found["step"])
 
 
 def complete_checkpoints(train_folder: str) -> list[int]:
     """Steps of the complete checkpoints in a train folder, ascending."""
+    steps = _steps(train_folder)
+    return [s for s in steps if files.exists(files.join(train_folder, folder_name(s), "state.json"))]
+
+
+def remove_incomplete_checkpoints(train_folder: str) -> None:
+    """Remove what a kill left of checkpoints that were being written or removed."""
+    for step in set(_steps(train_folder)) - set(complete_checkpoints(train_folder)):
+        fs, inner = files.filesystem(files.join(train_folder, folder_name(step)))
+        fs.rm(inner, recursive=True)
+
+
+def _steps(train_folder: str) -> list[int]:
     fs, inner = files.filesystem(files.join(train_folder, "checkpoints"))
     if not fs.exists(inner):
         return []
     names = [os.path.basename(path.rstrip("/")) for path in fs.ls(inner, detail=False)]
-    steps = [int(match.group(1)) for name in names if (match := re.fullmatch(r"step-(\d+)", name))]
-    return sorted(s for s in steps if files.exists(files.join(train_folder, folder_name(s), "state.json")))
+    return sorted(int(match.group(1)) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
 
 
 def prune_checkpoints(train_folder: str, *, keep: int) -> None:
@@ -66,7 +96,4 @@ def prune_checkpoints(train_folder: str, *, keep: int) -> None:
         folder = files.join(train_folder, folder_name(step))
         fs, inner = files.filesystem(folder)
         fs.rm(files.join(inner, "state.json"))
-        if files.is_url(folder):
-            fs.rm(inner, recursive=True)
-        else:
-            shutil.rmtree(inner)
+        fs.rm(inner, recursive=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from distilclip import run
+from distilclip.data.policy import ErrorPolicy
 from distilclip.data.stream import Batch
 from distilclip.errors import InputError
 from distilclip.models.teacher import Teacher
@@ -56,6 +57,7 @@ def fit(
     folder: run.Folder,
     batches: Iterator[Batch],
     *,
+    policy: ErrorPolicy,
     student: Student,
     teacher: Teacher | None,
     objective: Objective,
@@ -70,7 +72,7 @@ def fit(
     keep_checkpoints: int,
     seed: int,
 ) -> None:
-    """Train from step `start` to `num_steps`; `batches` begins at `start`.
+    """Train from step `start` to `num_steps`; `batches` begins at `start`, `policy` counts its unusable samples.
 
     Raises `InputError` naming step and terms when the loss or its gradient stops being finite; nothing is updated then.
     """
@@ -97,16 +99,18 @@ def fit(
         norm = torch.nn.utils.clip_grad_norm_(student.parameters(), gradient_clip or math.inf)
         _assert_finite(step, result, norm)
         optimizer.step()
+        student.limit_scales()
         log.add(result, norm, len(batch.pixels))
         done = step + 1
         checkpoint = done % checkpoint_every == 0 or done == num_steps
         if done % LOG_EVERY == 0 or checkpoint:  # a line never spans a checkpoint, so a resumed run writes the same
             scale = float(student.clip.scale.detach())
             metrics.write(step=done, **log.line(), learning_rate=rate, scale=round(scale, 4))
-            log = _Log()
         if checkpoint:
-            save_checkpoint(folder.child(folder_name(done)), student, optimizer, step=done)
+            save_checkpoint(folder.child(folder_name(done)), student, optimizer, step=done, policy=policy)
             prune_checkpoints(folder.path, keep=keep_checkpoints)
+        if done % LOG_EVERY == 0 or checkpoint:
+            log = _Log()
 
 
 def _assert_finite(step: int, result: StepResult, norm: Tensor) -> None:
@@ -114,6 +118,6 @@ def _assert_finite(step: int, result: StepResult, norm: Tensor) -> None:
         return
     terms = {name: float(value) for name, value in result.terms.items()}
     raise InputError(
-        f"Step {step}: the loss or its gradient is not finite (terms {terms}, gradient norm {float(norm)}). "
+        f"Step {step + 1}: the loss or its gradient is not finite (terms {terms}, gradient norm {float(norm)}). "
         "Nothing was updated. Lower learning_rate, set gradient_clip, or use precision fp32."
     )

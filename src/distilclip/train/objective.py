@@ -104,8 +104,10 @@ class Objective:
         values: dict[str, Tensor] = {}
         if self.task:
             values["task"] = losses.contrastive(student.image, student.text, scale=student.scale)
-        if teacher is None or not self.needs_teacher:
+        if not self.needs_teacher:
             return values
+        if teacher is None:
+            raise ValueError("This objective compares with a teacher: pass the teacher's features.")
         projected = heads.project(student)
         if self.cluster:
             assert heads.centers is not None

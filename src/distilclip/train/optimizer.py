@@ -10,6 +10,16 @@ from torch import nn
 
 from distilclip.models.heads import Heads
 
+# Positions and class tokens, as open_clip, timm and transformers name them.
+POSITIONS = {
+    "positional_embedding",
+    "class_embedding",
+    "pos_embed",
+    "cls_token",
+    "relative_position_bias_table",
+    "position_embeddings",
+}
+
 
 def build_optimizer(
     student: nn.Module,
@@ -29,7 +39,7 @@ def build_optimizer(
             continue
         if parameter is heads.centers:
             centers.append(parameter)
-        elif parameter.ndim < 2 or name.endswith(("positional_embedding", "class_embedding")):
+        elif parameter.ndim < 2 or any(part in POSITIONS for part in name.split(".")):
             plain.append(parameter)
         else:
             decayed.append(parameter)

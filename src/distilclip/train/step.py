@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from distilclip import losses
+from distilclip.errors import InputError
 from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.models.heads import Heads
 from distilclip.ops.features import Features
@@ -44,6 +46,21 @@ class Student:
         with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
             return self.clip.encode_image(pixels)
 
+    def limit_scales(self) -> None:
+        """Hold every learned scale at 100 or less, in the parameter itself, so that what is saved is what was used."""
+        with torch.no_grad():
+            for log_scale in (self.clip.model.logit_scale, *self.heads.log_scales()):
+                log_scale.clamp_(max=math.log(100))
+
+    def require_exact_accumulation(self) -> None:
+        """`InputError` for a student whose embedding of a pair depends on the others in its micro-batch."""
+        for name, module in self.clip.model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                raise InputError(
+                    f"{self.clip.name} normalises over the batch ({name}): micro-batches would train another model "
+                    "than the batch. Leave out --micro-batch, or choose a student with layer norm."
+                )
+
     def parameters(self) -> list[nn.Parameter]:
         """Everything that is trained."""
         return [*self.clip.model.parameters(), *self.heads.parameters()]
@@ -65,7 +82,7 @@ def compute_gradients(
     The objective is a function of features, so accumulation is exact (SPEC section 3): embed all micro-batches without
     a graph, differentiate the objective with respect to the features of the whole batch, then embed each micro-batch
     again and push its slice of that gradient back. With one micro-batch there is no second pass.
-    `generator` draws the sampled classes and the masks.
+    `generator` draws the sampled classes and the masks; its seed also fixes dropout, the same in both passes.
     """
     pixels = normalise_pixels(pixels, student.clip.preprocess_cfg)
     masked = mask_patches(pixels, ratio=objective.mask_ratio, generator=generator) if objective.masked else None
@@ -73,6 +90,7 @@ def compute_gradients(
     slices = [slice(i, i + micro_batch) for i in range(0, len(pixels), micro_batch)]
 
     def embed(part: slice) -> list[Tensor]:
+        torch.manual_seed(generator.initial_seed() + part.start)
         image, text = student.embed(pixels[part], tokens[part])
         return [image, text] if masked is None else [image, text, student.embed_image(masked[part])]
 
