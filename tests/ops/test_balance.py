@@ -5,7 +5,7 @@ import pytest
 from scipy.sparse.csgraph import connected_components
 
 from distilclip.errors import InputError
-from distilclip.ops import neighbours
+from distilclip.ops import search
 from distilclip.ops.balance import Balance, balance
 from distilclip.ops.metric import equivalents
 
@@ -82,7 +82,8 @@ def test_at_answers_what_another_run_would() -> None:
 def test_groups_survive_any_chunking_and_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     x = copies_of_scenes()
     whole = balance(x, threshold=0.3, metric="euclidean")
-    monkeypatch.setattr(neighbours, "tile_rows", lambda dim, memory_gb: 29)
+    monkeypatch.setattr(search, "HEIGHT", 29)
+    monkeypatch.setattr(search, "default_num_cells", lambda num_points: 7)
     assert same(balance(x, threshold=0.3, metric="euclidean"), whole)
     order = np.random.default_rng(1).permutation(len(x))
     shuffled = balance(x[order], threshold=0.3, metric="euclidean")

@@ -4,7 +4,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 
 from distilclip.errors import InputError
-from distilclip.ops.groups import Forest, curve, merge, reduce_to_forest, spanning_forest, threshold_for
+from distilclip.ops.groups import Forest, ForestBuilder, curve, joining_distance, merge, spanning_forest, threshold_for
 
 
 def random_edges(seed: int, *, num_rows: int = 60, num_edges: int = 150) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -66,10 +66,41 @@ def test_forest_survives_any_chunking_order_and_merging() -> None:
     shuffled = np.random.default_rng(0).permutation(len(left))
     chunks = [(left[c], right[c], distance[c]) for c in np.array_split(shuffled, 9)]
     for batch in (1, 20, 1000):
-        assert edges_of(reduce_to_forest(chunks, num_rows=60, batch=batch)) == whole
+        builder = ForestBuilder(60, batch=batch)
+        for chunk in chunks:
+            builder.add(*chunk)
+        assert edges_of(builder.forest()) == whole
     parts = [spanning_forest(*chunk, num_rows=60) for chunk in chunks]
     assert edges_of(merge(parts, num_rows=60)) == whole
     assert edges_of(merge(parts[::-1], num_rows=60)) == whole
+
+
+def smallest_largest_step(left: np.ndarray, right: np.ndarray, distance: np.ndarray, num_rows: int) -> np.ndarray:
+    """Between all rows, the smallest possible largest distance on a way (Floyd and Warshall's rounds)."""
+    way = np.full((num_rows, num_rows), np.inf)
+    np.minimum.at(way, (left, right), distance)
+    way = np.minimum(way, way.T)
+    for middle in range(num_rows):
+        way = np.minimum(way, np.maximum(way[:, middle, None], way[None, middle]))
+    return way
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_links_tell_the_threshold_that_joins_two_rows(seed: int) -> None:
+    left, right, distance = random_edges(seed, num_edges=90)
+    builder = ForestBuilder(60)
+    builder.add(left, right, distance)
+    builder.reduce()
+    links = builder.links
+    expected = smallest_largest_step(left, right, distance, 60)
+    for i in range(60):
+        for j in range(60):
+            if i != j:
+                assert joining_distance(links.parent, links.weight, i, j) == expected[i, j]
+                if links.root[i] == links.root[j]:
+                    assert max(links.top[i], links.top[j]) >= expected[i, j]
+                else:
+                    assert np.isinf(expected[i, j])
 
 
 def test_threshold_for_removes_the_share_asked_for() -> None:

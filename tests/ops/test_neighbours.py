@@ -9,6 +9,7 @@ from distilclip.ops import neighbours
 from distilclip.ops.metric import equivalents
 from distilclip.ops.neighbours import nearest, pairs_within
 from distilclip.ops.points import Points, distinct
+from distilclip.ops.search import AllPairs
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
@@ -67,15 +68,26 @@ def test_near_duplicates_far_from_the_origin_do_not_cancel() -> None:
     assert as_dict(pairs_within(x, threshold=2e-4, metric="euclidean")) == {(0, 1): pytest.approx(1e-4)}
 
 
-def test_tiles_and_order_of_rows_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_order_of_rows_does_not_matter() -> None:
     x = clustered(500, 32)
     whole = as_dict(pairs_within(x, threshold=0.1, metric="euclidean"))
-    monkeypatch.setattr(neighbours, "tile_rows", lambda dim, memory_gb: 37)
-    assert as_dict(pairs_within(x, threshold=0.1, metric="euclidean")) == whole
     shuffled = np.random.default_rng(1).permutation(len(x))
     found = pairs_within(x[shuffled], threshold=0.1, metric="euclidean")
     renamed = {tuple(sorted((int(shuffled[i]), int(shuffled[j])))): d for (i, j), d in as_dict(found).items()}
     assert renamed == whole
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_an_accelerator_compares_all_tiles_to_the_same_pairs(metric: str) -> None:
+    x = clustered(500, 32)
+    threshold = equivalents(0.1, "euclidean")[metric]
+    points = Points.of(x, metric=metric)
+    rows = distinct(points.values, np.arange(len(x))).first
+    both = AllPairs(), AllPairs()
+    neighbours.search(points, rows, threshold=threshold, metric=metric, into=both[0])
+    neighbours.compare_all(points, rows, threshold=threshold, metric=metric, into=both[1], size=64, device="cpu")
+    ours, all_tiles = (sorted(zip(*(c.tolist() for c in pairs.joined()), strict=True)) for pairs in both)
+    assert sorted((min(i, j), max(i, j), d) for i, j, d in ours) == all_tiles
 
 
 def test_equal_rows_pair_among_themselves_and_with_all_neighbours() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from distilclip.errors import InputError, did_you_mean
 from distilclip.ops import groups
-from distilclip.ops.groups import Curve, Forest
+from distilclip.ops.groups import Curve, Forest, ForestBuilder
 from distilclip.ops.metric import distance, squared_threshold
 from distilclip.ops.neighbours import near_pairs, nearest
 from distilclip.ops.points import Points, distinct
@@ -168,16 +167,18 @@ def similarity_forest(
     same = distinct(points.values, rows)
     original = same.first[same.position[rows]]
     copied = original != rows
-    copies = (original[copied], rows[copied], np.zeros(copied.sum(), np.float32))
+    forest = ForestBuilder(len(points))
+    forest.add(original[copied], rows[copied], np.zeros(copied.sum(), np.float32))
     if top_k is None:
-        pairs = near_pairs(points, same.first, threshold=threshold, metric=metric, memory_gb=memory_gb, device=device)
-        return groups.reduce_to_forest(itertools.chain([copies], pairs), num_rows=len(points)), None
+        near_pairs(
+            points, same.first, threshold=threshold, metric=metric, into=forest, memory_gb=memory_gb, device=device
+        )
+        return forest.forest(), None
     lists = nearest(points, same.first, k=top_k, metric=metric, memory_gb=memory_gb, device=device)
     near = lists.distance < np.float32(threshold)
-    edges = (np.repeat(same.first, near.sum(axis=1)), lists.row[near], lists.distance[near])
+    forest.add(np.repeat(same.first, near.sum(axis=1)), lists.row[near], lists.distance[near])
     full = near.sum(axis=1) == top_k
-    saturated = float(full[same.position[rows]].sum()) / max(len(rows), 1)
-    return groups.reduce_to_forest([copies, edges], num_rows=len(points)), saturated
+    return forest.forest(), float(full[same.position[rows]].sum()) / max(len(rows), 1)
 
 
 def cut(

@@ -8,6 +8,7 @@ and thresholds are compared as float32, so that a forest cut at a threshold and 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import no_type_check
@@ -55,6 +56,65 @@ class Curve:
     largest_group: Int[np.ndarray, " t"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Links:
+    """A forest's groups as trees of depth log n, in which the way between two rows tells the threshold that joins them.
+
+    `weight[i]` is that of the link from i to `parent[i]` and grows towards the root, where it is infinite; the largest
+    on the way between two rows is the largest on their way in the forest. `root` and `top`, the root of each row and
+    the last weight before it (0 for the root itself), answer most questions without climbing.
+    """
+
+    parent: Int[np.ndarray, " n"]
+    weight: Float[np.ndarray, " n"]
+    root: Int[np.ndarray, " n"]
+    top: Float[np.ndarray, " n"]
+
+
+class ForestBuilder:
+    """Reduces edges to their minimum spanning forest as they come, from any thread, in any order.
+
+    At most about as many edges wait as the forest has, at least `batch`; so memory grows with the rows only.
+    """
+
+    def __init__(self, num_rows: int, *, batch: int = 1 << 16) -> None:
+        self._batch = batch
+        self._lock = threading.Lock()
+        self._waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+        self._num_waiting = 0
+        nothing = np.empty(0, np.int64)
+        self._forest = Forest(left=nothing, right=nothing, distance=np.empty(0, np.float32), num_rows=num_rows)
+        self.links = _link(self._forest)
+
+    def add(self, left: Int[np.ndarray, " e"], right: Int[np.ndarray, " e"], distance: Float[np.ndarray, " e"]) -> None:
+        """Take edges in; `links` then says which further edges cannot be in the forest."""
+        with self._lock:
+            self._waiting.append((left, right, distance))
+            self._num_waiting += len(left)
+            if self._num_waiting >= max(self._batch, len(self._forest)):
+                self._reduce()
+
+    def reduce(self) -> None:
+        """Let `links` know of every edge added so far."""
+        with self._lock:
+            self._reduce()
+
+    def forest(self) -> Forest:
+        """The forest of every edge added so far."""
+        self.reduce()
+        return self._forest
+
+    def _reduce(self) -> None:
+        if not self._num_waiting:
+            return
+        forest = self._forest
+        edges = [(forest.left, forest.right, forest.distance), *self._waiting]
+        left, right, distance = (np.concatenate(column) for column in zip(*edges, strict=True))
+        self._forest = spanning_forest(left, right, distance, num_rows=forest.num_rows)
+        self._waiting, self._num_waiting = [], 0
+        self.links = _link(self._forest)
+
+
 def spanning_forest(
     left: Int[np.ndarray, " e"],
     right: Int[np.ndarray, " e"],
@@ -70,24 +130,12 @@ def spanning_forest(
     return Forest(left=left[chosen], right=right[chosen], distance=distance[chosen], num_rows=num_rows)
 
 
-def reduce_to_forest(
-    edges: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], *, num_rows: int, batch: int = 1 << 22
-) -> Forest:
-    """The forest of a stream of edges (left, right, distance), holding at most about `batch` + n of them at a time."""
-    held = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))]
-    waiting = 0
-    for edge in edges:
-        held.append(edge)
-        waiting += len(edge[0])
-        if waiting >= batch:
-            forest = _forest_of(held, num_rows)
-            held, waiting = [(forest.left, forest.right, forest.distance)], 0
-    return _forest_of(held, num_rows)
-
-
 def merge(forests: Iterable[Forest], *, num_rows: int) -> Forest:
     """The forest of the union of the edges that the forests stand for."""
-    return reduce_to_forest(((f.left, f.right, f.distance) for f in forests), num_rows=num_rows)
+    builder = ForestBuilder(num_rows)
+    for forest in forests:
+        builder.add(forest.left, forest.right, forest.distance)
+    return builder.forest()
 
 
 def curve(
@@ -126,9 +174,12 @@ def threshold_for(forest: Forest, *, removed_ratio: float, num_valid: int) -> fl
     return float(np.nextafter(values[best], np.float32(np.inf)))
 
 
-def _forest_of(edges: list[tuple[np.ndarray, np.ndarray, np.ndarray]], num_rows: int) -> Forest:
-    left, right, distance = (np.concatenate(column) for column in zip(*edges, strict=True))
-    return spanning_forest(left, right, distance, num_rows=num_rows)
+def _link(forest: Forest) -> Links:
+    parent, weight = np.arange(forest.num_rows), np.full(forest.num_rows, np.inf, np.float32)
+    _link_roots(forest.left, forest.right, forest.distance, parent, weight)
+    root, top = parent.copy(), np.zeros(forest.num_rows, np.float32)
+    _climb(parent, weight, root, top)
+    return Links(parent=parent, weight=weight, root=root, top=top)
 
 
 @njit(nogil=True, cache=True)
@@ -176,4 +227,47 @@ def _largest_after_each_edge(left, right, parent):
         parent[max(a, b)] = min(a, b)
         size[min(a, b)] = size[a] + size[b]
         largest[e + 1] = max(largest[e], size[min(a, b)])
+    return largest
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _link_roots(left, right, distance, parent, weight):
+    # Edges ascend and the smaller tree goes below the root of the larger, so no way up is longer than log2 n.
+    size = np.ones(len(parent), np.int64)
+    for e in range(len(left)):
+        a, b = left[e], right[e]
+        while parent[a] != a:
+            a = parent[a]
+        while parent[b] != b:
+            b = parent[b]
+        if size[a] > size[b]:
+            a, b = b, a
+        parent[a], weight[a] = b, distance[e]
+        size[b] += size[a]
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _climb(parent, weight, root, top):
+    for i in range(len(parent)):
+        a = i
+        while parent[a] != a:
+            top[i] = weight[a]
+            a = parent[a]
+        root[i] = a
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def joining_distance(parent, weight, i, j):
+    """The largest distance on the forest's way between two rows; infinite where there is none."""
+    largest = np.float32(-np.inf)
+    while i != j:
+        if weight[j] < weight[i]:
+            i, j = j, i
+        if parent[i] == i:
+            return np.float32(np.inf)
+        largest = weight[i]
+        i = parent[i]
     return largest

@@ -37,6 +37,14 @@ def distance(squared: Float[np.ndarray, " n"], metric: str) -> Float[np.ndarray,
     return squared.astype(np.float32)
 
 
+def squared(distance: Float[np.ndarray, " n"], metric: str) -> Float[np.ndarray, " n"]:
+    """The squared Euclidean distances that distances in the metric's unit stand for."""
+    check_metric(metric)
+    if metric == "euclidean":
+        return distance * distance
+    return distance if metric == "sqeuclidean" else 2 * distance
+
+
 def equivalents(threshold: float, metric: str) -> dict[str, float]:
     """The same threshold between unit vectors in every metric: euclidean 0.07 is sqeuclidean 0.0049, cosine 0.00245."""
     squared = squared_threshold(threshold, metric)

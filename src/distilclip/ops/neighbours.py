@@ -1,12 +1,12 @@
 """All pairs of rows closer than a threshold, exactly; and the k nearest of every row.
 
-A product of float32 tiles proposes, with a margin above its worst rounding error; a direct difference in float64
-decides (2 - 2cos cancels for near-duplicates, so no product is ever believed near the threshold).
+A product of tiles proposes, with a margin above its worst rounding error; a direct difference in float64 decides
+(2 - 2cos cancels for near-duplicates, so no product is ever believed near the threshold). On the CPU `search` compares
+few of the tiles and few of the dimensions; an accelerator compares all of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from distilclip.ops.metric import distance, squared_threshold
 from distilclip.ops.points import Points, distinct, product_error, squared_product
+from distilclip.ops.search import AllPairs, Collector, search
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,9 +61,9 @@ def pairs_within(
     """
     points = Points.of(x, metric=metric)
     same = distinct(points.values, np.arange(len(points)))
-    found = list(near_pairs(points, same.first, threshold=threshold, metric=metric, memory_gb=memory_gb, device=device))
-    left, right, dist = (np.concatenate(column) for column in zip(*found, strict=True)) if found else _nothing()
-    left, right, dist = _expand(left, right, dist, same.position, len(same.first))
+    pairs = AllPairs()
+    near_pairs(points, same.first, threshold=threshold, metric=metric, into=pairs, memory_gb=memory_gb, device=device)
+    left, right, dist = _expand(*pairs.joined(), same.position, len(same.first))
     order = np.lexsort((right, left))
     return Pairs(left=left[order], right=right[order], distance=dist[order])
 
@@ -73,12 +74,30 @@ def near_pairs(
     *,
     threshold: float,
     metric: str,
+    into: Collector,
     memory_gb: float | None = None,
     device: str | torch.device | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The pairs among `rows` (ascending) closer than the threshold, tile by tile: left, right, distance."""
+) -> None:
+    """Hand the pairs among `rows` (ascending) closer than the threshold to `into`, save those its links rule out."""
+    if as_device(device).type == "cpu":
+        search(points, rows, threshold=threshold, metric=metric, into=into, memory_gb=memory_gb)
+    else:
+        size = tile_rows(points.dim, memory_gb)
+        compare_all(points, rows, threshold=threshold, metric=metric, into=into, size=size, device=device)
+
+
+def compare_all(
+    points: Points,
+    rows: Int[np.ndarray, " m"],
+    *,
+    threshold: float,
+    metric: str,
+    into: Collector,
+    size: int,
+    device: str | torch.device | None,
+) -> None:
+    """The same by products of all tiles of `size` rows: for accelerators, which have arithmetic to spare."""
     limit = squared_threshold(threshold, metric) + product_error(points.dim, float(points.norm[rows].max(initial=0.0)))
-    size = tile_rows(points.dim, memory_gb)
     for a in range(0, len(rows), size):
         upper = rows[a : a + size]
         upper_block = points.block(upper, device=as_device(device))
@@ -92,8 +111,7 @@ def near_pairs(
             left, right = upper[i.cpu().numpy()], lower[j.cpu().numpy()]
             dist = distance(points.squared(left, right), metric)
             keep = dist < np.float32(threshold)
-            if keep.any():
-                yield left[keep], right[keep], dist[keep]
+            into.add(left[keep], right[keep], dist[keep])
 
 
 def nearest(
@@ -148,10 +166,6 @@ def tile_rows(dim: int, memory_gb: float | None) -> int:
 def as_device(device: str | torch.device | None) -> torch.device:
     """The device named; the CPU where none is."""
     return torch.device("cpu" if device is None else device)
-
-
-def _nothing() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
 
 
 def _expand(

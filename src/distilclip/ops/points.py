@@ -62,8 +62,12 @@ class Points:
 
     def block(self, rows: Int[np.ndarray, " m"], *, device: torch.device | None = None) -> Float[Tensor, "m dim"]:
         """The points of some rows, in float32."""
-        block = torch.from_numpy(self.values[rows]).to(device=device, dtype=torch.float32)
-        return block.mul_(torch.from_numpy(self.scale[rows]).to(device=device, dtype=torch.float32)[:, None])
+        block = np.empty((len(rows), self.dim), np.float32)
+        bits = kernel_view(self.values)
+        in_threads(
+            lambda start, stop: _gather(bits, self.scale, rows[start:stop], block[start:stop]), len(rows), at_least=1024
+        )
+        return torch.from_numpy(block).to(device)
 
     def squared(self, left: Int[np.ndarray, " m"], right: Int[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
         """Squared Euclidean distances of pairs by direct difference in float64: no cancellation, equal rows give 0."""
@@ -135,7 +139,10 @@ def product_error(dim: int, radius: float) -> float:
 def in_threads(function: Callable[[int, int], Any], count: int, *, at_least: int = 1) -> None:
     """Call `function(start, stop)` over equal slices of `range(count)`, one per core; for work without the GIL."""
     num_slices = max(1, min(torch.get_num_threads(), count // at_least))
-    bounds = np.linspace(0, count, num_slices + 1).astype(int)
+    if num_slices == 1:
+        function(0, count)
+        return
+    bounds = np.linspace(0, count, num_slices + 1).astype(int).tolist()
     with workers(num_slices) as map_threads:
         map_threads(function, bounds[:-1], bounds[1:])
 
@@ -179,6 +186,30 @@ def stored(typing_context, value):
     return types.float64(value), convert
 
 
+@intrinsic
+@no_type_check
+def widened(typing_context, value):
+    """A number of a tile as float32; int16 holds the bits of a bfloat16, the upper half of a float32."""
+
+    def convert(context, builder, signature, arguments):
+        (number,) = arguments
+        if isinstance(value, types.Integer):
+            bits = builder.zext(builder.bitcast(number, ir.IntType(16)), ir.IntType(32))
+            number = builder.bitcast(builder.shl(bits, ir.Constant(ir.IntType(32), 16)), ir.FloatType())
+        return number
+
+    return types.float32(value), convert
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _gather(values, scale, rows, out):
+    for e in range(len(rows)):
+        row, factor = values[rows[e]], scale[rows[e]]
+        for k in range(len(row)):
+            out[e, k] = factor * stored(row[k])
+
+
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
 def _norms(values, out):
@@ -193,12 +224,13 @@ def _norms(values, out):
 @no_type_check
 def squared_distance(values, scale, i, j, limit):
     """Squared distance of two points in float64; infinite once a partial sum exceeds the limit."""
-    a, b = scale[i], scale[j]
+    # Slices, because a loop that starts elsewhere than at 0 checks for negative indices and fills no vector register.
     total = 0.0
     for first in range(0, values.shape[1], PIECE):
+        a, b = values[i, first : first + PIECE], values[j, first : first + PIECE]
         part = 0.0
-        for k in range(first, min(first + PIECE, values.shape[1])):
-            difference = a * stored(values[i, k]) - b * stored(values[j, k])
+        for k in range(len(a)):
+            difference = scale[i] * stored(a[k]) - scale[j] * stored(b[k])
             part += difference * difference
         total += part
         if total > limit:

@@ -1,0 +1,139 @@
+"""Semantic balance against faiss' exact range search + scipy's connected components, to the same groups.
+
+Prints before the table how our time grows with the number of rows, and the share of true pairs that comparison within
+clusters, as SemDeDup does it, would have found.
+"""
+
+from __future__ import annotations
+
+import time
+
+import faiss
+import numpy as np
+from _embeddings import clip_like, many_equal, on_the_sphere, one_group
+from _harness import Case, compare, is_quick
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+
+from distilclip.ops.balance import Balance, balance
+from distilclip.ops.metric import squared_threshold
+from distilclip.ops.neighbours import pairs_within
+
+THRESHOLD = 0.07
+METRICS = ("euclidean", "sqeuclidean", "cosine")
+QUERIES = 4096  # rows searched at a time by the peer, so that its results are turned into pairs before memory runs out
+MARGIN = 1e-5  # of a squared distance: nearer to the threshold, faiss' float32 is decided again
+
+
+def peer(x: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
+    """Group (its smallest row) and representative of every row."""
+    rows = x.astype(np.float32)
+    if metric == "cosine":
+        faiss.normalize_L2(rows)
+    limit = squared_threshold(THRESHOLD, metric)
+    index = faiss.IndexFlatL2(rows.shape[1])
+    index.add(rows)
+    lefts, rights = [], []
+    for start in range(0, len(rows), QUERIES):
+        bounds, squared, right = index.range_search(rows[start : start + QUERIES], limit + MARGIN)
+        left = start + np.repeat(np.arange(len(bounds) - 1), np.diff(bounds).astype(np.int64))
+        once = left < right
+        left, right, squared = left[once], right[once], squared[once]
+        unsure = np.flatnonzero(np.abs(squared - limit) < MARGIN)
+        keep = squared < limit
+        keep[unsure] = exact_squared(x, left[unsure], right[unsure], metric) < limit
+        lefts.append(left[keep])
+        rights.append(right[keep])
+    left, right = np.concatenate(lefts), np.concatenate(rights)
+    graph = coo_array((np.ones(len(left), np.int8), (left, right)), shape=(len(x), len(x)))
+    _, label = connected_components(graph, directed=False)
+    return groups_and_representatives(rows, label)
+
+
+def exact_squared(x: np.ndarray, left: np.ndarray, right: np.ndarray, metric: str) -> np.ndarray:
+    a, b = x[left].astype(np.float64), x[right].astype(np.float64)
+    if metric == "cosine":
+        a, b = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (a, b))
+    return ((a - b) ** 2).sum(axis=1)
+
+
+def groups_and_representatives(rows: np.ndarray, label: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(label, kind="stable")
+    first = np.flatnonzero(np.diff(label[order], prepend=-1))
+    group, representative = np.empty(len(label), np.int64), np.arange(len(label))
+    for start, stop in zip(first, np.append(first[1:], len(order)), strict=True):
+        members = order[start:stop]
+        group[members] = members[0]
+        if len(members) > 1:
+            to_mean = rows[members] - rows[members].mean(axis=0)
+            representative[members] = members[np.einsum("nd,nd->n", to_mean, to_mean).argmin()]
+    return group, representative
+
+
+def same_groups(ours: Balance, theirs: tuple[np.ndarray, np.ndarray]) -> bool:
+    """Representatives may differ where float32 cannot tell which of two members is nearer to the mean."""
+    return np.array_equal(ours.group, theirs[0]) and float((ours.representative == theirs[1]).mean()) > 0.9
+
+
+def print_growth(sizes: tuple[int, int]) -> None:
+    rows = [clip_like(size, 512) for size in sizes]
+    for metric in METRICS:
+        seconds = []
+        for x in rows:
+            start = time.perf_counter()
+            balance(x, threshold=THRESHOLD, metric=metric)
+            seconds.append(time.perf_counter() - start)
+        exponent = np.log(seconds[1] / seconds[0]) / np.log(sizes[1] / sizes[0])
+        times = ", ".join(f"{s:.1f} s at {size:,}" for s, size in zip(seconds, sizes, strict=True))
+        print(f"growth, {metric}: {times}: n^{exponent:.2f}")
+
+
+def print_recall_within_clusters(num_rows: int) -> None:
+    """Pairs of one k-means cluster of a thousand rows on average, as SemDeDup compares them."""
+    x = clip_like(num_rows, 512)
+    kmeans = faiss.Kmeans(512, num_rows // 1000, niter=10, spherical=True, seed=0)
+    kmeans.train(x.astype(np.float32))
+    cluster = kmeans.index.search(x.astype(np.float32), 1)[1][:, 0]
+    for metric in METRICS:
+        pairs = pairs_within(x, threshold=THRESHOLD, metric=metric)
+        found = float((cluster[pairs.left] == cluster[pairs.right]).mean())
+        what = f"{len(pairs):,} true pairs among {num_rows:,} rows, {metric}"
+        print(f"recall of the {what}: ours 1, within clusters {found:.4f}")
+
+
+def case(name: str, make, num_rows: int, dim: int, metric: str, *, with_peer: bool = True) -> Case:  # type: ignore[no-untyped-def]
+    return Case(
+        name=f"{name} {num_rows // 1000}k x {dim}, {metric} {THRESHOLD}",
+        setup=lambda: make(num_rows, dim),
+        ours=lambda x: balance(x, threshold=THRESHOLD, metric=metric),
+        peer=(lambda x: peer(x, metric)) if with_peer else None,
+        equal=same_groups,
+    )
+
+
+def main() -> None:
+    if is_quick(__doc__ or ""):
+        cases = [case("clip-like", clip_like, 20_000, 512, metric) for metric in METRICS]
+        cases += [
+            case("sphere", on_the_sphere, 10_000, 64, "cosine"),
+            case("one group", one_group, 5_000, 512, "cosine"),
+        ]
+        compare("balance", cases)
+        return
+    print_growth((100_000, 1_000_000))
+    print_recall_within_clusters(200_000)
+    sizes = [(20_000, 512), (20_000, 1280), (100_000, 512), (100_000, 1280), (200_000, 512), (200_000, 1280)]
+    cases = [case("clip-like", clip_like, *size, metric) for size in sizes for metric in METRICS]
+    cases += [case("clip-like", clip_like, 1_000_000, 512, metric, with_peer=False) for metric in METRICS]
+    for name, make, num_rows, dim in (
+        ("sphere", on_the_sphere, 20_000, 512),
+        ("sphere", on_the_sphere, 50_000, 64),
+        ("one group", one_group, 10_000, 512),
+        ("three in ten equal", many_equal, 20_000, 512),
+    ):
+        cases.append(case(name, make, num_rows, dim, "cosine"))
+    compare("balance", cases)
+
+
+if __name__ == "__main__":
+    main()
