@@ -10,16 +10,18 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 SLOW_SECONDS = 20.0  # a run longer than this is repeated three times, not five
+VERY_SLOW_SECONDS = 60.0  # and one longer than this is not repeated: noise of seconds does not change its ratio
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,36 +40,58 @@ class Case:
     peer: Callable[[Any], Any] | None
     equal: Callable[[Any, Any], bool] | None
     result_mb: float = 0.0
+    peer_memory: bool = True  # False where a second run of the peer, for its memory, would take minutes
 
 
 def is_quick(description: str) -> bool:
     """Read the command line shared by all benchmarks: `--quick` asks for sizes that end within a minute."""
+    return bool(_arguments(description).quick)
+
+
+def compare(name: str, cases: Sequence[Case], notes: Mapping[str, Callable[[], list[str]]] | None = None) -> None:
+    """Measure the cases that `--only` names and print the table and the JSON line.
+
+    `notes` compute, by name, sentences that no ratio can say; they are printed with the table.
+    """
+    only = _arguments("").only
+    cases = [case for case in cases if re.search(only, case.name)]
+    rows = []
+    # Memory first: a child forked after OpenMP has started threads here would hang in its first parallel region.
+    peaks = [
+        (_peak_mb(case, case.ours), _peak_mb(case, case.peer) if case.peer and case.peer_memory else None)
+        for case in cases
+    ]
+    for case, peak in zip(cases, peaks, strict=True):
+        rows.append(_measure(case, *peak))
+        print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    said = {what: note() for what, note in (notes or {}).items() if re.search(only, what)}
+    _print_table(name, rows)
+    print("\n".join(line for lines in said.values() for line in lines))
+    print(json.dumps({"name": name, "cases": rows, "notes": said, "machine": _machine()}))
+
+
+def _arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes, under 60 s in all")
-    return bool(parser.parse_args().quick)
-
-
-def compare(name: str, cases: Sequence[Case]) -> None:
-    """Measure all cases and print the table and the JSON line."""
-    # Memory first: a child forked after OpenMP has started threads here would hang in its first parallel region.
-    peaks = [(_peak_mb(case, case.ours), _peak_mb(case, case.peer) if case.peer else None) for case in cases]
-    rows = [_measure(case, *peak) for case, peak in zip(cases, peaks, strict=True)]
-    _print_table(name, rows)
-    print(json.dumps({"name": name, "cases": rows, "machine": _machine()}))
+    parser.add_argument("--only", default="", help="regular expression: cases and notes to run")
+    return parser.parse_args()
 
 
 def _measure(case: Case, ours_peak: float | None, peer_peak: float | None) -> dict[str, Any]:
     inputs = case.setup()
-    start = time.perf_counter()
-    ours = case.ours(inputs)
-    repeats = 3 if time.perf_counter() - start > SLOW_SECONDS else 5
-    equal = case.equal(ours, case.peer(inputs)) if case.peer and case.equal else None
-    del ours
+    ours, ours_first = _timed(case.ours, inputs)
+    peer, peer_first = _timed(case.peer, inputs) if case.peer else (None, 0.0)
+    equal = case.equal(ours, peer) if case.peer and case.equal else None
+    del ours, peer
     ours_seconds, peer_seconds = [], []
-    for _ in range(repeats):
-        ours_seconds.append(_seconds(case.ours, inputs))
-        if case.peer:
-            peer_seconds.append(_seconds(case.peer, inputs))
+    for turn in range(5):
+        if turn < _repeats(ours_first):
+            ours_seconds.append(_timed(case.ours, inputs)[1])
+        if case.peer and turn < _repeats(peer_first):
+            peer_seconds.append(_timed(case.peer, inputs)[1])
+    if case.peer and not peer_seconds:
+        peer_seconds = [peer_first]
+    ours_seconds = ours_seconds or [ours_first]
     ours_s = statistics.median(ours_seconds)
     peer_s = statistics.median(peer_seconds) if peer_seconds else None
     return {
@@ -81,10 +105,15 @@ def _measure(case: Case, ours_peak: float | None, peer_peak: float | None) -> di
     }
 
 
-def _seconds(function: Callable[[Any], Any], inputs: Any) -> float:
+def _repeats(first: float) -> int:
+    """How often to run again what took that long the first time, when it may have been compiled."""
+    return 0 if first > VERY_SLOW_SECONDS else 3 if first > SLOW_SECONDS else 5
+
+
+def _timed(function: Callable[[Any], Any], inputs: Any) -> tuple[Any, float]:
     start = time.perf_counter()
-    function(inputs)
-    return time.perf_counter() - start
+    result = function(inputs)
+    return result, time.perf_counter() - start
 
 
 def _peak_mb(case: Case, function: Callable[[Any], Any]) -> float | None:
@@ -139,7 +168,7 @@ def _print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
     print(f"\n{name}: {' '.join(sys.argv)}")
     print(f"{'case':{width}}  {'ours s':>9} {'peer s':>9} {'ratio':>7} {'ours MB':>9} {'peer MB':>9}  equal")
     for row in rows:
-        seconds = f"{show(row['ours_s'], 4):>9} {show(row['peer_s'], 4):>9} {show(row['ratio'], 3):>7}"
+        seconds = f"{show(row['ours_s'], 4):>9} {show(row['peer_s'], 4):>9} {row['ratio'] or 0:>7.3g}"
         memory = f"{show(row['ours_peak_mb'], 1):>9} {show(row['peer_peak_mb'], 1):>9}"
         equal = {True: "yes", False: "NO", None: "-"}[row["equal"]]
         print(f"{row['case']:{width}}  {seconds} {memory}  {equal}")

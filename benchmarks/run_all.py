@@ -1,6 +1,7 @@
 """Runs every benchmark and writes docs/benchmarks.md: what `make bench` does.
 
-python benchmarks/run_all.py [--quick] [NAME ...]; with names, only these are run and the page keeps the other sections.
+python benchmarks/run_all.py [--quick] [--only REGEX] [NAME ...]; with names, only these are run and the page keeps the
+other sections; with --only, only the cases it matches, and the page keeps the other rows.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="benchmarks to run (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, under 60 s each")
+    parser.add_argument("--only", default="", help="regular expression: cases to run; the page keeps the others")
     arguments = parser.parse_args()
     known = [p.stem for p in sorted(FOLDER.glob("*.py")) if not p.stem.startswith("_") and p.stem != "run_all"]
     unknown = set(arguments.names) - set(known)
@@ -30,20 +32,32 @@ def main() -> int:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     failed = []
     for name in arguments.names or known:
-        command = [sys.executable, str(FOLDER / f"{name}.py"), *(["--quick"] if arguments.quick else [])]
+        options = (["--quick"] if arguments.quick else []) + (["--only", arguments.only] if arguments.only else [])
+        command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout, flush=True)
         if done.returncode:
             failed.append(name)
             continue
         shown = f"python benchmarks/{name}.py{' --quick' if arguments.quick else ''}"
-        last = json.loads(done.stdout.strip().splitlines()[-1])
-        results[name] = {**last, "command": shown, "date": time.strftime("%Y-%m-%d")}
+        found = {
+            **json.loads(done.stdout.strip().splitlines()[-1]),
+            "command": shown,
+            "date": time.strftime("%Y-%m-%d"),
+        }
+        results[name] = merged(results.get(name, {}), found) if arguments.only else found
         RESULTS.write_text(json.dumps(results, indent=1) + "\n")
         PAGE.write_text(page(results))
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
+
+
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The new result with the cases and notes of the old one that it has not measured again."""
+    measured = {case["case"] for case in new["cases"]}
+    kept = [case for case in old.get("cases", []) if case["case"] not in measured]
+    return {**new, "cases": kept + new["cases"], "notes": {**old.get("notes", {}), **new["notes"]}}
 
 
 def page(results: dict[str, Any]) -> str:
@@ -69,6 +83,8 @@ def page(results: dict[str, Any]) -> str:
             "|---|---|---|---|---|---|---|",
         ]
         lines += [row(case) for case in result["cases"]]
+        for said in result.get("notes", {}).values():
+            lines += ["", *(f"- {line}" for line in said)]
     return "\n".join(lines) + "\n"
 
 
@@ -78,9 +94,10 @@ def row(case: dict[str, Any]) -> str:
     def show(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:,.{digits}f}"
 
+    ratio = "-" if case["ratio"] is None else f"{case['ratio']:.3g}"
     equal = {True: "yes", False: "**no**", None: "-"}[case["equal"]]
     return (
-        f"| {case['case']} | {show(case['ours_s'], 3)} | {show(case['peer_s'], 3)} | {show(case['ratio'], 2)} "
+        f"| {case['case']} | {show(case['ours_s'], 3)} | {show(case['peer_s'], 3)} | {ratio} "
         f"| {show(case['ours_peak_mb'], 0)} | {show(case['peer_peak_mb'], 0)} | {equal} |"
     )
 

@@ -6,8 +6,16 @@ from typing import Literal
 
 import pytest
 
-from distilclip import config
+from distilclip import config, run
 from distilclip.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    save_every: int = 10
+    """steps"""
+    keep: int = run.execution(2)
+    """how many"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +32,7 @@ class Config:
     """architecture"""
     order: Literal["sorted", "shuffled"] = "sorted"
     """of rows"""
+    saving: Saving = field(default_factory=Saving)
 
 
 def recipe(tmp_path: Path, text: str) -> str:
@@ -60,6 +69,22 @@ def test_a_config_json_is_a_recipe(tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_text('{"stage": "train", "out": "a", "student": null, "order": "shuffled"}')
     assert config.parse(Config, [str(path)], stage="train") == Config(out="a", order="shuffled")
+
+
+def test_options_of_a_group_are_flags_like_any_other(tmp_path: Path) -> None:
+    path = recipe(tmp_path, '[train]\nout = "a"\nsave_every = 3\n')
+    parsed = config.parse(Config, [path, "--keep", "5"], stage="train")
+    assert parsed == Config(out="a", saving=Saving(save_every=3, keep=5))
+    assert run.config_values(parsed)["save_every"] == 3
+    assert config.build(Config, run.config_values(parsed), stage="train") == parsed
+
+
+def test_options_of_a_group_are_compared_unless_they_say_how(tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    run.open_folder(out, stage="train", config=Config(out=out))
+    run.open_folder(out, stage="train", config=Config(out=out, saving=Saving(keep=5)))
+    with pytest.raises(InputError, match="save_every was 10, now 3"):
+        run.open_folder(out, stage="train", config=Config(out=out, saving=Saving(save_every=3)))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import pytest
 SOURCE = Path(__file__).parents[1] / "src" / "distilclip"
 
 # What each part may import from the package; data/files.py and errors.py are the ground everything stands on.
-GROUND = {"errors", "data.files", "devices"}
+GROUND = {"errors", "data.files", "devices", "options"}
 ALLOWED = {
     "ops": {"ops"},
     "data": {"data", "ops", "progress"},
@@ -22,7 +22,20 @@ ALLOWED = {
     "train": {"train", "models", "data", "ops", "losses", "progress", "run", "distributed"},
     "evaluate": {"evaluate", "models", "data", "ops", "progress"},
     "report": {"report", "data", "ops", "run"},
-    "stages": {"stages", "train", "evaluate", "report", "models", "data", "corpus", "ops", "losses", "progress"}
+    "export": {"export", "models", "data"},
+    "stages": {
+        "stages",
+        "train",
+        "evaluate",
+        "report",
+        "export",
+        "models",
+        "data",
+        "corpus",
+        "ops",
+        "losses",
+        "progress",
+    }
     | {"config", "run", "engine", "distributed"},
     "cli": {"stages", "config"},
     "config": set(),
@@ -33,6 +46,7 @@ ALLOWED = {
     "progress": set(),
     "errors": set(),
     "devices": set(),
+    "options": set(),
 }
 
 
@@ -77,6 +91,11 @@ def test_two_levels_deep() -> None:
 
 def test_report_imports_no_torch() -> None:
     code = "import sys, distilclip.stages.report; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_search_imports_no_torch() -> None:
+    code = "import sys, distilclip.stages.search, distilclip.export.runtime; assert 'torch' not in sys.modules, 'torch'"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

@@ -13,6 +13,8 @@ STAGES = {
     "cluster": "spherical k-means of the kept images: centers and labels",
     "train": "train a student with contrastive, feature, relational, instance and cluster terms",
     "evaluate": "zero-shot, linear probe and retrieval of any number of models, in one table",
+    "export": "kept data as tars, keys or a subset; models for open_clip, transformers and ONNX Runtime",
+    "search": "pictures that fit some words, by an exported ONNX model, without torch",
     "report": "one self-contained HTML page from any of these folders",
     "run": "every step of one recipe in one folder; finished steps are skipped",
     "demo": "the whole story on a made-up corpus, in minutes, on two CPU cores",

@@ -6,7 +6,6 @@ flags come after them, and tyro parses the lot. So both are checked by the same 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any, TypeVar
 
 from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
+from distilclip.options import option_fields
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -27,7 +27,8 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     """A stage's Config from `[RECIPE[#STEP]] [--flag value ...]`.
 
     `RECIPE` is a TOML file whose `[stage]` table (with `#name`, its `[stage.name]` table) holds the flags, or a
-    config.json. A Config with a field `recipe` gets the path itself. Raises `InputError` for a recipe with an unknown
+    config.json. A Config with a field `recipe` gets the path itself, and one with fields marked `positional` gets these
+    in their order: `distilclip search MODEL PICTURES QUERY`. Raises `InputError` for a recipe with an unknown
     key or stage; tyro exits with its own message for a bad flag.
     """
     import tyro
@@ -37,6 +38,9 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     positional = bool(argv) and not argv[0].startswith("-")
     if positional and not argv[0].endswith(".json") and "recipe" in field_names(config_type):
         flags = ["--recipe", argv.pop(0)]
+    elif positional and not argv[0].endswith((".json", ".toml")) and (names := positional_names(config_type)):
+        while names and argv and not argv[0].startswith("-"):
+            flags += [f"--{names.pop(0)}", argv.pop(0)]
     elif positional:
         path, _, name = argv.pop(0).partition("#")
         given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in argv if a.startswith("--")}
@@ -44,11 +48,22 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
         flags = as_flags({k: v for k, v in values.items() if k not in given})
     return tyro.cli(
         config_type,
-        args=[*flags, *argv],
+        args=_with_values([*flags, *argv], config_type),
         prog=f"distilclip {stage}",
         description=description,
-        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes),
+        config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
+
+
+def _with_values(argv: Sequence[str], config_type: Any) -> list[str]:
+    """`--list` alone means `--list True`: switches take a value like every flag, so that a recipe can set them."""
+    switches = {f"--{f.name}".replace("_", "-") for f in option_fields(config_type) if f.type in ("bool", bool)}
+    found: list[str] = []
+    for place, word in enumerate(argv):
+        found.append(word)
+        if word in switches and (place + 1 == len(argv) or argv[place + 1].startswith("--")):
+            found.append("True")
+    return found
 
 
 def build(config_type: type[C], values: dict[str, Any], *, stage: str) -> C:
@@ -71,8 +86,13 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def field_names(config_type: Any) -> set[str]:
-    """The fields of a Config class."""
-    return {field.name for field in dataclasses.fields(config_type)}
+    """The options of a Config class, those of its groups among them."""
+    return {field.name for field in option_fields(config_type)}
+
+
+def positional_names(config_type: Any) -> list[str]:
+    """The options that may be given without their flags, before all others."""
+    return [field.name for field in option_fields(config_type) if field.metadata.get("positional")]
 
 
 def step_names(table: dict[str, Any], config_type: type) -> list[str]:

@@ -20,7 +20,7 @@ def progress(description: str, total: float | int) -> Iterator[Advance]:
 
     Shown on a terminal only; the environment variable `DISTILCLIP_PROGRESS` (1 or 0) decides otherwise.
     """
-    if os.environ.get("DISTILCLIP_PROGRESS", "1" if sys.stderr.isatty() else "0") != "1":
+    if not _watched():
         yield lambda amount, num_samples: None
         return
     from rich.console import Console
@@ -45,6 +45,24 @@ def progress(description: str, total: float | int) -> Iterator[Advance]:
             bar.update(task, advance=amount, speed=speed)
 
         yield advance
+
+
+def say(text: str) -> None:
+    """A line on stderr for whoever is watching."""
+    if _watched():
+        print(text, file=sys.stderr, flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that people would use."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _watched() -> bool:
+    return os.environ.get("DISTILCLIP_PROGRESS", "1" if sys.stderr.isatty() else "0") == "1"
 
 
 def track(items: Sequence[T], description: str, *, num_samples: int = 0) -> Iterator[T]:

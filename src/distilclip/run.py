@@ -22,6 +22,7 @@ from typing import Any
 
 from distilclip.data import files
 from distilclip.errors import InputError
+from distilclip.options import option_fields, option_values
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,7 @@ def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any
 
 def config_values(config: Any) -> dict[str, Any]:
     """A config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
+    return json.loads(json.dumps(option_values(config)))
 
 
 def environment() -> dict[str, Any]:
@@ -232,8 +233,9 @@ def read_metrics(path: str) -> Iterator[dict[str, Any]]:
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any], config: Any) -> list[str]:
-    ignored = {f.name for f in dataclasses.fields(config) if f.metadata.get("execution")} | {"out"}
-    for field in dataclasses.fields(config):  # a field that an older version lacked has its default
+    fields = option_fields(type(config))
+    ignored = {f.name for f in fields if f.metadata.get("execution")} | {"out"}
+    for field in fields:  # a field that an older version lacked has its default
         if field.name not in old and field.default is not dataclasses.MISSING:
             old[field.name] = json.loads(json.dumps(field.default))
     names = [*new, *(n for n in old if n not in new)]

@@ -8,22 +8,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from distilclip.data import files
 from distilclip.data.groups import Groups, Labels, write_groups, write_labels
 from distilclip.data.shards import open_shard
 from distilclip.data.store import Rows, Store, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.views import Views
 
 TEACHER = {"name": "tiny", "digest": "1", "preprocessing": "p", "tokenizer": "t", "precision": "fp32", "scale": 10.0}
 DIM = 4
-
-
-def shrink(image: Image.Image, generator: np.random.Generator) -> Tensor:
-    """A view of 8 x 8 pixels with random noise, so that it tells which generator it was drawn with."""
-    pixels = np.asarray(image.resize((8, 8))).transpose(2, 0, 1).astype(np.float32)
-    return torch.from_numpy(pixels + generator.random(pixels.shape, np.float32))
 
 
 def tokenize(captions: list[str]) -> Tensor:
@@ -37,7 +31,7 @@ def embedding(key: str) -> np.ndarray:
     return (x / np.linalg.norm(x)).astype(np.float16)
 
 
-def write_store(folder: str, uris: Sequence[str], *, invalid: Sequence[int] = ()) -> Store:
+def write_store(folder: str, uris: Sequence[str], *, invalid: Sequence[int] = (), views: Views | None = None) -> Store:
     """A store of the tars in which the rows `invalid` of every shard are unusable."""
     lines = []
     for shard, uri in enumerate(uris):
@@ -66,7 +60,7 @@ def write_store(folder: str, uris: Sequence[str], *, invalid: Sequence[int] = ()
         line = finished_shard(folder, shard)
         assert line is not None
         lines.append(line)
-    write_manifest(folder, lines, dim=DIM, teacher=TEACHER)
+    write_manifest(folder, lines, dim=DIM, teacher=TEACHER, views=views)
     return Store.open(folder)
 
 

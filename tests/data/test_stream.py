@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from distilclip.data.augment import Augmentation
 from distilclip.data.groups import Groups, read_groups, write_groups
 from distilclip.data.loader import Batch, OpenShards
 from distilclip.data.store import Store, sample_id
 from distilclip.data.stream import PairStream, open_stream
 from distilclip.errors import InputError
 from tests.conftest import encoded, picture, write_tar
-from tests.data.conftest import embedding, shrink, tokenize, write_store
+from tests.data.conftest import embedding, tokenize, write_store
 
 PairTars = Callable[..., list[str]]
 
@@ -25,12 +26,20 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  #
 
 
 def stream(batch_size: int = 4, **options: Any) -> PairStream:
-    return open_stream(**{"transforms": [shrink], "tokenize": tokenize, "seed": 5, "batch_size": batch_size, **options})
+    fixed = {"sizes": [8], "augmentation": Augmentation(min_crop=0.3), "tokenize": tokenize, "seed": 5}
+    stores = [options.pop("store")] if "store" in options else []
+    return open_stream(**{**fixed, "stores": stores, "batch_size": batch_size, **options})
+
+
+def tensors(value: object) -> list[torch.Tensor]:
+    return [value] if isinstance(value, torch.Tensor) else list(value) if isinstance(value, tuple) else []
 
 
 def same(a: Batch, b: Batch) -> bool:
     return all(
-        torch.equal(value, getattr(b, name)) if isinstance(value, torch.Tensor) else value == getattr(b, name)
+        all(torch.equal(x, y) for x, y in zip(tensors(value), tensors(getattr(b, name)), strict=True))
+        if tensors(value)
+        else value == getattr(b, name)
         for name, value in vars(a).items()
     )
 
@@ -44,13 +53,11 @@ def test_a_batch_joins_pixels_tokens_teacher_and_label_by_key(joined: dict[str, 
             assert batch.captions[i] == f"picture number {int(key)}"
             assert batch.tokens[i].tolist() == tokenize([batch.captions[i]])[0].tolist()
             assert batch.labels is not None
-            assert batch.teacher_image is not None
-            assert batch.teacher_text is not None
             assert batch.labels[i] == int(key)
-            assert np.array_equal(batch.teacher_image[i].numpy(), embedding(key).astype(np.float32))
-            assert np.array_equal(batch.teacher_text[i].numpy(), -embedding(key).astype(np.float32))
-            plain = shrink(picture(int(key)), np.random.default_rng(0))
-            assert (batch.pixels[i] - plain).abs().mean() < 20  # JPEG, and other noise
+            assert np.array_equal(batch.teacher_image[0][i].numpy(), embedding(key).astype(np.float32))
+            assert np.array_equal(batch.teacher_text[0][i].numpy(), -embedding(key).astype(np.float32))
+            mean = np.asarray(picture(int(key))).mean((0, 1))
+            assert np.abs(batch.pixels[i].double().mean((1, 2)).numpy() - mean).max() < 80  # a crop of it
 
 
 def test_an_epoch_shows_every_kept_valid_row_once(joined: dict[str, str]) -> None:
@@ -79,8 +86,11 @@ def test_ranks_share_out_the_global_batch(joined: dict[str, str]) -> None:
     ranks = [list(stream(rank=rank, world=2, **joined).batches(stop=6)) for rank in range(2)]
     for step, batch in enumerate(whole):
         for name in ("ids", "pixels", "tokens", "teacher_image", "labels"):
-            parts = torch.cat([getattr(rank[step], name) for rank in ranks])
-            assert torch.equal(parts, getattr(batch, name)), name
+            parts = [
+                torch.cat(part) for part in zip(*(tensors(getattr(rank[step], name)) for rank in ranks), strict=True)
+            ]
+            assert parts
+            assert all(torch.equal(*both) for both in zip(parts, tensors(getattr(batch, name)), strict=True)), name
 
 
 def test_a_stream_resumes_at_any_step(joined: dict[str, str]) -> None:
@@ -97,14 +107,16 @@ def test_the_seed_decides_order_and_views(joined: dict[str, str]) -> None:
     assert not torch.equal(first.ids, other.ids)
 
 
-def test_a_view_is_drawn_anew_every_epoch_and_alike_for_two_transforms(joined: dict[str, str]) -> None:
-    views: dict[int, list[torch.Tensor]] = {}
-    for batch in stream(batch_size=15, transforms=[shrink, shrink], **joined).batches(stop=2):
+def test_a_crop_is_drawn_anew_every_epoch_and_shown_at_every_size(joined: dict[str, str]) -> None:
+    shown: dict[int, list[torch.Tensor]] = {}
+    for batch in stream(batch_size=15, sizes=[8, 16], **joined).batches(stop=2):
         assert batch.teacher_pixels is not None
-        assert torch.equal(batch.pixels, batch.teacher_pixels)
+        assert (batch.pixels.shape, batch.teacher_pixels.shape) == ((15, 3, 8, 8), (15, 3, 16, 16))
+        halved = torch.nn.functional.avg_pool2d(batch.teacher_pixels.float(), 2)
+        assert (halved - batch.pixels).abs().mean() < 10
         for identity, pixels in zip(batch.ids.tolist(), batch.pixels, strict=True):
-            views.setdefault(identity, []).append(pixels)
-    assert all(not torch.equal(*pair) for pair in views.values())
+            shown.setdefault(identity, []).append(pixels)
+    assert all(not torch.equal(*pair) for pair in shown.values())
 
 
 def test_the_stream_leaves_the_global_random_state_alone(joined: dict[str, str]) -> None:
@@ -117,7 +129,7 @@ def test_plain_tars_need_no_store(pair_tars: PairTars) -> None:
     opened = stream(data=pair_tars(shards=2, rows=4), batch_size=8)
     batch = next(opened.batches(stop=1))
     assert sorted(batch.captions) == [f"picture number {i}" for i in range(8)]
-    assert batch.teacher_image is None
+    assert batch.teacher_image == ()
     assert batch.labels is None
 
 

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 import torch
 
 from distilclip.ops.cells import partition
@@ -38,6 +39,7 @@ def test_no_pair_within_the_distance_is_out_of_reach() -> None:
     points = bunches()
     for num_cells in (2, 9, 64):
         cells = partition(points, num_cells=num_cells, radius=20.0)
+        everyone = cells.start[:-1], cells.start[1:]
         z = cells.z[:, :-4].double().numpy()
         distances = np.linalg.norm(z[:, None] - z[None], axis=2)
         reached = pairs = 0
@@ -46,7 +48,7 @@ def test_no_pair_within_the_distance_is_out_of_reach() -> None:
             later = np.arange(cells.start[cell + 1], len(z))
             found, image = np.empty(37, np.int64), np.empty((37, cells.z.shape[1]), np.int16)
             reach: list[int] = []
-            for count in cells.within_reach(cell, 0.9, found=found, image=image):
+            for count in cells.within_reach(cell, 0.9, among=everyone, found=found, image=image):
                 np.testing.assert_array_equal(image[:count], as_bits(cells.z)[found[:count]])
                 reach += found[:count].tolist()
             needed = later[(distances[np.ix_(members, later)] < 0.9).any(axis=0)]
@@ -55,6 +57,14 @@ def test_no_pair_within_the_distance_is_out_of_reach() -> None:
             reached += len(reach)
             pairs += len(later)
         assert reached < 0.9 * pairs or num_cells < 9
+
+
+@pytest.mark.parametrize("split", [0, 1, 100, 299, 300])
+def test_sides_of_a_split(split: int) -> None:
+    cells = partition(bunches()[:300], num_cells=7, radius=20.0)
+    for side, member in zip(cells.sides(split), (cells.order < split, cells.order >= split), strict=True):
+        positions = [p for first, last in zip(*side, strict=True) for p in range(first, last)]
+        assert positions == np.flatnonzero(member).tolist()
 
 
 def test_fewer_points_than_cells_and_equal_points() -> None:

@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 
 from distilclip.errors import InputError
-from distilclip.ops import kmeans as module
-from distilclip.ops.kmeans import assign, gini, kmeans, size_histogram
-from distilclip.ops.points import Points
+from distilclip.ops import centergroups, nearest
+from distilclip.ops.kmeans import KMeans, gini, is_finished, kmeans, size_histogram
 
 
 def blobs(n: int = 600, dim: int = 16, k: int = 6, *, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -27,16 +26,33 @@ def naive(x: np.ndarray, centers: np.ndarray, num_iterations: int) -> tuple[np.n
     return centers, (x @ centers.T).argmax(axis=1)
 
 
-def test_rounds_equal_a_naive_reference() -> None:
-    x, _ = blobs()
-    points = Points.of(x, metric="cosine")
-    start = module.first_centers(points, np.arange(len(x)), num_centers=9, random=np.random.default_rng(3))
-    result = kmeans(x, num_centers=9, num_iterations=4, seed=3)
-    centers, labels = naive(x, start.astype(np.float64), 4)
+def first_rows(x: np.ndarray, k: int) -> np.ndarray:
+    centers = x[:k].astype(np.float64)
+    return centers / np.linalg.norm(centers, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("k", [9, 300])
+def test_rounds_equal_a_naive_reference(k: int) -> None:
+    x, _ = blobs(900)
+    result = kmeans(x, num_centers=k, num_iterations=4, initial=x[:k])
+    centers, labels = naive(x, first_rows(x, k).astype(np.float32).astype(np.float64), 4)
     np.testing.assert_allclose(result.centers, centers, atol=1e-6)
     np.testing.assert_array_equal(result.labels, labels)
     unit = x.astype(np.float64) / np.linalg.norm(x.astype(np.float64), axis=1, keepdims=True)
     assert result.objective == pytest.approx(1 - (unit * centers[labels]).sum(axis=1).mean(), abs=1e-6)
+
+
+def test_agrees_with_scikit_learn() -> None:
+    cluster = pytest.importorskip("sklearn.cluster")
+    x, _ = blobs()
+    unit = first_rows(x, len(x))
+    # Far inside a ball around the origin's antipode, Euclidean k-means of unit rows assigns as spherical k-means does
+    # where all means are of one length: well separated blobs.
+    theirs = cluster.KMeans(6, init=unit[[0, 5, 9, 11, 14, 20]], n_init=1, tol=0).fit(unit)
+    ours = kmeans(x, num_centers=6, initial=theirs.cluster_centers_)
+    np.testing.assert_array_equal(ours.labels, theirs.labels_)
+    means = theirs.cluster_centers_ / np.linalg.norm(theirs.cluster_centers_, axis=1, keepdims=True)
+    np.testing.assert_allclose(ours.centers, means, atol=1e-6)
 
 
 def test_two_directions_by_hand() -> None:
@@ -58,26 +74,57 @@ def test_separate_blobs_are_found_and_the_objective_never_rises() -> None:
     assert all(later <= earlier + 1e-7 for earlier, later in itertools.pairwise(objectives))
 
 
-def test_same_seed_same_bytes_whatever_the_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+def assert_same(left: KMeans, right: KMeans) -> None:
+    for name in ("centers", "labels", "distance"):
+        assert getattr(left, name).tobytes() == getattr(right, name).tobytes(), name
+
+
+def test_same_seed_same_bytes_whatever_blocks_tiles_and_codes(monkeypatch: pytest.MonkeyPatch) -> None:
     x, _ = blobs()
-    first = kmeans(x, num_centers=20, seed=5)
-    again = kmeans(x, num_centers=20, seed=5)
-    assert first.centers.tobytes() == again.centers.tobytes()
-    monkeypatch.setattr(module, "TILE", 7)
-    tiled = kmeans(x, num_centers=20, seed=5)
-    np.testing.assert_array_equal(tiled.labels, first.labels)
-    np.testing.assert_allclose(tiled.centers, first.centers, atol=1e-6)
+    first = kmeans(x, num_centers=40, seed=5)
+    assert_same(kmeans(x, num_centers=40, seed=5), first)
+    assert kmeans(x, num_centers=40, seed=6).centers.tobytes() != first.centers.tobytes()
+    monkeypatch.setattr(nearest, "BLOCK", 64)
+    monkeypatch.setattr(nearest, "PROPOSALS", 16)
+    monkeypatch.setattr(centergroups, "WIDTH", 8)
+    assert_same(kmeans(x, num_centers=40, seed=5), first)
+    for dtype in (np.int8, np.float32):
+        monkeypatch.setattr(centergroups, "fastest_code", lambda dtype=dtype: dtype)
+        assert_same(kmeans(x, num_centers=40, seed=5), first)
 
 
-def test_empty_clusters_are_filled_by_splitting_the_heaviest() -> None:
+def test_order_of_rows_does_not_change_the_centers() -> None:
+    x, _ = blobs()
+    order = np.random.default_rng(1).permutation(len(x))
+    initial = x[:40]
+    first, permuted = (kmeans(rows, num_centers=40, initial=initial) for rows in (x, x[order]))
+    assert first.centers.tobytes() == permuted.centers.tobytes()
+    np.testing.assert_array_equal(first.labels[order], permuted.labels)
+
+
+def test_empty_clusters_are_filled() -> None:
     x, _ = blobs(400, k=4)
-    result = kmeans(x, num_centers=100, num_iterations=6)
-    assert (result.sizes > 0).all()
-    centers = np.eye(5, 16, dtype=np.float32)
-    module._split_heaviest(centers, np.array([10, 0, 3, 0, 4]))
-    np.testing.assert_allclose(centers[[0, 1, 3]] @ centers[0], 1, atol=1e-5)
-    assert len(np.unique(centers, axis=0)) == 5
-    np.testing.assert_allclose(np.linalg.norm(centers, axis=1), 1, rtol=1e-6)
+    assert (kmeans(x, num_centers=100, num_iterations=6).sizes > 0).all()
+    x[:300] = x[0]  # one placeholder, heavier than all others: splitting it would be in vain
+    assert (kmeans(x, num_centers=80, num_iterations=2, initial=x[:80]).sizes > 0).all()
+
+
+def test_fewer_directions_than_centers_is_an_error() -> None:
+    x = np.repeat(np.eye(3, 8), 4, axis=0)
+    assert kmeans(x, num_centers=3).objective == 0
+    with pytest.raises(InputError, match="4 centers were asked for, but the rows have fewer directions"):
+        kmeans(x, num_centers=4)
+
+
+def test_when_a_fit_is_finished() -> None:
+    full, lacking = np.array([3, 1]), np.array([4, 0])
+    options = {"unchanged": False, "tolerance": 0.0}
+    assert not is_finished([0.5], 1, full, **options)
+    assert is_finished([0.5, 0.4], 1, full, **options)
+    assert not is_finished([0.5, 0.4], 1, lacking, **options)
+    assert is_finished([0.5], 20, full, unchanged=True, tolerance=0.0)
+    assert is_finished([0.5, 0.499], 20, full, unchanged=False, tolerance=0.01)
+    assert not is_finished([0.5, 0.49], 20, full, unchanged=False, tolerance=0.01)
 
 
 def test_fit_on_a_sample_still_labels_every_row() -> None:
@@ -85,14 +132,6 @@ def test_fit_on_a_sample_still_labels_every_row() -> None:
     result = kmeans(x, num_centers=6, points_per_center=20)
     assert len(result.labels) == len(x)
     assert result.objective < 1.2 * kmeans(x, num_centers=6).objective
-
-
-def test_assign_takes_the_first_of_equal_centers() -> None:
-    x, _ = blobs(20)
-    centers = np.repeat(np.eye(1, 16, dtype=np.float32), 3, axis=0)
-    labels, distance = assign(Points.of(x, metric="cosine"), centers)
-    assert (labels == 0).all()
-    np.testing.assert_allclose(distance, 1 - x[:, 0].astype(np.float64), atol=2e-3)
 
 
 def test_inequality_of_sizes() -> None:
@@ -104,3 +143,8 @@ def test_inequality_of_sizes() -> None:
 def test_too_many_centers_is_an_error() -> None:
     with pytest.raises(InputError, match=r"num_centers=21 .* number of rows, 20"):
         kmeans(np.eye(20), num_centers=21)
+
+
+def test_first_centers_of_another_shape_are_an_error() -> None:
+    with pytest.raises(InputError, match=r"\(3, 20\); \(4, 20\) is needed"):
+        kmeans(np.eye(20), num_centers=4, initial=np.eye(3, 20))

@@ -91,6 +91,29 @@ def test_the_forest_is_that_of_all_pairs(kind: str, num_cells: int, small_tiles:
         np.testing.assert_allclose(forest.distance, expected.distance, rtol=2e-7)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("num_cells", "split"), [(1, 300), (20, 60), (20, 450)])
+def test_a_split_finds_the_pairs_across_it(kind: str, num_cells: int, split: int, small_tiles: None) -> None:
+    x = rows_of(kind)
+    left, right, _ = naive(x, 0.3, "euclidean")
+    across = (left < split) & (right >= split)
+    pairs = AllPairs()
+    search(
+        Points.of(x, metric="euclidean"),
+        np.arange(len(x)),
+        threshold=0.3,
+        metric="euclidean",
+        into=pairs,
+        num_cells=num_cells,
+        split=split,
+    )
+    found_left, found_right, _ = pairs.joined()
+    assert across.any()
+    assert len(found_left) == across.sum()
+    both = np.sort(np.stack([found_left, found_right]), axis=0).T.tolist()
+    assert sorted(both) == np.stack([left[across], right[across]], axis=1).tolist()
+
+
 def test_a_dense_group_is_decided_for_few_of_its_pairs(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:
     decided = []
     decide = module.decide

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,18 @@ from distilclip.data.store import Rows, finished_shard, write_manifest, write_sh
 TEACHER = {"name": "tiny", "digest": "d", "preprocessing": "p", "tokenizer": "t", "precision": "fp32", "scale": 100.0}
 
 
-def write_store(folder: Path, *, rows: int = 40, shards: int = 3, dim: int = 16) -> tuple[str, np.ndarray, np.ndarray]:
-    """A finished store of images of which a third are near-copies across shards; its rows, and which are valid."""
+def write_store(
+    folder: Path,
+    *,
+    rows: int = 40,
+    shards: int = 3,
+    dim: int = 16,
+    same_file: Sequence[tuple[int, int]] = (),
+) -> tuple[str, np.ndarray, np.ndarray]:
+    """A finished store of images of which a third are near-copies across shards; its rows, and which are valid.
+
+    Of each pair in `same_file`, the second row's image file is that of the first.
+    """
     random = np.random.default_rng(0)
     n = rows * shards
     x = random.standard_normal((n, dim))
@@ -22,6 +33,9 @@ def write_store(folder: Path, *, rows: int = 40, shards: int = 3, dim: int = 16)
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
     valid = random.random(n) < 0.9
     x[~valid] = 0
+    digests = random.integers(1, 255, (n, 32)).astype(np.uint8)
+    for first, second in same_file:
+        digests[second] = digests[first]
     lines = []
     for shard in range(shards):
         here = slice(shard * rows, (shard + 1) * rows)
@@ -31,7 +45,7 @@ def write_store(folder: Path, *, rows: int = 40, shards: int = 3, dim: int = 16)
             size=np.ones(rows, np.uint32),
             valid=valid[here],
             error=["" if ok else "no image" for ok in valid[here]],
-            image_sha256=np.ones((rows, 32), np.uint8),
+            image_sha256=digests[here],
         )
         write_shard(
             str(folder),

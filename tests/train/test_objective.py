@@ -8,6 +8,7 @@ from distilclip import losses
 from distilclip.errors import InputError
 from distilclip.models.heads import Heads
 from distilclip.ops.features import Features
+from distilclip.train.classhead import ClassHead, StepClasses
 from distilclip.train.objective import TERMS, Objective, objective
 
 N, STUDENT_DIM, TEACHER_DIM, NUM_CENTERS = 6, 8, 5, 7
@@ -22,16 +23,21 @@ def features(dim: int, seed: int) -> Features:
 @pytest.fixture
 def heads() -> Heads:
     torch.manual_seed(0)
-    centers = F.normalize(torch.randn(NUM_CENTERS, TEACHER_DIM), dim=1)
-    return Heads(STUDENT_DIM, TEACHER_DIM, augmented=True, centers=centers)
+    return Heads(STUDENT_DIM, TEACHER_DIM, augmented=True)
+
+
+def classes(labels: torch.Tensor) -> StepClasses:
+    """All classes, centers drawn from a seed."""
+    centers = torch.randn(NUM_CENTERS, TEACHER_DIM, generator=torch.Generator().manual_seed(3))
+    return ClassHead(F.normalize(centers, dim=1), learning_rate=1e-6).of_step(labels, None)
 
 
 def test_every_term_is_computed_when_it_has_a_weight_and_not_otherwise(heads: Heads) -> None:
     student, teacher = features(STUDENT_DIM, 1), features(TEACHER_DIM, 2)
-    labels = torch.arange(N)
+    taken = classes(torch.arange(N))
     for term in TERMS:
         method = Objective(**{"task": 0.0, term: 1.0})
-        values = method.terms(student, teacher, heads=heads, masked_image=student.image, labels=labels)
+        values = method.terms(student, teacher, heads=heads, masked_image=student.image, classes=taken)
         assert set(values) == {term}
         assert torch.isfinite(values[term])
 
@@ -50,16 +56,15 @@ def test_clip_kd_is_the_published_sum(heads: Heads) -> None:
 
 
 def test_clip_cid_is_base_plus_cluster_plus_instance(heads: Heads) -> None:
-    student, teacher, labels = features(STUDENT_DIM, 1), features(TEACHER_DIM, 2), torch.arange(N)
+    student, teacher, taken = features(STUDENT_DIM, 1), features(TEACHER_DIM, 2), classes(torch.arange(N))
     method = objective("clip-cid")
     u = heads.project(student)
-    assert heads.centers is not None
     expected = (
         losses.contrastive(student.image, student.text, scale=student.scale)
-        + losses.cluster(u.image, teacher.image, heads.centers, labels).total
+        + losses.cluster(u.image, teacher.image, taken.centers, taken.labels).total
         + losses.instance(u, teacher, scale=heads.scale("instance"))
     )
-    assert torch.allclose(method.total(method.terms(student, teacher, heads=heads, labels=labels)), expected)
+    assert torch.allclose(method.total(method.terms(student, teacher, heads=heads, classes=taken)), expected)
 
 
 def test_task_is_never_projected(heads: Heads) -> None:

@@ -1,40 +1,52 @@
-"""The training view of a picture: a random resized crop, drawn from the sample's own generator."""
+"""What a training view shows of a picture: a random crop, perhaps mirrored. Numbers only; `decode` makes the pixels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 
-Transform = Callable[[Image.Image, np.random.Generator], Tensor]
+from distilclip.errors import InputError
 
 
-def random_resized_crop(size: int, *, min_scale: float) -> Transform:
-    """A crop of `min_scale` to 1 of the area and 3/4 to 4/3 in aspect, resized to `size` pixels square, bicubic.
+@dataclass(frozen=True)
+class Crop:
+    """A box in shares of the upright picture's width and height, and whether what it shows is mirrored."""
 
-    Returns uint8 [3, size, size]: the model subtracts its mean on its own device. Crop and resize are one pass.
+    left: float
+    top: float
+    right: float
+    bottom: float
+    flip: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """How views are drawn. `min_crop` is the least share of the area that one shows, `flip` the share of mirrored ones.
+
+    Raises:
+        InputError: a share outside 0..1, or a crop of nothing.
     """
 
-    def transform(image: Image.Image, generator: np.random.Generator) -> Tensor:
-        box = crop_box(image.width, image.height, min_scale=min_scale, generator=generator)
-        resized = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
-        return torch.from_numpy(np.asarray(resized).transpose(2, 0, 1).copy())
+    min_crop: float = 0.9
+    flip: float = 0.0
 
-    return transform
+    def __post_init__(self) -> None:
+        if not 0 < self.min_crop <= 1:
+            raise InputError(f"min_crop is {self.min_crop}; it is a share of the area, over 0 and up to 1.")
+        if not 0 <= self.flip <= 1:
+            raise InputError(f"flip is {self.flip}; it is the share of mirrored views, from 0 to 1.")
 
+    def draw(self, width: int, height: int, generator: np.random.Generator) -> Crop:
+        """A view of a picture of `width` x `height` pixels; always the same five random numbers.
 
-def crop_box(
-    width: int, height: int, *, min_scale: float, generator: np.random.Generator
-) -> tuple[float, float, float, float]:
-    """Left, top, right, bottom of the crop, in pixels; inside the picture whatever its aspect."""
-    area = width * height * generator.uniform(min_scale, 1.0)
-    aspect = math.exp(generator.uniform(math.log(3 / 4), math.log(4 / 3)))
-    w = min(width, math.sqrt(area * aspect))
-    h = min(height, math.sqrt(area / aspect))
-    left = generator.uniform(0, width - w)
-    top = generator.uniform(0, height - h)
-    return left, top, left + w, top + h
+        The box has `min_crop` to 1 of the area and an aspect of 3/4 to 4/3, both narrowed to fit into the picture.
+        """
+        area, aspect, x, y, mirrored = generator.random(5)
+        pixels = width * height * (self.min_crop + (1 - self.min_crop) * area)
+        ratio = math.exp(math.log(4 / 3) * (2 * aspect - 1))
+        w = min(1.0, math.sqrt(pixels * ratio) / width)
+        h = min(1.0, math.sqrt(pixels / ratio) / height)
+        left, top = x * (1 - w), y * (1 - h)
+        return Crop(left, top, left + w, top + h, bool(mirrored < self.flip))

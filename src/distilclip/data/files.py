@@ -140,6 +140,13 @@ def write_bytes(path: str, content: bytes) -> None:
         file.write(content)
 
 
+def remove_folder(path: str) -> None:
+    """Remove a folder and all that it holds, if it exists."""
+    system, inner = filesystem(path)
+    if system.exists(inner):
+        system.rm(inner, recursive=True)
+
+
 def expand_braces(pattern: str) -> list[str]:
     """`{00000..00012}` and `{a,b}` expanded, zero padding kept, as webdataset writes shard patterns."""
     match = re.search(r"\{([^{}]*)\}", pattern)

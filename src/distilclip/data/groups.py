@@ -91,12 +91,22 @@ def read_labels(folder: str, shard: int) -> Labels:
 
 def write_forest(folder: str, forest: Forest) -> None:
     """Write the spanning forest into a balance folder."""
-    _write(files.join(folder, "forest.parquet"), FOREST_SCHEMA, vars(forest))
+    write_edges(files.join(folder, "forest.parquet"), forest)
 
 
 def read_forest(folder: str) -> Forest:
     """The spanning forest of a balance folder."""
-    return Forest(**_read(files.join(folder, "forest.parquet"), FOREST_SCHEMA))
+    return read_edges(files.join(folder, "forest.parquet"))
+
+
+def write_edges(path: str, forest: Forest) -> None:
+    """Write a forest, whole or of a part of the search."""
+    _write(path, FOREST_SCHEMA, vars(forest))
+
+
+def read_edges(path: str) -> Forest:
+    """A forest that `write_edges` wrote."""
+    return Forest(**_read(path, FOREST_SCHEMA))
 
 
 def write_centers(folder: str, centers: Float32[np.ndarray, "k dim"], metadata: Mapping[str, str] | None = None) -> str:

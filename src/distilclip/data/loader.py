@@ -5,24 +5,26 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int, Int64, Num, UInt32
-from PIL import Image
+from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from distilclip.data.augment import Augmentation, Crop
+from distilclip.data.decode import decode_crop
+from distilclip.data.embeddings import Embeddings
 from distilclip.data.pairs import PairTable, assert_key
-from distilclip.data.samples import MAX_PIXELS, BadSample, decode_image
+from distilclip.data.samples import MAX_PIXELS, BadSample
 from distilclip.data.shards import Shard, open_shard
-from distilclip.data.store import Store, not_unit
+from distilclip.data.store import Store
+from distilclip.data.views import caption_in, view_in
 from distilclip.errors import InputError
 
-Transform = Callable[[Image.Image, np.random.Generator], Tensor]
 Tokenize = Callable[[list[str]], Tensor]
 
 MAX_OPEN_SHARDS = 128
@@ -34,19 +36,21 @@ READ_AHEAD = 64  # samples under way at once: more than a disk's queue, fewer th
 class Batch:
     """One rank's n rows of a global batch.
 
-    `pixels` is the first transform's view of each image, `teacher_pixels` the second's. `ids` are sample ids. The
-    teacher's embeddings are there when a store is joined, `labels` when clusters are. `bad` lists, as (where, error),
-    the samples in whose place other rows stand here.
+    `pixels` are the student's, `teacher_pixels` the same crop at a live teacher's size; the models subtract their means
+    on their own device. `ids` are sample ids. `teacher_image` and `teacher_text` hold the embeddings of every store
+    that is joined, `labels` the clusters. `views` are the numbers of the stored views that are shown. `bad` lists,
+    as (where, error), the samples in whose place other rows stand here.
     """
 
     ids: Int64[Tensor, " n"]
-    pixels: Num[Tensor, "n 3 h w"]
+    pixels: UInt8[Tensor, "n 3 size size"]
     tokens: Int[Tensor, "n context"]
     captions: list[str]
-    teacher_pixels: Num[Tensor, "n 3 height width"] | None = None
-    teacher_image: Float[Tensor, "n dim"] | None = None
-    teacher_text: Float[Tensor, "n dim"] | None = None
+    teacher_pixels: UInt8[Tensor, "n 3 other other"] | None = None
+    teacher_image: tuple[Float[Tensor, "n _"], ...] = ()
+    teacher_text: tuple[Float[Tensor, "n _"], ...] = ()
     labels: Int64[Tensor, " n"] | None = None
+    views: Int64[Tensor, " n"] | None = None
     bad: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
@@ -54,8 +58,13 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, for copies to a GPU that overlap with its work."""
-        tensors: dict[str, Any] = {name: t.pin_memory() for name, t in vars(self).items() if isinstance(t, Tensor)}
-        return dataclasses.replace(self, **tensors)
+        pinned: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                pinned[name] = value.pin_memory()
+            elif isinstance(value, tuple):
+                pinned[name] = tuple(tensor.pin_memory() for tensor in value)
+        return dataclasses.replace(self, **pinned)
 
 
 class OpenShards:
@@ -79,28 +88,42 @@ class OpenShards:
         return shard
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """A row as it stands in a batch: its caption, and its crop at every size that is asked for."""
+
+    index: int
+    caption: str
+    pixels: list[UInt8[Tensor, "_ _ 3"]]
+    view: int
+    caption_number: int
+
+
 class PairLoader(Dataset):
-    """Maps (epoch, rows of the table) to their batch. Picklable; opens files in the process that reads them."""
+    """Maps (epoch, rows of the table) to their batch. Picklable; opens files in the process that reads them.
+
+    Each picture is shown as one crop, at each of `sizes`: a stored view, the epoch's of `num_views`, or one that
+    `augmentation` draws from (seed, epoch, sample).
+    """
 
     def __init__(
         self,
         table: PairTable,
-        store: Store | None,
+        stores: Sequence[Store],
         *,
-        transforms: tuple[Transform, ...],
+        sizes: Sequence[int],
         tokenize: Tokenize,
+        augmentation: Augmentation,
+        num_views: int,
         seed: int,
         max_pixels: int = MAX_PIXELS,
-        draft: tuple[int, int] | None = None,
     ) -> None:
-        self.table, self.store = table, store
-        self.transforms, self.tokenize = transforms, tokenize
-        self.seed, self.max_pixels, self.draft = seed, max_pixels, draft
+        self.table, self.sizes, self.tokenize = table, tuple(sizes), tokenize
+        self.embeddings = [Embeddings(store) for store in stores]
+        self.augmentation, self.num_views = augmentation, num_views
+        self.views = stores[0].views if num_views else None
+        self.seed, self.max_pixels = seed, max_pixels
         self._shards = OpenShards()
-        self._embeddings: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_embeddings": {}}
 
     def __getitem__(self, task: tuple[int, Int64[np.ndarray, " n"]]) -> Batch | InputError:
         """The batch of (epoch, rows of the table). An `InputError` is returned: raised here, it would lose its type."""
@@ -111,23 +134,29 @@ class PairLoader(Dataset):
 
     def _batch(self, epoch: int, wanted: Int64[np.ndarray, " n"]) -> Batch:
         bad: list[tuple[str, str]] = []
-        samples = [self._usable(epoch, index, bad) for index in self._read_ahead(wanted)]
-        rows = np.array([index for index, _, _ in samples])
-        captions = [caption for _, caption, _ in samples]
-        views = [
-            torch.stack([transform(image, self._generator(epoch, index)) for index, _, image in samples])
-            for transform in self.transforms
+        drawn = [self._usable(epoch, index, bad) for index in self._read_ahead(wanted)]
+        rows = np.array([sample.index for sample in drawn])
+        captions = [sample.caption for sample in drawn]
+        # Stacked as the decoder leaves them: no pixel moves twice, and convolutions like their channels last.
+        pixels = [
+            torch.stack(same_size).permute(0, 3, 1, 2) for same_size in zip(*(s.pixels for s in drawn), strict=True)
         ]
-        teacher_image, teacher_text = self._teacher_rows(self.table.shard[rows], self.table.row[rows])
+        shard, row = self.table.shard[rows], self.table.row[rows]
+        view = caption = None
+        if self.views is not None:
+            view = np.array([sample.view for sample in drawn])
+            caption = np.array([sample.caption_number for sample in drawn])
+        embedded = [embeddings.rows(shard, row, view, caption) for embeddings in self.embeddings]
         return Batch(
             ids=torch.from_numpy(self.table.ids(rows).astype(np.int64)),
-            pixels=views[0],
-            teacher_pixels=views[1] if len(views) > 1 else None,
+            pixels=pixels[0],
+            teacher_pixels=pixels[1] if len(pixels) > 1 else None,
             tokens=self.tokenize(captions),
             captions=captions,
-            teacher_image=teacher_image,
-            teacher_text=teacher_text,
+            teacher_image=tuple(image for image, _ in embedded),
+            teacher_text=tuple(text for _, text in embedded),
             labels=None if self.table.cluster is None else torch.from_numpy(self.table.cluster[rows]),
+            views=None if view is None else torch.from_numpy(view),
             bad=bad,
         )
 
@@ -142,11 +171,11 @@ class PairLoader(Dataset):
             if place >= READ_AHEAD:
                 yield int(rows[place - READ_AHEAD])
 
-    def _usable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> tuple[int, str, Image.Image]:
-        """Row, caption and image; of another row, drawn by (seed, epoch, row), where those of `index` are unusable."""
+    def _usable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> _Drawn:
+        """A row as it is shown; another row, drawn by (seed, epoch, row), where `index` cannot be used."""
         for attempt in range(1, MAX_REPLACEMENTS + 1):
             try:
-                return index, *self._read(index)
+                return self._read(epoch, index)
             except BadSample as error:
                 bad.append((error.where, error.error))
                 index = int(self._generator(epoch, index, attempt).integers(len(self.table)))
@@ -155,48 +184,34 @@ class PairLoader(Dataset):
             "Check the data with `distilclip embed`."
         )
 
-    def _read(self, index: int) -> tuple[str, Image.Image]:
+    def _read(self, epoch: int, index: int) -> _Drawn:
         table = self.table
-        uri = table.uris[int(table.shard[index])]
+        uri, shard, row = table.uris[int(table.shard[index])], int(table.shard[index]), int(table.row[index])
         sample = self._shards[uri].read(int(table.offset[index]), int(table.size[index]))
-        assert_key(sample.key, table.key[index].as_py(), uri=uri, row=int(table.row[index]))
+        assert_key(sample.key, table.key[index].as_py(), uri=uri, row=row)
         where = f"{uri}: {sample.key}"
         if sample.caption is None:
             raise BadSample("no caption", where=where)
         if sample.image is None:
             raise BadSample("no image", where=where)
-        return sample.caption, decode_image(sample.image, max_pixels=self.max_pixels, draft=self.draft, where=where)
+        caption, view, number = sample.caption, 0, 0
+        if self.views is not None:
+            view = view_in(epoch, shard, row, num_views=self.num_views)
+            captions = sample.captions
+            if len(captions) != self.embeddings[0].num_captions(shard, row):
+                raise InputError(f"{where} has other captions than when it was embedded. Embed the data again.")
+            number = caption_in(epoch, shard, row, num_views=self.num_views, num_captions=len(captions))
+            caption = captions[number]
+
+        def draw(width: int, height: int) -> Crop:
+            if self.views is not None:
+                return self.views.crop(width, height, shard=shard, row=row, view=view)
+            return self.augmentation.draw(width, height, self._generator(epoch, index))
+
+        pixels = decode_crop(sample.image, self.sizes, draw=draw, max_pixels=self.max_pixels, where=where)
+        return _Drawn(index, caption, pixels, view, number)
 
     def _generator(self, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
         """The random numbers of one sample in one epoch, the same in whatever batch, process or run it stands."""
         shard, row = int(self.table.shard[index]), int(self.table.row[index])
         return np.random.Generator(np.random.PCG64([self.seed, epoch, shard, row, attempt]))
-
-    def _teacher_rows(
-        self, shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]
-    ) -> tuple[Float[Tensor, "n dim"] | None, Float[Tensor, "n dim"] | None]:
-        if self.store is None:
-            return None, None
-        image = np.empty((len(row), self.store.dim), np.float32)
-        text = np.empty_like(image)
-        order = np.argsort(shard, kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
-            number = int(shard[part[0]])
-            if number not in self._embeddings:
-                self._embeddings[number] = self.store.image(number), self.store.text(number)
-            stored_image, stored_text = self._embeddings[number]
-            image[part], text[part] = stored_image[row[part]], stored_text[row[part]]
-        self._check_unit(image, shard, row)
-        self._check_unit(text, shard, row)
-        return torch.from_numpy(image), torch.from_numpy(text)
-
-    def _check_unit(
-        self, embeddings: Float32[np.ndarray, "n dim"], shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]
-    ) -> None:
-        wrong = not_unit(embeddings)
-        if wrong.any():
-            first = int(np.argmax(wrong))
-            raise InputError(
-                f"{self.store.path if self.store else ''}: the embedding of shard {shard[first]}, row {row[first]} is "
-                "not a finite unit vector. The store is damaged: embed the data again, into a new folder."
-            )

@@ -43,32 +43,47 @@ class PairTable:
         return sample_id(self.shard[rows], self.row[rows])
 
 
-def join_store(
-    store: Store, *, data: Sequence[str] = (), groups: str | None = None, clusters: str | None = None
+def join_stores(
+    stores: Sequence[Store], *, data: Sequence[str] = (), groups: str | None = None, clusters: str | None = None
 ) -> PairTable:
-    """The valid rows of a store; those that `groups` (a balance folder) keeps; with labels of `clusters`.
+    """The rows valid in every store; those that `groups` (a balance folder) keeps; with labels of `clusters`.
 
-    `data` says where the shards lie now, in the order of the manifest, if not where they were embedded.
+    The stores are of the same shards, by several teachers; groups and clusters are the first one's. `data` says where
+    the shards lie now, in the order of the manifest, if not where they were embedded.
 
     Raises:
-        InputError: a shard is missing or not the file that was embedded; groups or clusters do not fit the store.
+        InputError: a shard is missing or not the file that was embedded; stores, groups or clusters do not fit.
     """
+    store = stores[0]
     uris = list(data) or [shard.uri for shard in store.shards]
     if len(uris) != store.num_shards:
         raise InputError(
             f"The data are {len(uris)} files, but the store {store.path} was made from {store.num_shards}, "
             f"{store.shards[0].uri} first. Give the same files in the same order."
         )
+    for other in stores[1:]:
+        _check_same_rows(store, other)
 
     def join(shard: int) -> _Part:
         rows = store.rows(shard)
-        _check_source(store, shard, uris[shard], rows)
-        keep = _kept_rows(store, shard, rows, groups)
+        check_source(store, shard, uris[shard], rows)
+        keep = kept_rows(store, shard, rows, groups)
+        for other in stores[1:]:
+            keep = keep & other.rows(shard).valid
         cluster = None if clusters is None else _clusters(clusters, shard, keep)
         return _part(rows.key, rows.offset, rows.size, keep, cluster)
 
     with ThreadPoolExecutor(16) as pool:  # each shard of a remote store takes a few requests
         return _table(uris, list(pool.map(join, range(store.num_shards))))
+
+
+def _check_same_rows(store: Store, other: Store) -> None:
+    """`InputError` unless the shards of both stores hold the same keys in the same order."""
+    if [shard.key_digest for shard in store.shards] != [shard.key_digest for shard in other.shards]:
+        raise InputError(
+            f"{other.path} and {store.path} were not made from the same shards in the same order. Embed the same "
+            "--data with both teachers."
+        )
 
 
 def index_pairs(data: Sequence[str], *, policy: ErrorPolicy) -> PairTable:
@@ -129,7 +144,12 @@ def _table(uris: list[str], parts: list[_Part]) -> PairTable:
     )
 
 
-def _kept_rows(store: Store, shard: int, rows: Rows, groups: str | None) -> Bool[np.ndarray, " r"]:
+def kept_rows(store: Store, shard: int, rows: Rows, groups: str | None) -> Bool[np.ndarray, " r"]:
+    """Which of the r rows of a shard are valid, and kept by `groups` (a balance folder; None keeps all).
+
+    Raises:
+        InputError: the groups were made for another store.
+    """
     if groups is None:
         return rows.valid
     table = read_groups(groups, shard)
@@ -158,7 +178,7 @@ def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int64[
     return found
 
 
-def _check_source(store: Store, shard: int, uri: str, rows: Rows) -> None:
+def check_source(store: Store, shard: int, uri: str, rows: Rows) -> None:
     """The shard is there, of the size that was embedded, and holds the key of its first valid row where the index says.
 
     All other keys are compared as they are read.

@@ -38,6 +38,11 @@ class ErrorPolicy:
         """How many of the samples seen are unusable."""
         return sum(self.reasons.values())
 
+    def forget(self) -> None:
+        """Begin to count anew."""
+        self.num_seen, self.first = 0, ""
+        self.reasons.clear()
+
     def seen(self, num_samples: int) -> None:
         """Count samples, the unusable ones among them included."""
         self.num_seen += num_samples

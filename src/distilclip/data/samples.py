@@ -65,6 +65,16 @@ class Sample:
     meta: dict[str, Any] = field(default_factory=dict)
     label: str | None = None
 
+    @property
+    def captions(self) -> list[str]:
+        """`caption`, then the other ones of the list `captions` in the sample's `json`, each once.
+
+        Raises `BadSample` where one of them is no text.
+        """
+        several = self.meta.get("captions")
+        found = [self.caption, *(several if isinstance(several, list) else [])]
+        return list(dict.fromkeys(text for caption in found if (text := clean_caption(caption)) is not None))
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -125,32 +135,52 @@ def decode_image(
     Raises:
         BadSample: not an image, cut off, damaged, or too many pixels.
     """
+    return load_image(open_image(data, max_pixels=max_pixels, where=where), draft=draft, where=where)
+
+
+def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, where: str = "") -> Image.Image:
+    """An image file of which only the header was read. Raises `BadSample` as `decode_image` does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images, decided below, and of odd metadata
-        image = _open(data, where)
-        width, height = image.size
-        if width * height > max_pixels:
-            raise BadSample("too many pixels", detail=f"{width} x {height}", where=where)
+        try:
+            image = Image.open(io.BytesIO(data), formats=_formats())
+        except Image.UnidentifiedImageError as error:
+            raise BadSample("not an image", where=where) from error
+        except Image.DecompressionBombError as error:
+            raise BadSample("too many pixels", where=where) from error
+        except Exception as error:  # on hostile bytes Pillow's plugins raise nearly anything
+            raise _damaged(error, where) from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise BadSample("too many pixels", detail=f"{width} x {height}", where=where)
+    return image
+
+
+def load_image(image: Image.Image, *, draft: tuple[int, int] | None = None, where: str = "") -> Image.Image:
+    """The pixels of an opened image, upright, as 8-bit RGB. Raises `BadSample` as `decode_image` does."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             if draft is not None:
                 image.draft("RGB", draft)
             image.load()
-            return _to_rgb(_upright(image))
+            transpose = how_to_turn(image)
+            return _to_rgb(image if transpose is None else image.transpose(transpose))
         except BadSample as error:
             raise BadSample(error.reason, detail=error.detail, where=where) from error
-        except Exception as error:  # on hostile bytes Pillow's plugins raise nearly anything
+        except Exception as error:  # as above
             raise _damaged(error, where) from error
 
 
-def _open(data: bytes, where: str) -> Image.Image:
+def how_to_turn(image: Image.Image) -> Image.Transpose | None:
+    """What makes an image upright, by its EXIF orientation; None where it is."""
+    if "exif" not in image.info:  # TIFF is upright once loaded
+        return None
     try:
-        return Image.open(io.BytesIO(data), formats=_formats())
-    except Image.UnidentifiedImageError as error:
-        raise BadSample("not an image", where=where) from error
-    except Image.DecompressionBombError as error:
-        raise BadSample("too many pixels", where=where) from error
-    except Exception as error:  # as above
-        raise _damaged(error, where) from error
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except Exception:  # damaged EXIF is common in good photographs, and viewers ignore it
+        return None
+    return _TRANSPOSE.get(orientation)  # type: ignore[arg-type]
 
 
 def _damaged(error: Exception, where: str) -> BadSample:
@@ -161,17 +191,6 @@ def _damaged(error: Exception, where: str) -> BadSample:
 def _formats() -> tuple[str, ...]:
     Image.init()
     return tuple(name for name in _FORMATS if name in Image.OPEN)
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    if "exif" not in image.info:  # TIFF is upright once loaded
-        return image
-    try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # damaged EXIF is common in good photographs, and viewers ignore it
-        return image
-    transpose = _TRANSPOSE.get(orientation)  # type: ignore[arg-type]
-    return image if transpose is None else image.transpose(transpose)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,9 +18,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distilclip.data import files
+from distilclip.data.decode import decode_crop
 from distilclip.data.loader import OpenShards, Tokenize
 from distilclip.data.samples import MAX_PIXELS, BadSample, Entry, decode_image
 from distilclip.data.shards import open_shard
+from distilclip.data.views import Views
 from distilclip.data.workers import map_tasks
 from distilclip.errors import InputError
 
@@ -41,13 +46,17 @@ class ScannedBatch:
     """The n rows of a shard from `first` on.
 
     An unusable row has its reason in `errors`, zeros in `pixels` and an empty caption in `tokens`, so that a batch has
-    one shape whatever its rows are like. `pixels` is None where all are unusable.
+    one shape whatever its rows are like. `pixels` is None where all are unusable. `view_pixels` are the m views of each
+    row, `other_captions` its captions after the first and `other_tokens` these one after another; none without views.
     """
 
     source: Source
     first: int
     pixels: Tensor | None
     tokens: Int[Tensor, "n context"]
+    view_pixels: UInt8[Tensor, "m n 3 size size"]
+    other_captions: list[list[str]]
+    other_tokens: Int[Tensor, "t context"]
     errors: list[str]
     image_sha256: UInt8[np.ndarray, "n 32"]
 
@@ -60,14 +69,18 @@ def scan(
     batch_size: int,
     num_workers: int,
     max_pixels: int = MAX_PIXELS,
+    views: Views | None = None,
+    view_size: int = 0,
 ) -> Iterator[ScannedBatch]:
     """Read shards given as (number, URI). A remote tar is fetched whole, once, and removed when its last batch is out.
+
+    `views` are shown at `view_size` pixels square.
 
     Raises:
         InputError: a shard cannot be read at all.
     """
     opened = _Sources(shards, batch_size)
-    decoder = _Decoder(preprocess, tokenize, max_pixels)
+    decoder = _Decoder(preprocess, tokenize, max_pixels, views, view_size)
     with contextlib.closing(opened):
         for decoded in map_tasks(decoder, opened, num_workers=num_workers):
             yield opened.finish(decoded)
@@ -83,11 +96,10 @@ class _Task:
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoded:
+    """A `ScannedBatch` as it leaves the loader process, which does not know the source."""
+
     task: _Task
-    pixels: Tensor | None
-    tokens: Tensor
-    errors: list[str]
-    image_sha256: np.ndarray
+    fields: dict[str, Any]
 
 
 class _Sources:
@@ -125,14 +137,7 @@ class _Sources:
         if task.first + len(task.entries) == len(source.entries):
             copy.close()
             del self._sources[task.shard]
-        return ScannedBatch(
-            source=source,
-            first=task.first,
-            pixels=decoded.pixels,
-            tokens=decoded.tokens,
-            errors=decoded.errors,
-            image_sha256=decoded.image_sha256,
-        )
+        return ScannedBatch(source=source, first=task.first, **decoded.fields)
 
     def close(self) -> None:
         """Remove the downloads that are left after a failure."""
@@ -140,37 +145,64 @@ class _Sources:
             copy.close()
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """What a sample gives: the teacher's pixels, those of its views, and its captions."""
+
+    captions: list[str]
+    pixels: Tensor
+    views: list[Tensor]
+
+
 class _Decoder(Dataset):
-    def __init__(self, preprocess: Preprocess, tokenize: Tokenize, max_pixels: int) -> None:
+    def __init__(
+        self, preprocess: Preprocess, tokenize: Tokenize, max_pixels: int, views: Views | None, view_size: int
+    ) -> None:
         self.preprocess, self.tokenize, self.max_pixels = preprocess, tokenize, max_pixels
+        self.views, self.view_size = views, view_size
         self._shards = OpenShards(limit=2)
 
     def __getitem__(self, task: _Task) -> _Decoded | InputError:
         """The decoded rows of a task. An `InputError` is returned: raised here, it would lose its type."""
         digests = np.zeros((len(task.entries), 32), np.uint8)
-        errors, captions = [], []
-        pixels: list[Tensor | None] = []
+        rows: list[_Row | None] = []
+        errors = []
         try:
-            for entry, digest in zip(task.entries, digests, strict=True):
-                error, caption, image = self._row(task, entry, digest)
+            for row, (entry, digest) in enumerate(zip(task.entries, digests, strict=True), start=task.first):
+                decoded, error = self._row(task, entry, row, digest)
+                rows.append(decoded)
                 errors.append(error)
-                captions.append(caption)
-                pixels.append(image)
         except InputError as error:
             return error
-        blank = next((torch.zeros_like(image) for image in pixels if image is not None), None)
-        return _Decoded(
-            task=task,
-            pixels=None if blank is None else torch.stack([blank if image is None else image for image in pixels]),
-            tokens=self.tokenize(captions),
-            errors=errors,
-            image_sha256=digests,
-        )
+        captions = [[""] if row is None else row.captions for row in rows]
+        others = [several[1:] for several in captions]
+        tokens = self.tokenize([several[0] for several in captions])
+        blank = next((torch.zeros_like(row.pixels) for row in rows if row is not None), None)
+        fields = {
+            "pixels": None if blank is None else torch.stack([blank if row is None else row.pixels for row in rows]),
+            "tokens": tokens,
+            "view_pixels": self._view_pixels(rows),
+            "other_captions": others,
+            "other_tokens": self.tokenize(list(itertools.chain(*others))) if any(others) else tokens[:0],
+            "errors": errors,
+            "image_sha256": digests,
+        }
+        return _Decoded(task=task, fields=fields)
 
-    def _row(self, task: _Task, entry: Entry, digest: np.ndarray) -> tuple[str, str, Tensor | None]:
-        """Error, caption and pixels of a sample; fills in the digest of its image file."""
+    def _view_pixels(self, rows: list[_Row | None]) -> UInt8[Tensor, "m n 3 size size"]:
+        """The first view of every row, then the second, and so on; zeros in place of unusable rows."""
+        num_views = 0 if self.views is None else self.views.num
+        pixels = torch.zeros(num_views, len(rows), self.view_size, self.view_size, 3, dtype=torch.uint8)
+        for place, row in enumerate(rows):
+            for view in range(num_views if row is not None else 0):
+                assert row is not None
+                pixels[view, place] = row.views[view]
+        return pixels.permute(0, 1, 4, 2, 3)
+
+    def _row(self, task: _Task, entry: Entry, row: int, digest: np.ndarray) -> tuple[_Row | None, str]:
+        """The row, or None and the reason why there is none; fills in the digest of its image file."""
         if entry.error:
-            return entry.error, "", None
+            return None, entry.error
         try:
             sample = self._shards[task.path].read(entry.offset, entry.size)
             if sample.image is None:
@@ -178,6 +210,16 @@ class _Decoder(Dataset):
             digest[:] = np.frombuffer(hashlib.sha256(sample.image).digest(), np.uint8)
             if sample.caption is None:
                 raise BadSample("no caption")
-            return "", sample.caption, self.preprocess(decode_image(sample.image, max_pixels=self.max_pixels))
+            pixels = self.preprocess(decode_image(sample.image, max_pixels=self.max_pixels))
+            if self.views is None:
+                return _Row(captions=[sample.caption], pixels=pixels, views=[]), ""
+            views = [self._view(sample.image, task.shard, row, view) for view in range(self.views.num)]
+            return _Row(captions=sample.captions, pixels=pixels, views=views), ""
         except BadSample as error:
-            return error.error, "", None
+            return None, error.error
+
+    def _view(self, image: bytes, shard: int, row: int, view: int) -> Tensor:
+        """One view, decoded as the training stream decodes it."""
+        assert self.views is not None
+        draw = functools.partial(self.views.crop, shard=shard, row=row, view=view)
+        return decode_crop(image, [self.view_size], draw=draw, max_pixels=self.max_pixels)[0]

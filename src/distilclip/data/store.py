@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float, Float16, Integer, UInt8, UInt32, UInt64
+from jaxtyping import Bool, Float16, Integer, UInt8, UInt32, UInt64
 
 from distilclip.data import files
 from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, write_columns
 from distilclip.data.shards import key_digest
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
+from distilclip.data.unit import check_embeddings
+from distilclip.data.views import ViewEmbeddings, Views, read_views, write_views
 from distilclip.errors import InputError
 
 MANIFEST_SCHEMA = pa.schema(
@@ -43,7 +45,7 @@ ROWS_SCHEMA = pa.schema(
     ]
 )
 TEACHER_KEYS = ("name", "digest", "preprocessing", "tokenizer", "precision", "scale")
-_UNIT_TOLERANCE = 2e-3  # half precision keeps the length of a unit vector to about 5e-4
+BIAS_KEY = "bias"  # of teachers trained with the sigmoid loss only
 
 
 def sample_id(
@@ -103,6 +105,7 @@ class Store:
     shards: list[StoreShard]
     dim: int
     teacher: dict[str, Any]
+    views: Views | None = None
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -117,7 +120,8 @@ class Store:
         table = read_columns(manifest, MANIFEST_SCHEMA).to_pydict()
         shards = [StoreShard(*values) for values in zip(*table.values(), strict=True)]
         metadata = read_column_metadata(manifest)
-        return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata))
+        views = Views.from_json(metadata["views"]) if "views" in metadata else None
+        return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata), views)
 
     @property
     def num_shards(self) -> int:
@@ -136,6 +140,18 @@ class Store:
     def text(self, shard: int) -> Float16[np.ndarray, "n dim"]:
         """The text embeddings of a shard, unit rows, zeros where the row is not valid."""
         return self._embeddings(shard)["text"]
+
+    def view_embeddings(self, shard: int) -> ViewEmbeddings:
+        """The embeddings of a shard's views, in a store that has some."""
+        assert self.views is not None
+        return read_views(
+            self.path,
+            shard,
+            num_rows=self.shards[shard].num_rows,
+            num_views=self.views.num,
+            dim=self.dim,
+            teacher=self.teacher["digest"],
+        )
 
     def rows(self, shard: int) -> Rows:
         """The row table of a shard."""
@@ -162,6 +178,9 @@ class Store:
                 raise InputError(f"{self._path(shard.index, 'rows.parquet')}: the keys were changed. {_EMBED_AGAIN}")
             for name, embeddings in self._embeddings(shard.index).items():
                 check_embeddings(embeddings, rows.valid, where=f"{path}, {name}")
+            for view in range(self.views.num if self.views else 0):
+                embeddings = self.view_embeddings(shard.index).image[:, view]
+                check_embeddings(embeddings, rows.valid, where=f"{path}, view {view}")
 
     def _path(self, shard: int, suffix: str) -> str:
         return files.join(self.path, f"{stem(shard)}.{suffix}")
@@ -187,19 +206,6 @@ class Store:
         return {name: arrays[name] for name in ("image", "text")}
 
 
-def check_embeddings(embeddings: Float16[np.ndarray, "n dim"], valid: Bool[np.ndarray, " n"], *, where: str) -> None:
-    """Raise `InputError` naming the first valid row that is not finite or not of unit length."""
-    wrong = valid & not_unit(embeddings)
-    if wrong.any():
-        raise InputError(f"{where}, row {int(np.argmax(wrong))}: not a finite unit vector. {_EMBED_AGAIN}")
-
-
-def not_unit(embeddings: Float[np.ndarray, "n dim"]) -> Bool[np.ndarray, " n"]:
-    """Which rows are not finite or not of unit length, within what half precision can hold."""
-    lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
-    return ~(np.abs(lengths - 1) < _UNIT_TOLERANCE)  # not >=, so that NaN is caught
-
-
 def write_shard(
     folder: str,
     shard: int,
@@ -212,13 +218,16 @@ def write_shard(
     source_digest: str,
     truncated: bool,
     teacher: Mapping[str, Any],
+    views: ViewEmbeddings | None = None,
 ) -> None:
-    """Write one shard: the payload, then the row table, whose presence says that the shard is finished.
+    """Write one shard: views, payload, then the row table, whose presence says that the shard is finished.
 
     `source_digest` is the SHA-256 of the source file, `num_bytes` its size.
     """
     assert len(rows) == len(image) == len(text), "one embedding of either kind per row"
     described = _teacher_metadata(teacher)
+    if views is not None:
+        write_views(folder, shard, views, described)
     sha256 = write_tensors(
         files.join(folder, f"{stem(shard)}.safetensors"),
         {"image": image, "text": text},
@@ -257,10 +266,12 @@ def finished_shard(folder: str, shard: int) -> StoreShard | None:
     )
 
 
-def write_manifest(folder: str, shards: Sequence[StoreShard], *, dim: int, teacher: Mapping[str, Any]) -> None:
+def write_manifest(
+    folder: str, shards: Sequence[StoreShard], *, dim: int, teacher: Mapping[str, Any], views: Views | None = None
+) -> None:
     """Finish a store: the list of its shards, all of which must be there."""
     columns = dict(zip(MANIFEST_SCHEMA.names, zip(*(vars(s).values() for s in shards), strict=True), strict=True))
-    metadata = {"dim": str(dim), **_teacher_metadata(teacher)}
+    metadata = {"dim": str(dim), **_teacher_metadata(teacher), **({"views": views.to_json()} if views else {})}
     write_columns(files.join(folder, "manifest.parquet"), MANIFEST_SCHEMA, columns, metadata)
 
 
@@ -282,9 +293,14 @@ _EMBED_AGAIN = "Embed the data again, into a new folder."
 
 
 def _teacher_metadata(teacher: Mapping[str, Any]) -> dict[str, str]:
-    return {f"teacher_{key}": str(teacher[key]) for key in TEACHER_KEYS}
+    return {
+        f"teacher_{key}": str(teacher[key]) for key in (*TEACHER_KEYS, BIAS_KEY) if key in (*TEACHER_KEYS, *teacher)
+    }
 
 
 def _teacher_of(metadata: Mapping[str, str]) -> dict[str, Any]:
     teacher: dict[str, Any] = {key: metadata[f"teacher_{key}"] for key in TEACHER_KEYS}
-    return {**teacher, "scale": float(teacher["scale"])}
+    teacher["scale"] = float(teacher["scale"])
+    if f"teacher_{BIAS_KEY}" in metadata:
+        teacher[BIAS_KEY] = float(metadata[f"teacher_{BIAS_KEY}"])
+    return teacher

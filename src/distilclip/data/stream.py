@@ -8,9 +8,10 @@ import numpy as np
 from jaxtyping import Int64
 
 from distilclip.data import files
+from distilclip.data.augment import Augmentation
 from distilclip.data.loader import Batch as Batch
-from distilclip.data.loader import PairLoader, Tokenize, Transform
-from distilclip.data.pairs import index_pairs, join_store
+from distilclip.data.loader import PairLoader, Tokenize
+from distilclip.data.pairs import index_pairs, join_stores
 from distilclip.data.policy import ErrorPolicy, OnError
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.store import Store
@@ -21,11 +22,13 @@ from distilclip.errors import InputError
 def open_stream(
     *,
     data: Sequence[str] = (),
-    store: str | None = None,
+    stores: Sequence[str] = (),
     groups: str | None = None,
     clusters: str | None = None,
-    transforms: Sequence[Transform],
+    sizes: Sequence[int],
     tokenize: Tokenize,
+    augmentation: Augmentation | None = None,
+    num_views: int = 0,
     batch_size: int,
     seed: int,
     rank: int = 0,
@@ -33,44 +36,63 @@ def open_stream(
     on_error: OnError = "skip",
     max_bad_ratio: float = 0.05,
     max_pixels: int = MAX_PIXELS,
-    draft: tuple[int, int] | None = None,
 ) -> PairStream:
-    """The stream over shards (`data`, patterns), or over the rows of a store, which knows its shards.
+    """The stream over shards (`data`, patterns), or over the rows of stores, which know their shards.
 
     Args:
         data: with a store only needed where the shards have moved; then in the order they were embedded.
-        groups: a balance folder; only rows that it keeps.
+        stores: folders of `embed` over the same shards, by one teacher each; rows that all of them could use.
+        groups: a balance folder of the first store; only rows that it keeps.
         clusters: a cluster folder, for labels.
-        transforms: one view of the image per function; each gets a generator in the same state, so that random crops
-            of two views agree. The second view becomes `teacher_pixels`.
+        sizes: pixels per side at which the crop is shown: the student's, then a live teacher's (`teacher_pixels`).
+        augmentation: how crops are drawn from (seed, epoch, sample).
+        num_views: show the stores' views instead, so many of them, with their own embeddings.
         batch_size: rows of the global batch, a multiple of `world`.
         on_error: what a sample does that fails while training. `skip` puts a row drawn by (seed, epoch, sample) in its
             place and counts it; `raise` stops.
-        draft: (width, height) the images will not be needed larger than; lets JPEGs decode faster.
 
     Raises:
-        InputError: shards, store, groups and clusters do not belong together, or hold fewer rows than a batch.
+        InputError: shards, stores, groups and clusters do not belong together, or hold fewer rows than a batch.
     """
     policy = ErrorPolicy(on_error, max_bad_ratio)
     uris = files.expand(list(data)) if data else []
-    if store is not None:
-        opened = Store.open(store)
-        table = join_store(opened, data=uris, groups=groups, clusters=clusters)
-    elif groups is not None or clusters is not None:
-        raise InputError("groups and clusters refer to the rows of a store: name the store too.")
+    opened = [Store.open(store) for store in stores]
+    if opened:
+        _check_views(opened, num_views)
+        table = join_stores(opened, data=uris, groups=groups, clusters=clusters)
+    elif groups is not None or clusters is not None or num_views:
+        raise InputError("groups, clusters and views refer to the rows of a store: name the store too.")
     else:
-        opened, table = None, index_pairs(uris, policy=policy)
+        table = index_pairs(uris, policy=policy)
         policy.check(final=True)
     loader = PairLoader(
         table,
         opened,
-        transforms=tuple(transforms),
+        sizes=sizes,
         tokenize=tokenize,
+        augmentation=augmentation or Augmentation(),
+        num_views=num_views,
         seed=seed,
         max_pixels=max_pixels,
-        draft=draft,
     )
     return PairStream(loader, policy, batch_size=batch_size, rank=rank, world=world)
+
+
+def _check_views(stores: Sequence[Store], num_views: int) -> None:
+    """`InputError` where a store has no such views, or two stores have different ones."""
+    if not num_views:
+        return
+    for store in stores:
+        there = 0 if store.views is None else store.views.num
+        if num_views > there:
+            raise InputError(
+                f"The store {store.path} has {there} views, not {num_views}: ask for that many, or embed with --views."
+            )
+        if store.views != stores[0].views:
+            raise InputError(
+                f"The views of {store.path} are not those of {stores[0].path}. Embed with the same --views, --seed, "
+                "--min-crop and --flip."
+            )
 
 
 class PairStream:

@@ -12,6 +12,7 @@ from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
+CLASSNAMES_FILE = "classnames.txt"
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ def read_classes(folder: str, observed: Iterable[str]) -> Classes:
 
     Observed labels are sorted (numbers as numbers), and their names are the labels with blanks for `_`.
     """
-    path = files.join(folder, "classnames.txt")
+    path = files.join(folder, CLASSNAMES_FILE)
     if not files.exists(path):
         labels = sorted(
             set(observed), key=lambda label: (not label.isdecimal(), int(label) if label.isdecimal() else 0, label)
@@ -80,8 +81,8 @@ def read_classes(folder: str, observed: Iterable[str]) -> Classes:
 
 
 def read_templates(path: str) -> tuple[str, ...]:
-    """Prompt templates, one a line, each with `{}` where the class name goes."""
-    templates = read_lines(path)
+    """Prompt templates, one a line, each with `{}` (or, as CLIP_benchmark writes it, `{c}`) where the name goes."""
+    templates = tuple(line.replace("{c}", "{}") for line in read_lines(path))
     check_templates(templates, source=path)
     return templates
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -43,18 +44,18 @@ class Encoding:
 class ImageFeatures:
     """Features of the images that could be read, on the CPU; `rows` are their places among all that were asked for.
 
-    `embedding` has unit rows; `backbone` is what lies before the projection, as it is. `num_unreadable` counts the
-    images that are missing, `reasons` why.
+    `embedding` has unit rows; `backbone` is what lies before the projection, as it is. `unreadable` are the rows of the
+    images that are missing, each with the reason.
     """
 
     rows: Int[Tensor, " n"]
     features: dict[Output, Float[Tensor, "n _"]]
-    reasons: dict[str, int] = field(default_factory=dict)
+    unreadable: tuple[tuple[int, str], ...] = ()
 
     @property
     def num_unreadable(self) -> int:
         """How many images could not be read."""
-        return sum(self.reasons.values())
+        return len(self.unreadable)
 
     @property
     def embedding(self) -> Float[Tensor, "n dim"]:
@@ -88,12 +89,14 @@ def encode_images(
     ]
     buffers: dict[Output, Tensor] = {}
     rows: list[int] = []
+    unreadable: list[tuple[int, str]] = []
     with progress(description, len(images)) as advance, torch.no_grad():
         for pixels, read, bad in map_tasks(decoder, batches, num_workers=encoding.num_workers):
             policy.seen(len(read) + len(bad))
             for row, error in bad:
                 policy.bad(error, where=images[row].where)
             policy.check()
+            unreadable += bad
             advance(len(read) + len(bad), len(read))
             if not read:
                 continue
@@ -111,7 +114,7 @@ def encode_images(
     found = {output: buffer[: len(rows)] for output, buffer in buffers.items()}
     for features in found.values():
         _check_finite(clip, features)
-    return ImageFeatures(rows=torch.tensor(rows), features=found, reasons=dict(sorted(policy.reasons.items())))
+    return ImageFeatures(rows=torch.tensor(rows), features=found, unreadable=tuple(unreadable))
 
 
 def encode_texts(clip: Clip, texts: Sequence[str], *, encoding: Encoding | None = None) -> Float[Tensor, "n dim"]:
@@ -161,8 +164,21 @@ class _Images(Dataset):
         if image.error:
             reason, _, detail = image.error.partition(": ")
             raise BadSample(reason, detail=detail, where=image.where)
-        data = self._sample(image) if image.key else files.read_bytes(image.uri)
-        return self.preprocess(decode_image(data, max_pixels=self.max_pixels, where=image.where))
+        if image.pixels is not None:
+            return self.preprocess(Image.fromarray(image.pixels))
+        picture = decode_image(self._bytes(image), max_pixels=self.max_pixels, where=image.where)
+        if image.border:
+            width, height = picture.size
+            picture = picture.crop((image.border, image.border, width - image.border, height - image.border))
+        return self.preprocess(picture)
+
+    def _bytes(self, image: ImageRef) -> bytes:
+        if image.key:
+            return self._sample(image)
+        try:
+            return files.read_bytes(image.uri)
+        except FileNotFoundError as error:
+            raise BadSample("missing image file", where=image.where) from error
 
     def _sample(self, image: ImageRef) -> bytes:
         sample = self.shards[image.uri].read(image.offset, image.size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -14,30 +14,39 @@ from torch import Tensor
 from distilclip.data.policy import ErrorPolicy, OnError
 from distilclip.evaluate.agreement import agreement
 from distilclip.evaluate.classes import templates_digest
-from distilclip.evaluate.dataset import ImageRef, LabelledSet, PairSet, Split
-from distilclip.evaluate.encode import Encoding, ImageFeatures, Output, encode_images, encode_texts
+from distilclip.evaluate.dataset import EvaluationSet, ImageRef, LabelledSet, MissingSet, PairSet
+from distilclip.evaluate.embedders import Embedder
+from distilclip.evaluate.encode import ImageFeatures, Output
+from distilclip.evaluate.probes import ProbeInputs, measure_probes
 from distilclip.evaluate.retrieval import retrieval
-from distilclip.evaluate.scores import (
-    Score,
-    Task,
-    agreement_scores,
-    probe_scores,
-    retrieval_scores,
-    zero_shot_scores,
-)
-from distilclip.evaluate.zero_shot import TextClassifier, classify, text_classifier
-from distilclip.models.clip import Clip
-from distilclip.ops.probe import linear_probe
+from distilclip.evaluate.scores import Score, Task, agreement_scores, retrieval_scores, zero_shot_scores
+from distilclip.evaluate.zero_shot import TextClassifier, classify
 
 ALL_TASKS: tuple[Task, ...] = ("zero-shot", "linear-probe", "retrieval", "agreement")
+"""What is measured by default; the k-NN and few-shot probes are to be asked for."""
+
+PROBES: frozenset[Task] = frozenset({"linear-probe", "knn-probe", "few-shot"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A set's test images as one model sees them, and its text classifier where the classes have names."""
+    """A set's test images as one model sees them, and its text classifier where the classes have names.
 
-    images: ImageFeatures
+    Where a model has no features of them, `reason` says why, and there are none.
+    """
+
+    images: ImageFeatures | None
     classifier: TextClassifier | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """All scores of a model on a set; for a labelled set also the true and the zero-shot classes, row by row."""
+
+    scores: list[Score]
+    labels: Int[Tensor, " n"] | None = None
+    predictions: Int[Tensor, " n"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,148 +54,201 @@ class Protocol:
     """Everything that decides a score beside the model and the set.
 
     `templates` replace the sets' own; `probe_l2` None sweeps the penalty; `seed` draws the probe's held-out rows and
-    the bootstrap; the error policy holds for every split by itself.
+    the bootstrap. Retrieval uses all captions, or with `captions="first"` (the protocol of CLIP-KD's code) the first of
+    each image, behind `caption_prefix`. The error policy holds for every split by itself.
     """
 
     tasks: Sequence[Task] = ALL_TASKS
     templates: tuple[str, ...] | None = None
     probe_features: Literal["backbone", "projected"] = "backbone"
     probe_l2: float | None = None
+    captions: Literal["all", "first"] = "all"
+    caption_prefix: str = ""
     seed: int = 0
     on_error: OnError = "raise"
     max_bad_ratio: float = 0.01
-    encoding: Encoding = field(default_factory=Encoding)
 
     def templates_of(self, dataset: LabelledSet) -> tuple[str, ...]:
         """The prompt templates that are used for a set."""
         return self.templates if self.templates is not None else dataset.templates
 
-    def view(self, clip: Clip, dataset: LabelledSet | PairSet, *, outputs: Sequence[Output] = ("embedding",)) -> View:
+    def view(
+        self, model: Embedder, dataset: LabelledSet | PairSet, *, outputs: Sequence[Output] = ("embedding",)
+    ) -> View:
         """Encode a set's test images, and the prompts of its classes."""
         test = dataset.test.images if isinstance(dataset, LabelledSet) else dataset.images
-        images = self._encode(clip, test, outputs, description=f"{clip.name}: {dataset.name}")
+        lacks = model.lacks(test, outputs)
+        if lacks:
+            return View(images=None, reason=lacks)
+        images = self._encode(model, test, outputs, name=f"{dataset.name}-test")
         if not isinstance(dataset, LabelledSet) or not dataset.classes.named:
             return View(images=images)
         templates = self.templates_of(dataset)
-        return View(
-            images=images, classifier=text_classifier(clip, dataset.classes.names, templates, encoding=self.encoding)
-        )
+        return View(images=images, classifier=model.classifier(dataset.classes.names, templates))
 
-    def measure(self, clip: Clip, dataset: LabelledSet | PairSet, *, teacher: View | None = None) -> list[Score]:
+    def measure(self, model: Embedder, dataset: EvaluationSet, *, teacher: View | None = None) -> Measurement:
         """All scores of a model on a set, of the tasks that apply to it; `teacher` is its view of the same set.
 
-        Raises `InputError` for images that the error policy does not pass over, and for a model whose features are not
-        finite.
+        What cannot be measured is a score without a value that says why. Raises `InputError` for images that the error
+        policy does not pass over, and for a model whose features are not finite.
         """
+        if isinstance(dataset, MissingSet):
+            return Measurement(scores=self._missing(dataset))
         if isinstance(dataset, PairSet):
-            return self._measure_pairs(clip, dataset, teacher)
-        return self._measure_labelled(clip, dataset, teacher)
+            return self._measure_pairs(model, dataset, teacher)
+        return self._measure_labelled(model, dataset, teacher)
 
-    def _measure_labelled(self, clip: Clip, dataset: LabelledSet, teacher: View | None) -> list[Score]:
-        probed = "linear-probe" in self.tasks and dataset.train is not None
-        output = self._probe_output
-        view = self.view(
-            clip, dataset, outputs=("embedding", output) if probed and output != "embedding" else ("embedding",)
-        )
-        labels = _labels(dataset.test, view.images)
+    def _missing(self, dataset: MissingSet) -> list[Score]:
+        tasks: list[Task] = ["retrieval"] if dataset.kind == "pairs" else ["zero-shot"]
+        tasks += [task for task in self.tasks if task in PROBES and dataset.has_train]
+        return [
+            Score(set=dataset.name, task=task, metric=_metric_of(task), value=None).missing(dataset.reason)
+            for task in tasks
+            if task in self.tasks
+        ]
+
+    def _measure_labelled(self, model: Embedder, dataset: LabelledSet, teacher: View | None) -> Measurement:
+        probes = [task for task in self.tasks if task in PROBES]
+        outputs: list[Output] = ["embedding"]
+        if probes and dataset.train is not None and self.probe_features == "backbone":
+            outputs.append("backbone")
+        view = self.view(model, dataset, outputs=outputs)
+        if view.images is None:
+            return Measurement(scores=self._refused(dataset, view.reason))
+        labels = torch.from_numpy(dataset.test.labels)[view.images.rows]
         scores: list[Score] = []
+        predictions = None
         if "zero-shot" in self.tasks:
-            scores += self._zero_shot(dataset, view, labels)
-        if "linear-probe" in self.tasks:
-            scores += self._linear_probe(clip, dataset, view, labels)
+            base = self._base(dataset, view.images, "zero-shot")
+            if view.classifier is None:
+                scores.append(base.missing(_no_classifier(dataset)))
+            else:
+                templates = self.templates_of(dataset)
+                found = classify(view.images.embedding, labels, view.classifier)
+                predictions = found.predictions
+                base = base.with_details(templates_digest=templates_digest(templates), num_templates=len(templates))
+                scores += zero_shot_scores(found, base, headline=dataset.metric, seed=self.seed)
+        if probes:
+            scores += self._probes(model, dataset, view.images, labels, probes)
         if "agreement" in self.tasks and teacher is not None:
             scores += self._agreement(dataset, view, teacher)
-        return scores
+        return Measurement(scores=scores, labels=labels, predictions=predictions)
 
-    def _measure_pairs(self, clip: Clip, dataset: PairSet, teacher: View | None) -> list[Score]:
-        view = self.view(clip, dataset)
+    def _measure_pairs(self, model: Embedder, dataset: PairSet, teacher: View | None) -> Measurement:
+        view = self.view(model, dataset)
+        if view.images is None:
+            return Measurement(scores=self._refused(dataset, view.reason))
         scores: list[Score] = []
         if "retrieval" in self.tasks:
-            # Captions of unreadable images go with them; the others' images are renumbered.
-            place = np.full(len(dataset.images), -1)
-            place[view.images.rows.numpy()] = np.arange(len(view.images.rows))
-            kept = np.flatnonzero(place[dataset.image_of_text] >= 0)
-            pairs = torch.from_numpy(place[dataset.image_of_text[kept]])
-            text = encode_texts(clip, [dataset.captions[i] for i in kept], encoding=self.encoding)
-            base = self._base(dataset, view, "retrieval")
-            scores += retrieval_scores(retrieval(view.images.embedding, text, pairs), pairs, base, seed=self.seed)
+            scores += self._retrieval(model, dataset, view.images)
         if "agreement" in self.tasks and teacher is not None:
             scores += self._agreement(dataset, view, teacher)
-        return scores
+        return Measurement(scores=scores)
 
-    def _zero_shot(self, dataset: LabelledSet, view: View, labels: Int[Tensor, " n"]) -> list[Score]:
-        base = self._base(dataset, view, "zero-shot")
-        if view.classifier is None:
-            return [base.missing("the classes have numbers but no names: add classnames.txt")]
-        templates = self.templates_of(dataset)
-        base = base.with_details(templates_digest=templates_digest(templates), num_templates=len(templates))
-        found = classify(view.images.embedding, labels, view.classifier)
-        return zero_shot_scores(found, base, headline=dataset.metric, seed=self.seed)
-
-    def _linear_probe(self, clip: Clip, dataset: LabelledSet, view: View, labels: Int[Tensor, " n"]) -> list[Score]:
-        base = self._base(dataset, view, "linear-probe").with_details(features=self.probe_features)
-        if dataset.train is None:
-            return [base.missing("the set has no training images")]
-        train = self._probe_split(clip, dataset.train, f"{clip.name}: {dataset.name}, train")
-        validation = None
-        if dataset.validation is not None:
-            validation = self._probe_split(clip, dataset.validation, f"{clip.name}: {dataset.name}, validation")
-        elif self.probe_l2 is None and torch.bincount(train[1]).max() < 2:
-            return [base.missing("one training image a class leaves none to choose the penalty on: give --probe-l2")]
-        device = clip.device if clip.device.type == "cuda" else torch.device("cpu")
-        found = linear_probe(
-            train[0].to(device),
-            train[1].to(device),
-            view.images.features[self._probe_output].to(device),
-            labels.to(device),
-            l2=self.probe_l2,
-            validation=None if validation is None else (validation[0].to(device), validation[1].to(device)),
-            seed=self.seed,
+    def _retrieval(self, model: Embedder, dataset: PairSet, images: ImageFeatures) -> list[Score]:
+        # Captions of unreadable images go with them; the others' images are renumbered.
+        place = np.full(len(dataset.images), -1)
+        place[images.rows.numpy()] = np.arange(len(images.rows))
+        owners = dataset.image_of_text
+        chosen = np.flatnonzero(place[owners] >= 0)
+        if self.captions == "first":
+            chosen = chosen[np.unique(owners[chosen], return_index=True)[1]]
+        base = self._base(dataset, images, "retrieval").with_details(
+            captions=self.captions, caption_prefix=self.caption_prefix, num_captions=len(chosen)
         )
-        return probe_scores(found, labels, base, headline=dataset.metric, seed=self.seed)
+        text = model.captions(dataset, chosen.tolist(), prefix=self.caption_prefix)
+        if text is None:
+            return [base.missing("a store holds one caption of each image, without a prefix")]
+        pairs = torch.from_numpy(place[owners[chosen]])
+        return retrieval_scores(retrieval(images.embedding, text, pairs), pairs, base, seed=self.seed)
+
+    def _probes(
+        self,
+        model: Embedder,
+        dataset: LabelledSet,
+        images: ImageFeatures,
+        labels: Int[Tensor, " n"],
+        tasks: Sequence[Task],
+    ) -> list[Score]:
+        output: Output = "backbone" if self.probe_features == "backbone" else "embedding"
+        bases = {t: self._base(dataset, images, t).with_details(features=self.probe_features) for t in tasks}
+        if dataset.train is None:
+            return [base.missing("the set has no training images") for base in bases.values()]
+        lacks = model.lacks(dataset.train.images, (output,))
+        if lacks:
+            return [base.missing(lacks) for base in bases.values()]
+        parts: dict[str, tuple[Float[Tensor, "n width"], Int[Tensor, " n"]]] = {}
+        readable = torch.arange(0)
+        for name, split in (("train", dataset.train), ("validation", dataset.validation)):
+            if split is not None:
+                found = self._encode(model, split.images, (output,), name=f"{dataset.name}-{name}")
+                own = torch.from_numpy(split.labels)[found.rows]
+                parts[name] = found.features[output].to(model.device), own.to(model.device)
+                readable = found.rows if name == "train" else readable
+        inputs = ProbeInputs(
+            train=parts["train"],
+            validation=parts.get("validation"),
+            test=(images.features[output].to(model.device), labels.to(model.device)),
+            folds=[_places(readable, fold).to(model.device) for fold in dataset.folds],
+        )
+        return measure_probes(inputs, bases, metric=dataset.metric, l2=self.probe_l2, seed=self.seed)
 
     def _agreement(self, dataset: LabelledSet | PairSet, view: View, teacher: View) -> list[Score]:
-        assert torch.equal(view.images.rows, teacher.images.rows)  # what can be read does not depend on the model
-        found = agreement(
-            view.images.embedding, teacher.images.embedding, classifiers=_both(view.classifier, teacher.classifier)
-        )
-        return agreement_scores(found, self._base(dataset, view, "agreement"))
+        assert view.images is not None
+        base = self._base(dataset, view.images, "agreement")
+        if teacher.images is None:
+            return [base.missing(teacher.reason)]
+        # A store lacks images that a model can read: those without a caption.
+        mine = torch.isin(view.images.rows, teacher.images.rows)
+        its = torch.isin(teacher.images.rows, view.images.rows)
+        classifiers = None
+        if view.classifier is not None and teacher.classifier is not None:
+            classifiers = view.classifier, teacher.classifier
+        found = agreement(view.images.embedding[mine], teacher.images.embedding[its], classifiers=classifiers)
+        return agreement_scores(found, self._base(dataset, view.images, "agreement", num_test=int(mine.sum())))
 
-    @property
-    def _probe_output(self) -> Output:
-        return "backbone" if self.probe_features == "backbone" else "embedding"
-
-    def _probe_split(
-        self, clip: Clip, split: Split, description: str
-    ) -> tuple[Float[Tensor, "n width"], Int[Tensor, " n"]]:
-        found = self._encode(clip, split.images, (self._probe_output,), description=description)
-        return found.features[self._probe_output], _labels(split, found)
+    def _refused(self, dataset: LabelledSet | PairSet, reason: str) -> list[Score]:
+        """A score without a value for every task that applies to the set."""
+        applicable = {"retrieval"} if isinstance(dataset, PairSet) else {"zero-shot", *PROBES}
+        num_classes = None if isinstance(dataset, PairSet) else len(dataset.classes)
+        return [
+            Score(set=dataset.name, task=task, metric=_metric_of(task), value=None, num_classes=num_classes).missing(
+                reason
+            )
+            for task in self.tasks
+            if task in applicable
+        ]
 
     def _encode(
-        self, clip: Clip, images: Sequence[ImageRef], outputs: Sequence[Output], *, description: str
+        self, model: Embedder, images: Sequence[ImageRef], outputs: Sequence[Output], *, name: str
     ) -> ImageFeatures:
-        policy = ErrorPolicy(self.on_error, self.max_bad_ratio)
-        return encode_images(
-            clip, images, outputs=outputs, encoding=self.encoding, policy=policy, description=description
-        )
+        return model.images(images, outputs, policy=ErrorPolicy(self.on_error, self.max_bad_ratio), name=name)
 
-    def _base(self, dataset: LabelledSet | PairSet, view: View, task: Task) -> Score:
+    def _base(
+        self, dataset: LabelledSet | PairSet, images: ImageFeatures, task: Task, *, num_test: int | None = None
+    ) -> Score:
         return Score(
             set=dataset.name,
             task=task,
-            metric="image_to_text_r1" if task == "retrieval" else "top1",
+            metric=_metric_of(task),
             value=None,
-            num_test=len(view.images.rows),
-            num_unreadable=view.images.num_unreadable,
+            num_test=len(images.rows) if num_test is None else num_test,
+            num_unreadable=images.num_unreadable,
             num_classes=len(dataset.classes) if isinstance(dataset, LabelledSet) else None,
+            details=dict(dataset.record),
         )
 
 
-def _labels(split: Split, found: ImageFeatures) -> Int[Tensor, " n"]:
-    return torch.from_numpy(split.labels)[found.rows]
+def _metric_of(task: Task) -> str:
+    return {"retrieval": "image_to_text_r1", "few-shot": "16_shot", "agreement": "cka"}.get(task, "top1")
 
 
-def _both(
-    student: TextClassifier | None, teacher: TextClassifier | None
-) -> tuple[TextClassifier, TextClassifier] | None:
-    return None if student is None or teacher is None else (student, teacher)
+def _no_classifier(dataset: LabelledSet) -> str:
+    if not dataset.classes.named:
+        return "the classes have numbers but no names: add classnames.txt"
+    return "a store has no text encoder for the classes' prompts"
+
+
+def _places(readable: Int[Tensor, " n"], fold: Int[np.ndarray, " f"]) -> Int[Tensor, " f"]:
+    """Where the rows of a fold stand among the readable ones."""
+    return torch.isin(readable, torch.from_numpy(fold)).nonzero()[:, 0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,18 +15,21 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from distilclip.evaluate.agreement import Agreement
+from distilclip.evaluate.few_shot import FewShot
 from distilclip.evaluate.retrieval import Retrieval
 from distilclip.evaluate.zero_shot import ZeroShot
-from distilclip.ops.metrics import bootstrap_interval, mean_per_class
+from distilclip.ops.metrics import bootstrap_interval, mean_interval, mean_per_class
 from distilclip.ops.probe import Probe
 
-Task = Literal["zero-shot", "linear-probe", "retrieval", "agreement"]
+Task = Literal["zero-shot", "linear-probe", "knn-probe", "few-shot", "retrieval", "agreement"]
 RECALL_AT = (1, 5, 10)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """One number. `value`, `low` and `high` (a 95 % bootstrap interval), `chance` and `majority` are fractions.
+    """One number. `value`, `low` and `high` (a 95 % interval), `chance` and `majority` are fractions.
+
+    The interval is a bootstrap over the test images, or, of a mean over folds or draws, Student's t over these.
 
     `value` is None where there is none, and `reason` says why. `headline` marks the metric that the set is known by.
     `chance` is what guessing gets, `majority` what always answering the most frequent class gets. `details` say how it
@@ -64,11 +69,40 @@ def zero_shot_scores(found: ZeroShot, base: Score, *, headline: str, seed: int) 
     return _accuracies(found.rank == 0, found.labels, base, headline=headline, seed=seed, top5=found.rank < 5)
 
 
-def probe_scores(found: Probe, labels: Int[Tensor, " n"], base: Score, *, headline: str, seed: int) -> list[Score]:
-    """Top-1 and mean per class, with the penalty and how it was found."""
-    sweep = [list(point) for point in found.sweep]
-    base = base.with_details(l2=found.l2, sweep=sweep, converged=found.converged)
-    return _accuracies(found.predictions.cpu() == labels, labels, base, headline=headline, seed=seed)
+def probe_scores(
+    found: Sequence[Probe], labels: Int[Tensor, " n"], base: Score, *, headline: str, seed: int
+) -> list[Score]:
+    """Top-1 and mean per class of a linear probe, with the penalty and how it was found; of folds, the means."""
+    base = base.with_details(
+        l2=found[0].l2 if len(found) == 1 else [probe.l2 for probe in found],
+        sweep=[list(point) for point in found[0].sweep],
+        converged=all(probe.converged for probe in found),
+    )
+    if len(found) == 1:
+        return _accuracies(found[0].predictions.cpu() == labels, labels, base, headline=headline, seed=seed)
+    return [
+        _mean_score([getattr(probe, attribute) for probe in found], base, labels, metric=metric, headline=headline)
+        for metric, attribute in (("top1", "accuracy"), ("mean_per_class", "mean_per_class"))
+    ]
+
+
+def knn_scores(
+    predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], base: Score, *, headline: str, seed: int
+) -> list[Score]:
+    """Top-1 and mean per class of the k-nearest-neighbour probe."""
+    return _accuracies(predictions.cpu() == labels, labels, base, headline=headline, seed=seed)
+
+
+def few_shot_scores(found: FewShot, labels: Int[Tensor, " n"], base: Score, *, metric: str) -> list[Score]:
+    """The set's own metric for every number of shots, a mean over the draws; the most shots are the headline."""
+    attribute = "accuracy" if metric == "top1" else metric
+    scores = []
+    for shots, probes in found.probes.items():
+        values = [getattr(probe, attribute) for probe in probes]
+        named = base.with_details(shots=shots, metric=metric, l2=[probe.l2 for probe in probes])
+        name, last = f"{shots}_shot", f"{max(found.probes)}_shot"
+        scores.append(_mean_score(values, named, labels, metric=name, headline=last))
+    return scores
 
 
 def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score, *, seed: int) -> list[Score]:
@@ -99,10 +133,11 @@ def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score, *,
 
 
 def agreement_scores(found: Agreement, base: Score) -> list[Score]:
-    """CKA, where the widths match mean cosine and, for a labelled set, top-1 agreement and KL."""
+    """CKA, where the widths match mean cosine and, for a labelled set, top-1 and top-5 agreement and KL."""
     values = {"cka": found.cka, "cosine": found.cosine}
     if base.num_classes is not None:
-        values = {"top1_agreement": found.top1, "kl": found.kl, **values}
+        top5 = {"top5_agreement": found.top5} if found.top5 is not None else {}
+        values = {"top1_agreement": found.top1, **top5, "kl": found.kl, **values}
     reasons = {"cosine": "the embeddings of student and teacher differ in width"}
     return [
         dataclasses.replace(
@@ -110,7 +145,9 @@ def agreement_scores(found: Agreement, base: Score) -> list[Score]:
             metric=metric,
             value=value,
             headline=metric in ("top1_agreement", "cka"),
-            reason="" if value is not None else reasons.get(metric, "the classes have numbers but no names"),
+            reason=""
+            if value is not None
+            else reasons.get(metric, "one of the two has no text classifier for the classes"),
         )
         for metric, value in values.items()
     ]
@@ -149,6 +186,22 @@ def _accuracies(
             )
         )
     return scores
+
+
+def _mean_score(values: list[float], base: Score, labels: Int[Tensor, " n"], *, metric: str, headline: str) -> Score:
+    """The mean over folds or draws."""
+    assert base.num_classes is not None
+    low, high = mean_interval(values)
+    return dataclasses.replace(
+        base.with_details(values=values),
+        metric=metric,
+        value=statistics.fmean(values),
+        headline=metric == headline,
+        low=low,
+        high=high,
+        chance=1 / base.num_classes,
+        num_test=len(labels),
+    )
 
 
 def _chance_of_any(owned: Int[Tensor, " n"], num_captions: int, k: int) -> float:

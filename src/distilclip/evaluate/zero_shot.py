@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from distilclip.data.policy import ErrorPolicy
 from distilclip.errors import InputError
-from distilclip.evaluate.classes import check_templates, templates_digest
+from distilclip.evaluate.classes import check_templates
 from distilclip.evaluate.dataset import LabelledSet
 from distilclip.evaluate.encode import Encoding, encode_images, encode_texts
 from distilclip.evaluate.sets import load_set
@@ -26,7 +26,6 @@ class TextClassifier:
 
     weight: Float[Tensor, "k dim"]
     scale: float
-    templates_digest: str
 
     def logits(self, image: Float[Tensor, "n dim"]) -> Float[Tensor, "n k"]:
         """Scaled cosine similarities, in float32."""
@@ -70,9 +69,7 @@ def text_classifier(
         prompts = [template.replace("{}", name) for name in some for template in templates]
         embeddings = encode_texts(clip, prompts, encoding=encoding)
         rows.append(F.normalize(embeddings.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
-    return TextClassifier(
-        weight=torch.cat(rows), scale=float(clip.scale.detach()), templates_digest=templates_digest(templates)
-    )
+    return TextClassifier(weight=torch.cat(rows), scale=float(clip.scale.detach()))
 
 
 def classify(

@@ -14,7 +14,7 @@ import logging
 import os
 import pickle
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,8 +119,8 @@ class Clip:
         finally:
             visual.proj = projection
 
-    def save(self, folder: str) -> None:
-        """Write an open_clip `local-dir:` folder: config, then weights as safetensors.
+    def save(self, folder: str, *, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write an open_clip `local-dir:` folder: config, then weights as safetensors (default: those of `model`).
 
         Raises `InputError` for a model whose architecture is known to the hub only.
         """
@@ -128,7 +128,8 @@ class Clip:
             raise InputError(f"{self.name}: its architecture came from the hub; train a student with a local one.")
         config = {"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}
         files.write_bytes(files.join(folder, CONFIG_FILE), json.dumps(config, indent=2).encode())
-        state = {name: value.detach().to("cpu").contiguous() for name, value in self.model.state_dict().items()}
+        state = self.model.state_dict() if weights is None else weights
+        state = {name: value.detach().to("cpu").contiguous() for name, value in state.items()}
         files.write_bytes(files.join(folder, WEIGHTS_FILE), safetensors.torch.save(state))
 
 

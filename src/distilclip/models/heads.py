@@ -19,7 +19,7 @@ class Heads(nn.Module):
 
     `image_projection` and `text_projection` are SPEC's P_v and P_c (identity where the widths agree, unless
     `always_project`); `fuse_image` and `fuse_text` are F_v and F_c of the augmented term; the log-scales start at
-    log(1 / 0.07); `centers` are the class centers W, present when the objective has a cluster term.
+    log(1 / 0.07). The class centers W are not among them: they may be sharded (train.classhead).
     """
 
     def __init__(
@@ -29,7 +29,6 @@ class Heads(nn.Module):
         *,
         always_project: bool = False,
         augmented: bool = False,
-        centers: Float[Tensor, "k teacher_dim"] | None = None,
     ) -> None:
         super().__init__()
         project = always_project or student_dim != teacher_dim
@@ -40,7 +39,6 @@ class Heads(nn.Module):
         self.instance_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.interactive_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.augmented_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
-        self.centers = nn.Parameter(centers.clone().float()) if centers is not None else None
 
     def project(self, student: Features) -> Features:
         """The student's embeddings in the teacher's space: u_v = normalise(P_v e_s), u_c = normalise(P_c c_s)."""

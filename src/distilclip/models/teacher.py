@@ -14,16 +14,14 @@ from distilclip.ops.features import Features
 Teacher = Callable[[Batch], Features]
 
 
-def stored_teacher(scale: float, *, device: torch.device) -> Teacher:
-    """The teacher whose embeddings the stream has joined from a store; `scale` is the one the store records."""
+def stored_teacher(scale: float, *, device: torch.device, place: int = 0) -> Teacher:
+    """The teacher whose embeddings the stream has joined from its store in this `place`, with that store's scale."""
     factor = torch.tensor(scale, device=device)
 
     def features(batch: Batch) -> Features:
-        assert batch.teacher_image is not None
-        assert batch.teacher_text is not None
         return Features(
-            image=torch.nn.functional.normalize(batch.teacher_image.to(device).float(), dim=-1),
-            text=torch.nn.functional.normalize(batch.teacher_text.to(device).float(), dim=-1),
+            image=torch.nn.functional.normalize(batch.teacher_image[place].to(device).float(), dim=-1),
+            text=torch.nn.functional.normalize(batch.teacher_text[place].to(device).float(), dim=-1),
             scale=factor,
         )
 
@@ -33,7 +31,7 @@ def stored_teacher(scale: float, *, device: torch.device) -> Teacher:
 def live_teacher(clip: Clip) -> Teacher:
     """A teacher run on every batch, on its own view of each picture and with its own tokenizer.
 
-    The stream must have been opened with the teacher's transform (`views`), since sizes and means differ.
+    The stream must show crops at the teacher's size too.
     """
 
     @torch.no_grad()

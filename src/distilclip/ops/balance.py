@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,10 +16,13 @@ from distilclip.ops import groups
 from distilclip.ops.groups import Curve, Forest, ForestBuilder
 from distilclip.ops.metric import distance, squared_threshold
 from distilclip.ops.neighbours import near_pairs, nearest
-from distilclip.ops.points import Points, distinct
+from distilclip.ops.points import Distinct, Points, distinct
 from distilclip.ops.representatives import representatives
 
 NUM_CURVE_POINTS = 100
+
+# Of every row's group (its smallest row, -1 for none): the representative and the squared distance to it.
+Represent = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +43,7 @@ class Balance:
     forest: Forest
     saturated: float | None = None  # topk mode: share of rows whose list is full, where edges may be missing
     max_radius: float | None = None
-    _points: Points = field(repr=False)
+    _represent: Represent = field(repr=False)
 
     @property
     def keep(self) -> Bool[np.ndarray, " n"]:
@@ -71,13 +76,32 @@ class Balance:
         steps = self.max_threshold * np.arange(1, NUM_CURVE_POINTS + 1) / NUM_CURVE_POINTS
         return groups.curve(self.forest, thresholds=steps, num_valid=self.num_valid)
 
+    @property
+    def num_chained(self) -> int:
+        """Rows farther than the threshold from their representative: only a chain of others joins them to it."""
+        return int((self.distance[self.representative >= 0] >= np.float32(self.threshold)).sum())
+
+    def borderline(self, count: int) -> tuple[Forest, Forest]:
+        """The pairs of the forest just under the threshold, nearest to it first, and those from it on."""
+        stop = len(self.forest.below(self.threshold))
+        return self.forest.at(np.arange(stop)[::-1][:count]), self.forest.at(np.arange(stop, len(self.forest))[:count])
+
+    def largest_groups(self, count: int) -> list[tuple[int, int, float]]:
+        """Groups of more than one row, largest first: smallest row, members, largest distance to a representative."""
+        members = self.group >= 0
+        size = np.bincount(self.group[members], minlength=len(self.group))
+        largest = np.lexsort((np.arange(len(size)), -size))[:count]
+        farthest = np.zeros(len(size), np.float32)
+        np.maximum.at(farthest, self.group[members], self.distance[members])
+        return [(int(g), int(size[g]), float(farthest[g])) for g in largest if size[g] > 1]
+
     def at(self, threshold: float) -> Balance:
         """What `balance` with another threshold, at most `max_threshold`, would return, without another search."""
         if not 0 < threshold <= self.max_threshold:
             raise InputError(f"threshold={threshold!r}: the search covers (0, {self.max_threshold!r}]. Search wider.")
         return cut(
-            self._points,
             self.forest,
+            represent=self._represent,
             valid=self.group >= 0,
             threshold=threshold,
             max_threshold=self.max_threshold,
@@ -130,15 +154,21 @@ def balance(
     )
     points = Points.of(x, metric=metric, valid=valid)
     valid = np.ones(len(points), bool) if valid is None else valid
-    forest, saturated = similarity_forest(
-        points, valid, threshold=max_threshold, metric=metric, top_k=top_k, memory_gb=memory_gb, device=device
-    )
+    saturated = None
+    if top_k is None:
+        forest = similarity_forest(
+            points, valid, threshold=max_threshold, metric=metric, memory_gb=memory_gb, device=device
+        )
+    else:
+        forest, saturated = nearest_forest(
+            points, valid, threshold=max_threshold, metric=metric, top_k=top_k, memory_gb=memory_gb, device=device
+        )
     if target_removed is not None:
         threshold = groups.threshold_for(forest, removed_ratio=target_removed, num_valid=int(valid.sum()))
     assert threshold is not None  # largest_threshold asked for one of the two
     return cut(
-        points,
         forest,
+        represent=partial(representatives, points, metric=metric, max_radius=max_radius),
         valid=valid,
         threshold=threshold,
         max_threshold=max_threshold,
@@ -154,26 +184,46 @@ def similarity_forest(
     *,
     threshold: float,
     metric: str,
-    top_k: int | None = None,
+    split: int | None = None,
     memory_gb: float | None = None,
     device: str | torch.device | None = None,
-) -> tuple[Forest, float | None]:
+) -> Forest:
     """The search: a minimum spanning forest of all pairs of valid rows closer than `threshold`.
 
-    With `top_k`, of each row's `top_k` nearest only, and the share of rows whose list is full below the threshold:
-    such a row may have further neighbours that its list has no place for.
+    With `split`, of the pairs of a row before it and a row from it on (and of pairs of equal rows wherever they are):
+    the forests of both sides and this one merge to the forest of all.
     """
+    same, forest = _collapse(points, valid)
+    near_pairs(
+        points,
+        same.first,
+        threshold=threshold,
+        metric=metric,
+        into=forest,
+        split=None if split is None else int(np.searchsorted(same.first, split)),
+        memory_gb=memory_gb,
+        device=device,
+    )
+    return forest.forest()
+
+
+def nearest_forest(
+    points: Points,
+    valid: Bool[np.ndarray, " n"],
+    *,
+    threshold: float,
+    metric: str,
+    top_k: int,
+    memory_gb: float | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Forest, float]:
+    """The search of the paper's text: the same of each row's `top_k` nearest only (CLIP-CID, section 3.1).
+
+    Also the share of rows whose list is full below the threshold: such a row may have further neighbours that its list
+    has no place for.
+    """
+    same, forest = _collapse(points, valid)
     rows = np.flatnonzero(valid)
-    same = distinct(points.values, rows)
-    original = same.first[same.position[rows]]
-    copied = original != rows
-    forest = ForestBuilder(len(points))
-    forest.add(original[copied], rows[copied], np.zeros(copied.sum(), np.float32))
-    if top_k is None:
-        near_pairs(
-            points, same.first, threshold=threshold, metric=metric, into=forest, memory_gb=memory_gb, device=device
-        )
-        return forest.forest(), None
     lists = nearest(points, same.first, k=top_k, metric=metric, memory_gb=memory_gb, device=device)
     near = lists.distance < np.float32(threshold)
     forest.add(np.repeat(same.first, near.sum(axis=1)), lists.row[near], lists.distance[near])
@@ -181,10 +231,21 @@ def similarity_forest(
     return forest.forest(), float(full[same.position[rows]].sum()) / max(len(rows), 1)
 
 
+def _collapse(points: Points, valid: Bool[np.ndarray, " n"]) -> tuple[Distinct, ForestBuilder]:
+    """The distinct valid rows, and a forest that joins each to its copies."""
+    rows = np.flatnonzero(valid)
+    same = distinct(points.values, rows)
+    original = same.first[same.position[rows]]
+    copied = original != rows
+    forest = ForestBuilder(len(points))
+    forest.add(original[copied], rows[copied], np.zeros(copied.sum(), np.float32))
+    return same, forest
+
+
 def cut(
-    points: Points,
     forest: Forest,
     *,
+    represent: Represent,
     valid: Bool[np.ndarray, " n"],
     threshold: float,
     max_threshold: float,
@@ -194,7 +255,7 @@ def cut(
 ) -> Balance:
     """The groups of a forest at a threshold, and their representatives."""
     group = np.where(valid, forest.below(threshold).groups(), -1)
-    representative, squared = representatives(points, group, metric=metric, max_radius=max_radius)
+    representative, squared = represent(group)
     return Balance(
         group=group,
         representative=representative,
@@ -205,7 +266,7 @@ def cut(
         forest=forest,
         saturated=saturated,
         max_radius=max_radius,
-        _points=points,
+        _represent=represent,
     )
 
 

@@ -26,6 +26,9 @@ POINTS_PER_CENTER = 16  # of the sample that the centers are fitted to
 NUM_ROUNDS = 3  # of k-means; the partition need not be optimal, only good
 
 
+Side = tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]  # of every cell, its first position and its last, plus 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cells:
     """Points sorted by cell: `order[start[c]:start[c + 1]]` are those of cell c, and `z` holds them in that order.
@@ -45,8 +48,20 @@ class Cells:
     def __len__(self) -> int:
         return len(self.centers)
 
+    def sides(self, split: int) -> tuple[Side, Side]:
+        """Of every cell, the positions of the points that come before the split, and of those that come after it."""
+        # A cell holds its points in ascending order, so those before the split come first.
+        middle = self.start[:-1] + np.diff(np.cumsum(np.append(0, self.order < split))[self.start])
+        return (self.start[:-1], middle), (middle, self.start[1:])
+
     def within_reach(
-        self, cell: int, distance: float, *, found: Int[np.ndarray, " m"], image: Int16[np.ndarray, "m width"]
+        self,
+        cell: int,
+        distance: float,
+        *,
+        among: Side,
+        found: Int[np.ndarray, " m"],
+        image: Int16[np.ndarray, "m width"],
     ) -> Iterator[int]:
         """Points of later cells that may lie within a distance of a point of the cell, as many at a time as fit.
 
@@ -59,6 +74,7 @@ class Cells:
                 cell,
                 position,
                 self.start,
+                *among,
                 z,
                 self.centers,
                 self.own,
@@ -136,7 +152,9 @@ def _lower_gaps(squared, label, own, least_gap):
 
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
-def _within_reach(cell, position, start, z, centers, own, least_gap, between, twice, rounding, found, image):
+def _within_reach(
+    cell, position, start, first, last, z, centers, own, least_gap, between, twice, rounding, found, image
+):
     """Fill `found` and `image`; returns where to go on and how many were found."""
     center = centers[cell]
     count = 0
@@ -144,7 +162,7 @@ def _within_reach(cell, position, start, z, centers, own, least_gap, between, tw
     while b < len(centers):
         limit = twice * between[cell, b] + rounding - least_gap[cell, b]
         if least_gap[b, cell] < limit:
-            for i in range(max(position, start[b]), start[b + 1]):
+            for i in range(max(position, first[b]), last[b]):
                 squared = np.float32(0)
                 for k in range(len(center)):
                     difference = widened(z[i, k]) - center[k]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import no_type_check
 
 import numpy as np
@@ -34,10 +34,11 @@ class Forest:
 
     def below(self, threshold: float) -> Forest:
         """The edges with distance < threshold: the forest of that threshold's pairs."""
-        stop = int(np.searchsorted(self.distance, np.float32(threshold), side="left"))
-        return Forest(
-            left=self.left[:stop], right=self.right[:stop], distance=self.distance[:stop], num_rows=self.num_rows
-        )
+        return self.at(slice(int(np.searchsorted(self.distance, np.float32(threshold), side="left"))))
+
+    def at(self, edges: slice | Int[np.ndarray, " m"]) -> Forest:
+        """Some of the edges."""
+        return replace(self, left=self.left[edges], right=self.right[edges], distance=self.distance[edges])
 
     def groups(self) -> Int[np.ndarray, " n"]:
         """Of every row, the smallest row of its group."""
@@ -84,10 +85,18 @@ class ForestBuilder:
         self._num_waiting = 0
         nothing = np.empty(0, np.int64)
         self._forest = Forest(left=nothing, right=nothing, distance=np.empty(0, np.float32), num_rows=num_rows)
-        self.links = _link(self._forest)
+        self._links: Links | None = None
+
+    @property
+    def links(self) -> Links:
+        """Which edges cannot be in the forest, as far as its last reduction knows."""
+        with self._lock:
+            if self._links is None:
+                self._links = _link(self._forest)
+            return self._links
 
     def add(self, left: Int[np.ndarray, " e"], right: Int[np.ndarray, " e"], distance: Float[np.ndarray, " e"]) -> None:
-        """Take edges in; `links` then says which further edges cannot be in the forest."""
+        """Take edges in."""
         with self._lock:
             self._waiting.append((left, right, distance))
             self._num_waiting += len(left)
@@ -112,7 +121,7 @@ class ForestBuilder:
         left, right, distance = (np.concatenate(column) for column in zip(*edges, strict=True))
         self._forest = spanning_forest(left, right, distance, num_rows=forest.num_rows)
         self._waiting, self._num_waiting = [], 0
-        self.links = _link(self._forest)
+        self._links = None  # made anew for whoever asks
 
 
 def spanning_forest(

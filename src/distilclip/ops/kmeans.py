@@ -1,24 +1,28 @@
 """Spherical k-means: unit centers, rows assigned by the largest inner product (SPEC 1.2).
 
-Rows stay where they are (half precision, memory maps) and pass through in tiles; the n x k products never exist.
+Rows stay where they are (half precision, memory maps) and pass through in blocks; the n x k products never exist.
+Labels are exact and sums of rows are whole numbers, so the centers do not depend on tiles, threads, or how the rows are
+divided.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import no_type_check
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
-from numba import njit
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from distilclip.errors import InputError
-from distilclip.ops.points import SUM, Points, in_threads, kernel_view, stored
+from distilclip.ops.assignment import Assignment, assign
+from distilclip.ops.centergroups import CenterGroups
+from distilclip.ops.centersums import CenterSums
+from distilclip.ops.points import Points
+from distilclip.ops.seeding import first_centers, sample_rows
 
-TILE = 4096  # rows and centers of a product: 64 MiB of float32
-REPAIRS = 10  # further rounds, at most, for clusters found empty by the last assignment
+REPAIRS = 30  # further rounds, at most, for clusters found empty by the last assignment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,8 @@ def kmeans(
     num_iterations: int = 20,
     seed: int = 0,
     points_per_center: int | None = None,
+    initial: Float[np.ndarray, "k dim"] | None = None,
+    tolerance: float = 0.0,
     device: str | torch.device | None = None,
 ) -> KMeans:
     """Cluster rows by direction.
@@ -64,88 +70,72 @@ def kmeans(
         seed: of the sample and of the first centers. Same seed, same result on one machine.
         points_per_center: fit on a sample of at most this many rows per center; default all. Every row is assigned
             at the end.
+        initial: first centers, of any nonzero length; default rows drawn by `seeding.first_centers`.
+        tolerance: stop when the objective falls by less than this share of it; 0 goes on until nothing changes.
         device: where products are computed; default the CPU.
 
     Raises:
-        InputError: more centers than rows, or a row that is zero or not finite.
+        InputError: more centers than rows or than directions among them, first centers of another shape, or a row that
+            is zero or not finite.
     """
     points = Points.of(x, metric="cosine")
-    if not 1 <= num_centers <= len(points):
-        raise InputError(f"num_centers={num_centers} must lie between 1 and the number of rows, {len(points)}.")
+    check_num_centers(num_centers, len(points))
     random = np.random.default_rng(seed)
-    rows = np.arange(len(points))
-    if points_per_center is not None and points_per_center * num_centers < len(rows):
-        rows = np.sort(random.choice(len(rows), points_per_center * num_centers, replace=False))
-    centers = first_centers(points, rows, num_centers=num_centers, random=random, device=device)
-    labels = np.full(len(rows), -1)
-    for iteration in range(num_iterations + REPAIRS):
-        previous = labels
-        labels, _ = assign(points, centers, rows=rows, device=device)
-        sizes = np.bincount(labels, minlength=num_centers)
-        settled = iteration >= num_iterations or np.array_equal(labels, previous)
-        if settled and sizes.all():
+    rows, first = sample_rows(len(points), num_centers=num_centers, points_per_center=points_per_center, random=random)
+    if initial is None:
+        centers = first_centers(points, first, num_centers=num_centers, random=random, device=device)
+    else:
+        centers = _unit_centers(initial, (num_centers, points.dim))
+    groups, previous = CenterGroups.of(centers), None
+    known = Assignment(centers, groups=groups, device=device).unknown(len(rows))
+    sums = CenterSums.zero(num_centers, points.dim)
+    objectives: list[float] = []
+    while True:
+        before = known.labels.copy()
+        assignment = Assignment(centers, groups=groups, before=previous, device=device)
+        distance = assignment.update(known, points, rows)
+        sums.move(points, rows, before, known.labels)
+        objectives.append(sums.objective(centers))
+        renewed = sums.centers(centers)
+        unchanged = np.array_equal(renewed, centers)
+        if is_finished(objectives, num_iterations, sums.count, unchanged=unchanged, tolerance=tolerance):
             break
-        centers = _means(points, rows, labels, sizes, centers)
-        _split_heaviest(centers, sizes)
-    labels, distance = assign(points, centers, device=device)
+        centers, previous = renewed, centers
+    labels = known.labels
+    if len(rows) < len(points):
+        labels, distance = assign(points, centers, device=device)
     return KMeans(
-        centers=centers, labels=labels, distance=distance, objective=float(distance.astype(np.float64).mean())
+        centers=centers,
+        labels=labels.astype(np.int64),
+        distance=distance,
+        objective=float(distance.astype(np.float64).mean()),
     )
 
 
-def assign(
-    points: Points,
-    centers: Float[np.ndarray, "k dim"],
+def is_finished(
+    objectives: Sequence[float],
+    num_iterations: int,
+    count: Int[np.ndarray, " k"],
     *,
-    rows: Int[np.ndarray, " n"] | None = None,
-    device: str | torch.device | None = None,
-) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """The center of largest inner product for every row, and the cosine distance to it; ties to the first center."""
-    rows = np.arange(len(points)) if rows is None else rows
-    labels = np.empty(len(rows), np.int64)
-    distance = np.empty(len(rows), np.float32)
-    all_centers = torch.from_numpy(centers).to(device)
-    for start in range(0, len(rows), TILE):
-        block = points.block(rows[start : start + TILE], device=all_centers.device)
-        best = torch.full((len(block),), -torch.inf, device=block.device)
-        label = torch.zeros(len(block), dtype=torch.int64, device=block.device)
-        for first in range(0, len(centers), TILE):
-            here, index = (block @ all_centers[first : first + TILE].T).max(dim=1)
-            better = here > best
-            best = torch.where(better, here, best)
-            label = torch.where(better, index + first, label)
-        labels[start : start + TILE] = label.cpu().numpy()
-        distance[start : start + TILE] = (1 - best).clamp_(min=0).cpu().numpy()
-    return labels, distance
+    unchanged: bool,
+    tolerance: float,
+) -> bool:
+    """Whether the centers stay as they are, after an assignment to them.
 
-
-def first_centers(
-    points: Points,
-    rows: Int[np.ndarray, " n"],
-    *,
-    num_centers: int,
-    random: np.random.Generator,
-    device: str | torch.device | None = None,
-) -> Float[np.ndarray, "k dim"]:
-    """k-means++ in growing rounds: each draws up to a quarter as many rows as are chosen already, with probability
-    proportional to the squared distance (2 - 2cos) to the nearest chosen one, without replacement.
-
-    One row at a time for the first few, about log k rounds over the rows afterwards (after k-means||, Bahmani et al.
-    2012, whose oversampled candidates are kept as they are).
+    `objectives` are those of all assignments so far, of which the first was to the first centers; `count` are the rows
+    of each cluster. Empty clusters are split further, for a while, when the iterations are used up.
     """
-    chosen = np.empty(0, np.int64)
-    nearest = np.full(len(rows), 2.0, np.float32)
-    while len(chosen) < num_centers:
-        count = min(max(1, len(chosen) // 4), num_centers - len(chosen))
-        # The `count` smallest of Exponential / weight are a weighted draw without replacement. Weight 0 comes last.
-        keys = random.exponential(size=len(rows)) / np.maximum(nearest.astype(np.float64), 1e-12)
-        keys[chosen] = np.inf
-        drawn = np.argpartition(keys, count - 1)[:count]
-        drawn = drawn[np.argsort(keys[drawn], kind="stable")]
-        _, distance = assign(points, points.block(rows[drawn]).numpy(), rows=rows, device=device)
-        nearest = np.minimum(nearest, distance)
-        chosen = np.concatenate([chosen, drawn])
-    return points.block(rows[chosen]).numpy()
+    num_updates = len(objectives) - 1
+    if not count.all():
+        return num_updates >= num_iterations + REPAIRS
+    slow = num_updates > 0 and objectives[-2] - objectives[-1] < tolerance * objectives[-2]
+    return unchanged or slow or num_updates >= num_iterations
+
+
+def check_num_centers(num_centers: int, num_rows: int) -> None:
+    """Raise `InputError` unless there is a row for each center."""
+    if not 1 <= num_centers <= num_rows:
+        raise InputError(f"num_centers={num_centers} must lie between 1 and the number of rows, {num_rows}.")
 
 
 def gini(sizes: Int[np.ndarray, " k"]) -> float:
@@ -162,45 +152,8 @@ def size_histogram(sizes: Int[np.ndarray, " k"]) -> Int[np.ndarray, " b"]:
     return np.bincount(np.frexp(sizes)[1])
 
 
-def _means(
-    points: Points, rows: np.ndarray, labels: np.ndarray, sizes: np.ndarray, centers: np.ndarray
-) -> Float[np.ndarray, "k dim"]:
-    """The directions of the clusters' mean points, summed in float64 in the order of the rows; a cluster without
-    rows, or whose rows cancel, keeps its center."""
-    order = rows[np.argsort(labels, kind="stable")]
-    stop = np.cumsum(sizes)
-    result = centers.copy()
-    values = kernel_view(points.values)
-    in_threads(
-        lambda a, b: _mean_directions(values, points.scale, order, stop[a:b] - sizes[a:b], stop[a:b], result[a:b]),
-        len(centers),
-    )
-    return result
-
-
-def _split_heaviest(centers: Float[np.ndarray, "k dim"], sizes: Int[np.ndarray, " k"]) -> None:
-    """Give each empty cluster half of the heaviest one, in place: two centers a little to either side of it."""
-    sizes = sizes.copy()
-    for empty in np.flatnonzero(sizes == 0):
-        heaviest = int(sizes.argmax())
-        sizes[empty] = sizes[heaviest] // 2
-        sizes[heaviest] -= sizes[empty]
-        # A fixed direction that differs from cluster to cluster, small against the spread of any real cluster.
-        direction = np.random.default_rng(empty).standard_normal(centers.shape[1], np.float32)
-        step = direction * np.float32(1e-3 / centers.shape[1] ** 0.5)
-        for index, side in ((empty, centers[heaviest] + step), (heaviest, centers[heaviest] - step)):
-            centers[index] = side / np.linalg.norm(side)
-
-
-@njit(nogil=True, cache=True, fastmath=SUM)
-@no_type_check
-def _mean_directions(values, scale, order, start, stop, out):
-    total = np.empty(values.shape[1])
-    for c in range(len(start)):
-        total[:] = 0.0
-        for i in order[start[c] : stop[c]]:
-            for k in range(len(total)):
-                total[k] += scale[i] * stored(values[i, k])
-        length = np.sqrt((total * total).sum())
-        if length > 0:
-            out[c] = total / length
+def _unit_centers(initial: Float[np.ndarray, "k dim"], shape: tuple[int, int]) -> Float32[np.ndarray, "k dim"]:
+    if initial.shape != shape:
+        raise InputError(f"initial has the shape {initial.shape}; {shape} is needed: num_centers x width of the rows.")
+    centers = Points.of(initial, metric="cosine")
+    return centers.block(np.arange(len(centers))).numpy()

@@ -6,11 +6,14 @@ strictly ahead of the target plus the equal ones with a smaller index, so a cons
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+import statistics
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from scipy import stats
 from torch import Tensor
 
 TILE_ELEMENTS = 1 << 24  # scores in memory at once: 64 MiB in float32
@@ -117,6 +120,20 @@ def mean_kl(student_logits: Float[Tensor, "n k"], teacher_logits: Float[Tensor, 
     student = student_logits.double().log_softmax(dim=1)
     teacher = teacher_logits.double().log_softmax(dim=1)
     return (teacher.exp() * (teacher - student)).sum(dim=1).mean().item()
+
+
+def top_k_overlap(student_logits: Float[Tensor, "n k"], teacher_logits: Float[Tensor, "n k"], *, top_k: int) -> float:
+    """Mean over rows of the share of the teacher's `top_k` first classes that are among the student's."""
+    student = student_logits.topk(top_k, dim=1).indices
+    teacher = teacher_logits.topk(top_k, dim=1).indices
+    return (student[:, :, None] == teacher[:, None, :]).any(dim=1).double().mean().item()
+
+
+def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple[float, float]:
+    """Student's t interval of the mean of a few independent values: accuracies of several folds or draws."""
+    mean, spread = statistics.fmean(values), statistics.stdev(values)
+    reach = float(stats.t.ppf((1 + confidence) / 2, len(values) - 1)) * spread / math.sqrt(len(values))
+    return mean - reach, mean + reach
 
 
 def bootstrap_interval(

@@ -144,11 +144,14 @@ def mask_patches(
     ratio: float = 0.75,
     patch: int = 16,
     generator: torch.Generator | None = None,
+    first: int = 0,
+    count: int | None = None,
 ) -> Float[Tensor, "n channels height width"]:
     """Images with a random `ratio` of a grid of `patch` x `patch` squares set to the image's own mean colour.
 
     Every image loses the same number of squares. Works on pixels, so that any architecture can be the student; squares
-    at the right and lower edge may be smaller. Raises `ValueError` for a ratio outside 0..1.
+    at the right and lower edge may be smaller. For images `first`, `first` + 1, ... of a batch of `count` (default: all
+    are here) the draws are those that the whole batch would get. Raises `ValueError` for a ratio outside 0..1.
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio={ratio}: the masked share of patches lies in 0..1.")
@@ -156,7 +159,8 @@ def mask_patches(
     grid = -(-height // patch), -(-width // patch)
     num_patches = grid[0] * grid[1]
     device = pixels.device if generator is None else generator.device
-    order = torch.rand(n, num_patches, generator=generator, device=device).to(pixels.device).argsort(dim=1)
+    draws = torch.rand(n if count is None else count, num_patches, generator=generator, device=device)
+    order = draws[first : first + n].to(pixels.device).argsort(dim=1)
     masked = (order < round(ratio * num_patches)).view(n, 1, *grid)
     masked = masked.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[:, :, :height, :width]
     return torch.where(masked, pixels.mean(dim=(2, 3), keepdim=True), pixels)

@@ -75,15 +75,19 @@ def near_pairs(
     threshold: float,
     metric: str,
     into: Collector,
+    split: int | None = None,
     memory_gb: float | None = None,
     device: str | torch.device | None = None,
 ) -> None:
-    """Hand the pairs among `rows` (ascending) closer than the threshold to `into`, save those its links rule out."""
+    """Hand the pairs among `rows` (ascending) closer than the threshold to `into`, save those its links rule out.
+
+    With `split`, only pairs of one of `rows[:split]` and one of `rows[split:]`.
+    """
     if as_device(device).type == "cpu":
-        search(points, rows, threshold=threshold, metric=metric, into=into, memory_gb=memory_gb)
+        search(points, rows, threshold=threshold, metric=metric, into=into, memory_gb=memory_gb, split=split)
     else:
         size = tile_rows(points.dim, memory_gb)
-        compare_all(points, rows, threshold=threshold, metric=metric, into=into, size=size, device=device)
+        compare_all(points, rows, threshold=threshold, metric=metric, into=into, size=size, device=device, split=split)
 
 
 def compare_all(
@@ -95,17 +99,19 @@ def compare_all(
     into: Collector,
     size: int,
     device: str | torch.device | None,
+    split: int | None = None,
 ) -> None:
     """The same by products of all tiles of `size` rows: for accelerators, which have arithmetic to spare."""
     limit = squared_threshold(threshold, metric) + product_error(points.dim, float(points.norm[rows].max(initial=0.0)))
-    for a in range(0, len(rows), size):
-        upper = rows[a : a + size]
+    for a in range(0, len(rows[:split]), size):
+        upper = rows[:split][a : a + size]
         upper_block = points.block(upper, device=as_device(device))
-        for b in range(a, len(rows), size):
+        for b in range(a if split is None else split, len(rows), size):
             lower = rows[b : b + size]
-            lower_block = upper_block if a == b else points.block(lower, device=as_device(device))
+            diagonal = split is None and a == b
+            lower_block = upper_block if diagonal else points.block(lower, device=as_device(device))
             near = squared_product(upper_block, lower_block) < limit
-            if a == b:
+            if diagonal:
                 near = near.triu_(diagonal=1)
             i, j = near.nonzero(as_tuple=True)
             left, right = upper[i.cpu().numpy()], lower[j.cpu().numpy()]

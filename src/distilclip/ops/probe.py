@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -44,6 +45,7 @@ def linear_probe(
     l2: float | None = None,
     validation: tuple[Float[Tensor, "v dim"], Int[Tensor, " v"]] | None = None,
     held_out: float = 0.2,
+    refit: Literal["all", "train"] = "all",
     seed: int = 0,
     tolerance: float = 1e-7,
     max_iterations: int = 1000,
@@ -53,7 +55,8 @@ def linear_probe(
     Where `l2` is None, the penalty of `ops.logistic`'s objective (scikit-learn's 1 / C) is swept as for CLIP: seven
     points two decades apart from 1e-6 to 1e6, then halving around the best down to eight per decade. It is chosen by
     the accuracy on `validation`, or on a stratified share `held_out` of the training rows drawn with `seed`; equal
-    accuracies are decided by the smaller cross-entropy. The last fit has training and validation rows together.
+    accuracies are decided by the smaller cross-entropy. The last fit has training and validation rows together, or with
+    `refit="train"` the training rows alone (where their number is the point, as in few-shot).
 
     Features are used as they are, neither normalised nor standardised, on the device where they lie. Two classes have a
     softmax too; scikit-learn's one-vector form at C = 2 / l2 has the same optimum. A test row of a class without any
@@ -80,7 +83,7 @@ def linear_probe(
         sweep = _sweep(fitted, checked, num_classes=len(classes), max_iterations=max_iterations)
         l2 = max(sweep, key=lambda value: sweep[value].rank)
         start = sweep[l2].fit
-    problem = LogisticProblem(blocks, num_classes=len(classes))
+    problem = LogisticProblem(blocks if refit == "all" else blocks[:1], num_classes=len(classes))
     fit = fit_logistic(problem, l2=l2, start=start, tolerance=tolerance, max_iterations=max_iterations)
     predictions = classes[_logits(fit, test).argmax(dim=1)]
     correct = predictions == test_labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import no_type_check
 
 import numpy as np
@@ -51,6 +52,40 @@ def representatives(
         ),
         len(several),
     )
+    return chosen, squared
+
+
+def representatives_in_batches(
+    take: Callable[[Int[np.ndarray, " m"]], Float[np.ndarray, "m dim"]],
+    group: Int[np.ndarray, " n"],
+    *,
+    metric: str,
+    batch_rows: int,
+    max_radius: float | None = None,
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """The same for rows that do not fit into memory: `take` reads those of several groups at a time.
+
+    A batch holds whole groups, at most `batch_rows` rows unless one group has more. Rows alone in their group are not
+    read.
+    """
+    alone = np.arange(len(group))
+    chosen = np.where(group < 0, -1, alone)
+    squared = np.where(group < 0, np.inf, 0.0)
+    size = np.bincount(group[group >= 0], minlength=len(group))
+    members = np.flatnonzero((group >= 0) & (size[group] > 1))
+    members = members[np.argsort(group[members], kind="stable")]
+    starts = np.flatnonzero(np.diff(group[members], prepend=-1))
+    stops = np.append(starts[1:], len(members))
+    begin = 0
+    while begin < len(starts):
+        end = max(begin + 1, int(np.searchsorted(stops, starts[begin] + batch_rows, side="right")))
+        rows = np.sort(members[starts[begin] : stops[end - 1]])
+        local = np.searchsorted(rows, group[rows])  # a group is called after its smallest row, which is among them
+        found, squared[rows] = representatives(
+            Points.of(take(rows), metric=metric), local, metric=metric, max_radius=max_radius
+        )
+        chosen[rows] = rows[found]
+        begin = end
     return chosen, squared
 
 

@@ -10,7 +10,6 @@ comparisons of two floats but few decisions.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,7 @@ import torch
 from jaxtyping import Float, Float32, Int
 
 from distilclip.errors import InputError
-from distilclip.ops.cells import Cells, partition
+from distilclip.ops.cells import Cells, Side, partition
 from distilclip.ops.contraction import Contraction
 from distilclip.ops.groups import ForestBuilder, Links
 from distilclip.ops.metric import distance, squared, squared_threshold
@@ -65,8 +64,12 @@ def search(
     into: Collector,
     memory_gb: float | None = None,
     num_cells: int | None = None,
+    split: int | None = None,
 ) -> None:
-    """Hand every pair of `rows` closer than the threshold to `into`, once, save those that its links rule out."""
+    """Hand every pair of `rows` closer than the threshold to `into`, once, save those that its links rule out.
+
+    With `split`, only pairs of one of `rows[:split]` and one of `rows[split:]`.
+    """
     if len(rows) < 2:
         return
     num_cells = num_cells or default_num_cells(len(rows))
@@ -85,6 +88,7 @@ def search(
         metric=metric,
         rounding=rounding,
         into=into,
+        meetings=_meetings(cells, split),
     )
     bounds = _Bounds(query)
     crew = [_Worker(query, bounds) for _ in range(torch.get_num_threads())]
@@ -92,6 +96,15 @@ def search(
         for meet in (_Worker.meet_itself, _Worker.meet_others):
             todo = iter(range(len(cells)))  # shared: who is free takes the next
             map_threads(lambda worker, meet=meet, todo=todo: [meet(worker, cell) for cell in todo], crew)
+
+
+def _meetings(cells: Cells, split: int | None) -> list[tuple[Side, Side]]:
+    """Which points of a cell meet which of a later one: all of them all, or either side the other."""
+    if split is None:
+        everyone = cells.start[:-1], cells.start[1:]
+        return [(everyone, everyone)]
+    before, after = cells.sides(split)
+    return [(before, after), (after, before)]
 
 
 def default_num_cells(num_points: int) -> int:
@@ -120,6 +133,7 @@ class _Query:
     metric: str
     rounding: Rounding
     into: Collector
+    meetings: list[tuple[Side, Side]]
 
 
 Links4 = tuple[bool, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
@@ -177,29 +191,30 @@ class _Worker:
 
     def meet_itself(self, cell: int) -> None:
         """Find the near pairs inside a cell."""
-        tiles = list(self._tiles(cell))
-        for number, tile in enumerate(tiles):
+        mine, others = self._query.meetings[0]
+        for number, tile in enumerate(self._tiles(mine, cell)):
             self._set_left(tile)
-            for other in tiles[number:]:
+            for other in self._tiles(others, cell)[number if mine is others else 0 :]:
                 self._right[: len(other)] = self._query.cells.z[other.start : other.stop]
                 self._compare(self._rows(tile), self._rows(other), tile == other)
 
     def meet_others(self, cell: int) -> None:
         """Find the near pairs of a cell with later cells."""
-        tiles = list(self._tiles(cell))
-        if not tiles:
-            return
         distance = self._query.rounding.distance(self._limit)
-        reach = self._query.cells.within_reach(cell, distance, found=self._found, image=as_bits(self._right))
-        for count in reach:
-            right = self._query.rows[self._found[:count]]
-            for tile in tiles:
-                self._set_left(tile)
-                self._compare(self._rows(tile), right, False)
+        for mine, others in self._query.meetings:
+            tiles = self._tiles(mine, cell)
+            if not tiles:
+                continue
+            found, image = self._found, as_bits(self._right)
+            for count in self._query.cells.within_reach(cell, distance, among=others, found=found, image=image):
+                right = self._query.rows[found[:count]]
+                for tile in tiles:
+                    self._set_left(tile)
+                    self._compare(self._rows(tile), right, False)
 
-    def _tiles(self, cell: int) -> Iterator[range]:
-        start, stop = self._query.cells.start[cell : cell + 2].tolist()
-        return (range(first, min(first + HEIGHT, stop)) for first in range(start, stop, HEIGHT))
+    def _tiles(self, side: Side, cell: int) -> list[range]:
+        start, stop = int(side[0][cell]), int(side[1][cell])
+        return [range(first, min(first + HEIGHT, stop)) for first in range(start, stop, HEIGHT)]
 
     def _rows(self, tile: range) -> Int[np.ndarray, " a"]:
         return self._query.rows[tile.start : tile.stop]

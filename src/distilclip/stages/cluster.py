@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float32, Int
 
 from distilclip import run
 from distilclip.data import files
-from distilclip.data.groups import Labels, labels_path, read_centers, read_groups, write_centers, write_labels
+from distilclip.data.groups import write_centers
+from distilclip.data.images import Images
+from distilclip.data.labelling import Labelling, kept_and_removed
+from distilclip.data.rounds import Rounds, parts_of
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
+from distilclip.engine import Engine, map_parts
 from distilclip.errors import InputError
-from distilclip.ops.kmeans import assign, gini, kmeans, size_histogram
+from distilclip.ops.kmeans import REPAIRS, check_num_centers, gini, is_finished, size_histogram
 from distilclip.ops.points import Points
+from distilclip.ops.seeding import first_centers, sample_rows
+from distilclip.progress import progress, say
+
+ROUNDS = "rounds"  # the folder of what a fit needs between its rounds; gone when the stage is finished
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,27 +42,29 @@ class Config:
     """folder of `balance`: cluster kept images only (default: every valid image)"""
     num_iterations: int = 20
     """rounds of assignment and update, at most"""
+    tolerance: float = 0.0
+    """stop when a round lowers the objective by less than this share of it (default: when nothing changes)"""
     points_per_center: int | None = None
     """fit on a sample of this many images per center (default: all); every kept image gets its label"""
     seed: int = 0
     """of the sample and of the first centers"""
     device: str = run.execution("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device"""
+    """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
+    engine: Literal["local", "processes", "ray"] = run.execution("local")
+    """where shards are assigned and summed: here, in processes, or on a Ray cluster; the centers are the same"""
+    engine_address: str | None = run.execution(None)
+    """of a running Ray cluster (default: one is started on this machine)"""
+    engine_workers: int | None = run.execution(None)
+    """parts computed at the same time (default: one per core)"""
 
     def __post_init__(self) -> None:
         for name in ("num_centers", "num_iterations", "points_per_center"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1.")
-
-
-@dataclass(frozen=True)
-class _Part:
-    """The rows of one shard that take part: the kept ones, and the valid ones that balance removed."""
-
-    shard: int
-    kept: np.ndarray
-    removed: np.ndarray
+        if not 0 <= self.tolerance < 1:
+            raise InputError(f"tolerance is {self.tolerance}; it must be at least 0 and less than 1.")
+        _engine(self)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -61,58 +73,103 @@ def main(config: Config) -> dict[str, Any]:
     folder = run.open_folder(config.out, stage="cluster", config=config, inputs=inputs)
     if folder.finished:
         return folder.result()
-    store = Store.open(config.store)
-    parts = list(_parts(store, config.groups))
-    device = resolve_device(config.device)
+    images = Images(Store.open(config.store))
     if not files.exists(folder.child("centers.safetensors")):
-        result = kmeans(
-            np.concatenate([store.image(part.shard)[part.kept] for part in parts]),
-            num_centers=config.num_centers,
-            num_iterations=config.num_iterations,
-            points_per_center=config.points_per_center,
-            seed=config.seed,
-            device=device,
-        )
-        teacher = {f"teacher_{name}": str(store.teacher[name]) for name in ("name", "digest")}
-        write_centers(folder.path, result.centers, teacher)
-    centers = np.array(read_centers(folder.path))  # a copy: the file is mapped read-only
-    sizes, removed_sizes = np.zeros(len(centers), np.int64), np.zeros(len(centers), np.int64)
-    total = 0.0
-    for part in parts:
-        points = Points.of(store.image(part.shard)[np.append(part.kept, part.removed)], metric="cosine")
-        labels, distance = assign(points, centers, device=device)
-        kept = slice(0, len(part.kept))
-        if not files.exists(labels_path(folder.path, part.shard)):
-            labels_here = Labels(part.kept.astype(np.uint32), labels[kept].astype(np.uint32), distance[kept])
-            write_labels(folder.path, part.shard, labels_here)
-        sizes += np.bincount(labels[kept], minlength=len(centers))
-        removed_sizes += np.bincount(labels[len(part.kept) :], minlength=len(centers))
-        total += float(distance[kept].astype(np.float64).sum())
-    return folder.finish(
-        {
-            "num_centers": config.num_centers,
-            "num_labelled": int(sizes.sum()),
-            "objective": total / int(sizes.sum()),
-            "sizes": _describe(sizes),
-            "sizes_before_balance": _describe(sizes + removed_sizes) if config.groups else None,
-        }
+        _fit(config, folder, images)
+    labelling = Labelling(
+        store=config.store,
+        groups=config.groups,
+        folder=folder.path,
+        scratch=folder.child(ROUNDS),
+        device=config.device,
+    )
+    shards = range(images.store.num_shards)
+    _map(labelling.prepare, shards, config, f"label {folder.path}")
+    described = _describe_labels(labelling, shards, config.num_centers)
+    files.remove_folder(folder.child(ROUNDS))
+    return folder.finish({"num_centers": config.num_centers, **run.read_json(folder.child("fit.json")), **described})
+
+
+def _fit(config: Config, folder: run.Folder, images: Images) -> None:
+    """Write centers.safetensors, and before it fit.json; each round is a checkpoint."""
+    rounds = Rounds(store=config.store, folder=folder.child(ROUNDS), device=config.device)
+    number = rounds.current(config.num_iterations + REPAIRS)
+    if number is None:
+        number = 0
+        _begin(config, rounds, images)
+    rows = rounds.rows()
+    per_shard = np.diff(np.searchsorted(rows, images.starts)).tolist()
+    # With as many rows as centers, the sums of a part take at most four times the bytes of its rows.
+    parts = parts_of(per_shard, least=len(rows) if config.engine == "local" else config.num_centers)
+    while True:
+        _map(partial(rounds.prepare, number), parts, config, f"round {number} of {folder.path}")
+        centers, sums = rounds.centers(number), rounds.sums(number, parts)
+        objectives = [*rounds.objectives(number), sums.objective(centers)]
+        say(f"cluster: round {number}: objective {objectives[-1]:.6f}, {int((sums.count == 0).sum())} empty clusters")
+        renewed = sums.centers(centers)
+        unchanged = np.array_equal(renewed, centers)
+        if is_finished(objectives, config.num_iterations, sums.count, unchanged=unchanged, tolerance=config.tolerance):
+            break
+        number += 1
+        rounds.begin(number, renewed, objectives)
+    run.write_json(folder.child("fit.json"), {"num_fitted": len(rows), "objectives": objectives})
+    _write_centers(folder.path, centers, images.store)
+
+
+def _begin(config: Config, rounds: Rounds, images: Images) -> None:
+    """Choose the rows to fit to, and draw the first centers from them."""
+    kept = _kept_rows(images, config.groups)
+    check_num_centers(config.num_centers, len(kept))
+    random = np.random.default_rng(config.seed)
+    rows, sample = sample_rows(
+        len(kept), num_centers=config.num_centers, points_per_center=config.points_per_center, random=random
+    )
+    rounds.write_rows(kept[rows])
+    points = Points.of(images.take(kept[sample]), metric="cosine")
+    device = resolve_device(config.device)
+    everyone = np.arange(len(points))
+    centers = first_centers(points, everyone, num_centers=config.num_centers, random=random, device=device)
+    rounds.begin(0, centers, [])
+
+
+def _kept_rows(images: Images, groups: str | None) -> Int[np.ndarray, " n"]:
+    """Of all shards, counted through them."""
+    kept = [start + kept_and_removed(images.store, groups, shard)[0] for shard, start in enumerate(images.starts[:-1])]
+    return np.concatenate([np.empty(0, np.int64), *kept])
+
+
+def _write_centers(path: str, centers: Float32[np.ndarray, "k dim"], store: Store) -> None:
+    write_centers(path, centers, {f"teacher_{name}": str(store.teacher[name]) for name in ("name", "digest")})
+
+
+def _map(prepare: Callable[[], Callable[[Any], Any]], parts: Any, config: Config, description: str) -> None:
+    with progress(description, len(parts)) as advance:
+        for _ in map_parts(prepare, parts, engine=_engine(config)):
+            advance(1, 0)
+
+
+def _engine(config: Config) -> Engine:
+    num_gpus = 1.0 if config.engine == "ray" and config.device.startswith("cuda") else 0.0
+    return Engine(
+        kind=config.engine, address=config.engine_address, num_workers=config.engine_workers, num_gpus=num_gpus
     )
 
 
-def _parts(store: Store, groups: str | None) -> Iterator[_Part]:
-    """The rows of every shard; `InputError` where the groups belong to another store."""
-    for shard in store.shards:
-        valid = np.flatnonzero(store.rows(shard.index).valid)
-        if groups is None:
-            yield _Part(shard.index, valid, valid[:0])
-            continue
-        part = read_groups(groups, shard.index)
-        if not np.array_equal(part.row, valid):
-            raise InputError(
-                f"{groups} was not made from {store.path}: in shard {shard.index} it has other rows. "
-                "Give the store that `balance` read."
-            )
-        yield _Part(shard.index, valid[part.keep], valid[~part.keep])
+def _describe_labels(labelling: Labelling, shards: range, num_centers: int) -> dict[str, Any]:
+    """Sizes and objective, from the labels of all shards."""
+    sizes, removed_sizes = np.zeros(num_centers, np.int64), np.zeros(num_centers, np.int64)
+    total = 0.0
+    for shard in shards:
+        labels, removed = labelling.labels(shard)
+        np.add.at(sizes, labels.cluster, 1)
+        np.add.at(removed_sizes, removed, 1)
+        total += float(labels.distance.astype(np.float64).sum())
+    return {
+        "num_labelled": int(sizes.sum()),
+        "objective": total / int(sizes.sum()),
+        "sizes": _describe(sizes),
+        "sizes_before_balance": _describe(sizes + removed_sizes) if labelling.groups else None,
+    }
 
 
 def _describe(sizes: np.ndarray) -> dict[str, Any]:

@@ -10,23 +10,20 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from jaxtyping import Float16
+from torch import Tensor
 
 from distilclip import run
 from distilclip.data import files
+from distilclip.data.augment import Augmentation
+from distilclip.data.part import Part
 from distilclip.data.policy import ErrorPolicy
 from distilclip.data.samples import MAX_PIXELS
-from distilclip.data.scan import ScannedBatch, Source, scan
-from distilclip.data.store import (
-    Rows,
-    finished_shard,
-    not_unit,
-    read_shard_rows,
-    write_manifest,
-    write_shard,
-)
+from distilclip.data.scan import ScannedBatch, scan
+from distilclip.data.store import finished_shard, read_shard_rows, write_manifest
+from distilclip.data.views import Views
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
-from distilclip.models.clip import Clip, load_clip
+from distilclip.models.clip import Clip, load_clip, normalise_pixels
 from distilclip.progress import progress
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,6 +47,14 @@ class Config:
     """of the teacher's towers (autocast); embeddings are kept in half precision"""
     max_pixels: int = MAX_PIXELS
     """images of more pixels (width x height) are unusable: decompression bombs"""
+    views: int = 0
+    """views of every image to embed besides the canonical one, and all captions of a sample, for training on them"""
+    min_crop: float = 0.9
+    """smallest share of a picture's area that a view shows"""
+    flip: float = 0.0
+    """share of the views that are mirrored; captions that tell left from right will not fit"""
+    seed: int = 0
+    """of the views' crops"""
     on_error: Literal["raise", "skip"] = run.execution("skip")
     """what an unusable sample does: `skip` keeps its row with the reason, `raise` stops"""
     max_bad_ratio: float = run.execution(0.05)
@@ -66,6 +71,9 @@ class Config:
             raise InputError(f"batch_size is {self.batch_size}; it must be at least 1.")
         if self.num_workers < 0:
             raise InputError(f"num_workers is {self.num_workers}; it must be 0 or more.")
+        if self.views < 0:
+            raise InputError(f"views is {self.views}; it must be 0 or more.")
+        _views(self)
         ErrorPolicy(self.on_error, self.max_bad_ratio)
 
 
@@ -86,12 +94,23 @@ def main(config: Config) -> dict[str, Any]:
         batch_size=config.batch_size,
         num_workers=config.num_workers,
         max_pixels=config.max_pixels,
+        views=_views(config),
+        view_size=clip.image_size,
     )
     dim = clip.dim
-    _embed(batches, clip, folder.path, dim=dim, teacher=teacher, num_shards=len(pending), policy=policy)
+    _embed(
+        batches,
+        clip,
+        folder.path,
+        dim=dim,
+        num_views=config.views,
+        teacher=teacher,
+        num_shards=len(pending),
+        policy=policy,
+    )
     policy.check(final=True)
     shards = [line for shard in range(len(uris)) if (line := finished_shard(folder.path, shard))]
-    write_manifest(folder.path, shards, dim=dim, teacher=teacher)
+    write_manifest(folder.path, shards, dim=dim, teacher=teacher, views=_views(config))
     return folder.finish(
         {
             "num_shards": len(shards),
@@ -118,23 +137,29 @@ def describe_teacher(clip: Clip, *, precision: str) -> dict[str, Any]:
     }
 
 
+def _views(config: Config) -> Views | None:
+    augmentation = Augmentation(min_crop=config.min_crop, flip=config.flip)
+    return Views(num=config.views, seed=config.seed, augmentation=augmentation) if config.views else None
+
+
 def _embed(
     batches: Iterator[ScannedBatch],
     clip: Clip,
     path: str,
     *,
     dim: int,
+    num_views: int,
     teacher: dict[str, Any],
     num_shards: int,
     policy: ErrorPolicy,
 ) -> None:
-    part: _Part | None = None
+    part: Part | None = None
     precision = PRECISIONS[teacher["precision"]]
     with progress(f"embed {path}", num_shards) as advance:
         for batch in batches:
             if part is None:
-                part = _Part(batch.source, dim)
-            part.add(batch, *_forward(clip, batch, dim, precision), policy)
+                part = Part(batch.source, dim=dim, num_views=num_views)
+            part.add(batch, **_forward(clip, batch, dim, precision), policy=policy)
             advance(len(batch.errors) / len(batch.source.entries), len(batch.errors))
             if part.full:
                 part.write(path, teacher)
@@ -145,78 +170,29 @@ def _embed(
 @torch.inference_mode()
 def _forward(
     clip: Clip, batch: ScannedBatch, dim: int, precision: torch.dtype
-) -> tuple[Float16[np.ndarray, "n dim"], Float16[np.ndarray, "n dim"]]:
+) -> dict[str, Float16[np.ndarray, "*rows dim"]]:
+    """Embeddings of a batch's rows, of their views [n, m, dim] and of their other captions."""
+    num_rows, num_views = len(batch.errors), len(batch.view_pixels)
+    found = {name: np.zeros((num_rows, dim), np.float16) for name in ("image", "text")}
+    found["views"] = np.zeros((num_rows, num_views, dim), np.float16)
+    found["other_text"] = np.zeros((len(batch.other_tokens), dim), np.float16)
     if batch.pixels is None:
-        empty = np.zeros((len(batch.errors), dim), np.float16)
-        return empty, empty
+        return found
     device = clip.device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        image = clip.encode_image(batch.pixels.to(device, non_blocking=True))
-        text = clip.encode_text(batch.tokens.to(device, non_blocking=True))
-    return image.half().cpu().numpy(), text.half().cpu().numpy()
+        found["image"][:] = _to_numpy(clip.encode_image(batch.pixels.to(device, non_blocking=True)))
+        found["text"][:] = _to_numpy(clip.encode_text(batch.tokens.to(device, non_blocking=True)))
+        for view, pixels in enumerate(batch.view_pixels):
+            shown = normalise_pixels(pixels.to(device, non_blocking=True), clip.preprocess_cfg)
+            found["views"][:, view] = _to_numpy(clip.encode_image(shown))
+        for first in range(0, len(batch.other_tokens), num_rows):
+            tokens = batch.other_tokens[first : first + num_rows].to(device, non_blocking=True)
+            found["other_text"][first : first + num_rows] = _to_numpy(clip.encode_text(tokens))
+    return found
 
 
-class _Part:
-    """The rows of one shard as they fill up."""
-
-    def __init__(self, source: Source, dim: int) -> None:
-        num_rows = len(source.entries)
-        self.source = source
-        self.image = np.zeros((num_rows, dim), np.float16)
-        self.text = np.zeros((num_rows, dim), np.float16)
-        self.image_sha256 = np.zeros((num_rows, 32), np.uint8)
-        self.errors: list[str] = []
-
-    @property
-    def full(self) -> bool:
-        return len(self.errors) == len(self.source.entries)
-
-    def add(
-        self,
-        batch: ScannedBatch,
-        image: Float16[np.ndarray, "n dim"],
-        text: Float16[np.ndarray, "n dim"],
-        policy: ErrorPolicy,
-    ) -> None:
-        """Add the rows that follow; unusable ones are counted by `policy` and keep zeros."""
-        wrong = not_unit(image) | not_unit(text)
-        errors = [
-            error or ("embedding is no finite unit vector" if bad else "")
-            for error, bad in zip(batch.errors, wrong, strict=True)
-        ]
-        policy.seen(len(errors))
-        for row, error in enumerate(errors, start=batch.first):
-            if error:
-                policy.bad(error, where=f"{self.source.uri}: {self.source.entries[row].key}")
-        rows = slice(batch.first, batch.first + len(errors))
-        valid = np.array([not error for error in errors])[:, None]
-        self.image[rows] = np.where(valid, image, 0)
-        self.text[rows] = np.where(valid, text, 0)
-        self.image_sha256[rows] = batch.image_sha256
-        self.errors += errors
-
-    def write(self, folder: str, teacher: dict[str, Any]) -> None:
-        entries, source = self.source.entries, self.source
-        rows = Rows(
-            key=[entry.key for entry in entries],
-            offset=np.array([entry.offset for entry in entries], np.uint64),
-            size=np.array([entry.size for entry in entries], np.uint32),
-            valid=np.array([not error for error in self.errors]),
-            error=self.errors,
-            image_sha256=self.image_sha256,
-        )
-        write_shard(
-            folder,
-            source.shard,
-            rows,
-            image=self.image,
-            text=self.text,
-            uri=source.uri,
-            num_bytes=source.num_bytes,
-            source_digest=source.sha256,
-            truncated=source.truncated,
-            teacher=teacher,
-        )
+def _to_numpy(embeddings: Tensor) -> Float16[np.ndarray, "n dim"]:
+    return embeddings.half().cpu().numpy()
 
 
 def _count_finished(folder: str, shard: int, uri: str, policy: ErrorPolicy) -> bool:

@@ -1,4 +1,4 @@
-"""Zero-shot, linear probe, retrieval and agreement with a teacher, of any number of models on any number of sets."""
+"""Zero-shot, probes, retrieval and agreement with a teacher, of any number of models on any number of sets."""
 
 from __future__ import annotations
 
@@ -19,15 +19,21 @@ from distilclip.data.policy import ErrorPolicy, OnError
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError, did_you_mean
+from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.classes import read_templates, templates_digest
-from distilclip.evaluate.dataset import LabelledSet, PairSet
+from distilclip.evaluate.dataset import EvaluationSet, LabelledSet, MissingSet, PairSet
+from distilclip.evaluate.embedders import Embedder, ModelEmbedder
 from distilclip.evaluate.encode import Encoding
+from distilclip.evaluate.listing import describe_catalogue
+from distilclip.evaluate.per_class import confusion_table, per_class_table
 from distilclip.evaluate.prompts import prompts_of
-from distilclip.evaluate.protocol import ALL_TASKS, Protocol, View
+from distilclip.evaluate.protocol import ALL_TASKS, Measurement, Protocol, View
+from distilclip.evaluate.records import clip_benchmark_records, write_csv
 from distilclip.evaluate.scores import Task
-from distilclip.evaluate.sets import load_set, parse_spec
-from distilclip.evaluate.table import Table, build_tables, write_csv
-from distilclip.models.clip import Clip, load_clip
+from distilclip.evaluate.sets import expand_groups, load_set, parse_spec
+from distilclip.evaluate.stored import StoreEmbedder
+from distilclip.evaluate.tables import Table, build_tables
+from distilclip.models.clip import load_clip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -36,49 +42,72 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Config:
     """Flags of `distilclip evaluate`."""
 
-    out: str
-    """folder to write: result.json, table.md, table.csv"""
-    models: tuple[str, ...]
-    """train folders, checkpoints, open_clip names or hf-hub:ORG/NAME, each also as NAME=MODEL"""
-    sets: tuple[str, ...]
-    """evaluation sets, folder:PATH, tar:PATH or pairs:PATH, each also as NAME=KIND:PATH"""
+    out: str = ""
+    """folder to write: result.json, table.md, table.csv, table.tex, clip_benchmark/*.json (needed but for --list)"""
+    models: tuple[str, ...] = ()
+    """train folders, checkpoints, open_clip names or folders, hf-hub:ORG/NAME or stores, each also as NAME=MODEL"""
+    sets: tuple[str, ...] = ()
+    """published sets by name, the groups paper, robustness and retrieval, and one's own: folder:PATH, tar:PATH or
+    pairs:PATH, each also as NAME=KIND:PATH"""
+    data_root: str | None = None
+    """the folder that published sets lie in, in torchvision's layout, as folders of images, or as webdatasets"""
+    list: bool = False
+    """only say of every published set where it is, or how to get it"""
     weights: tuple[str, ...] = ()
     """weights files of models given as open_clip names, as NAME=FILE (one model: FILE)"""
     tasks: tuple[Task, ...] = ALL_TASKS
-    """what to measure, where it applies: agreement needs --teacher, the probe a set with training images"""
+    """what to measure, where it applies: agreement needs --teacher, the probes a set with training images"""
     teacher: str | None = None
-    """the model to agree with: the name of one of --models, or a model of its own"""
+    """the model to agree with: the name of one of --models, or a model or store of its own"""
     teacher_weights: str | None = None
     """weights file of a teacher given as an open_clip name"""
+    prompts: str | None = None
+    """openai/CLIP's data/prompts.md, for names and templates of the published sets"""
     templates: str | None = None
     """prompt templates in place of the sets' own: a text file, one a line, or openai/CLIP's prompts.md#SET"""
     probe_features: Literal["backbone", "projected"] = "backbone"
-    """of the linear probe: before the projection as in CLIP's protocol, or the unit embeddings"""
+    """of the probes: before the projection as in CLIP's protocol, or the unit embeddings"""
     probe_l2: float | None = None
     """penalty of the linear probe (1 / C of scikit-learn; default: CLIP's sweep from 1e-6 to 1e6)"""
+    captions: Literal["all", "first"] = "all"
+    """of each image, for retrieval: all, or the first, which is easier and what CLIP-KD's code does"""
+    caption_prefix: str = ""
+    """written before every caption, such as "a photo of "; recorded with the scores"""
+    per_class: bool = False
+    """also write classes/*.csv and confusion/*.csv of the zero-shot predictions"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """of the towers (autocast); similarities are always float32"""
     batch_size: int = 64
     """images or texts at once"""
     seed: int = 0
-    """of the probe's held-out rows and the bootstrap"""
+    """of the probes' held-out rows and draws, and of the bootstrap"""
     on_error: OnError = "raise"
     """an image that cannot be read stops the run, or is left out and counted"""
     max_bad_ratio: float = 0.01
     """the share of a split's images that may be left out"""
     max_pixels: int = MAX_PIXELS
     """larger images count as unreadable"""
+    cache: str | None = run.execution(None)
+    """folder of image features and text classifiers, shared between evaluations (default: OUT/cache)"""
     device: str = run.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
     num_workers: int = run.execution(2)
     """processes that read and decode; 0 does it in the main one"""
 
     def __post_init__(self) -> None:
-        for flag, values in (("--models", self.models), ("--sets", self.sets), ("--tasks", self.tasks)):
+        if self.list:
+            return
+        for flag, values in (("--out", self.out), ("--models", self.models), ("--sets", self.sets)):
             if not values:
-                raise InputError(f"{flag} is empty; name at least one.")
+                raise InputError(f"{flag} is missing.")
+        if not self.tasks:
+            raise InputError("--tasks is empty; name at least one.")
         _unique([name for name, _ in map(split_model, self.models)], flag="--models")
-        _unique([parse_spec(spec)[0] for spec in self.sets], flag="--sets")
+        parsed = [parse_spec(spec) for spec in expand_groups(self.sets)]
+        _unique([name for name, _, _ in parsed], flag="--sets")
+        known = [name for name, kind, _ in parsed if kind == "known"]
+        if known and self.data_root is None:
+            raise InputError(f"The set {known[0]} needs --data-root, the folder that published sets lie in.")
         weights_by_name(self.weights, [split_model(spec)[0] for spec in self.models])
         if self.teacher_weights and not self.teacher:
             raise InputError("--teacher-weights needs --teacher.")
@@ -93,81 +122,113 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Measure what is not measured yet, a file per model and set, then write the tables; the folder's result."""
-    models = dict(map(split_model, config.models))
-    inputs = run.folders_of("train", list(models.values()))
+    if config.list:
+        print(describe_catalogue(config.data_root))
+        return {}
+    models, sets = dict(map(split_model, config.models)), expand_groups(config.sets)
+    paths = list(dict.fromkeys([*models.values(), *([config.teacher] if config.teacher else [])]))
+    inputs = [*run.folders_of("train", paths), *run.folders_of("embed", paths)]
     folder = run.open_folder(config.out, stage="evaluate", config=config, inputs=inputs)
     if folder.finished:
         return folder.result()
-    parts = {
-        (model, spec): folder.child("parts", f"{i:02}-{j:02}.json")
-        for i, model in enumerate(models)
-        for j, spec in enumerate(config.sets)
+    parts = {(model, spec): (i, j) for i, model in enumerate(models) for j, spec in enumerate(sets)}
+    paths_of = {key: folder.child("parts", f"{i:02}-{j:02}.json") for key, (i, j) in parts.items()}
+    missing = [key for key, path in paths_of.items() if not files.exists(path)]
+    datasets = {
+        spec: load_set(spec, data_root=config.data_root, prompts=config.prompts)
+        for spec in dict.fromkeys(spec for _, spec in missing)
     }
-    missing = [key for key, path in parts.items() if not files.exists(path)]
-    datasets = {spec: load_set(spec) for spec in dict.fromkeys(spec for _, spec in missing)}
-    protocol = _protocol(config)
-    teacher = _Teacher(config, protocol)
-    weights = weights_by_name(config.weights, list(models))
+    opener = _Opener(config, folder.child("cache"))
     for model in dict.fromkeys(model for model, _ in missing):
-        clip = load_clip(models[model], weights=weights.get(model), device=resolve_device(config.device))
-        clip = dataclasses.replace(clip, name=model)
-        digest = clip.digest
+        embedder = opener.model(model)
         for spec in (spec for name, spec in missing if name == model):
-            dataset = datasets[spec]
-            view = teacher.view(dataset) if teacher.differs_from(digest) else None
-            scores = protocol.measure(clip, dataset, teacher=view)
+            measured = opener.protocol.measure(
+                embedder, datasets[spec], teacher=opener.teacher_view(embedder, datasets[spec])
+            )
+            i, j = parts[model, spec]
+            if config.per_class:
+                _write_classes(folder, f"{i:02}-{j:02}.csv", measured, datasets[spec])
             part = {
-                "model": {"name": model, "digest": digest, **_describe_model(clip)},
-                "set": {"name": dataset.name, **_describe_set(dataset, protocol)},
-                "rows": [score.row(model=model, digest=digest) for score in scores],
+                "model": {"name": model, "digest": embedder.digest, **embedder.description},
+                "set": {"name": datasets[spec].name, **_describe_set(datasets[spec], opener.protocol)},
+                "rows": [score.row(model=model, digest=embedder.digest) for score in measured.scores],
             }
-            run.write_json(parts[model, spec], part)
-    found = [run.read_json(path) for path in parts.values()]
-    rows = [row for part in found for row in part["rows"]]
+            run.write_json(paths_of[model, spec], part)
+    return _finish(folder, [run.read_json(path) for path in paths_of.values()])
+
+
+def _finish(folder: run.Folder, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Write and print the tables of all parts, and the result."""
+    rows = [row for part in parts for row in part["rows"]]
     tables = build_tables(rows)
     files.write_bytes(folder.child("table.md"), "\n".join(table.markdown() for table in tables).encode())
+    files.write_bytes(folder.child("table.tex"), "\n".join(table.latex() for table in tables).encode())
     files.write_bytes(folder.child("table.csv"), write_csv(rows).encode())
+    for name, record in clip_benchmark_records(rows).items():
+        run.write_json(folder.child("clip_benchmark", name), record)
     _print(tables)
-    by_name = {kind: {part[kind]["name"]: part[kind] for part in found} for kind in ("model", "set")}
+    by_name = {kind: {part[kind]["name"]: part[kind] for part in parts} for kind in ("model", "set")}
     return folder.finish(
         {"rows": rows, "models": list(by_name["model"].values()), "sets": list(by_name["set"].values())}
     )
 
 
-class _Teacher:
-    """The teacher's views of the sets, each made when it is first needed; the model too is loaded only then."""
+class _Opener:
+    """The models that a config names, each opened when it is first needed, and the teacher's views of the sets."""
 
-    def __init__(self, config: Config, protocol: Protocol) -> None:
-        self._config, self._protocol = config, protocol
+    def __init__(self, config: Config, cache: str) -> None:
+        self._config = config
+        self._cache = FeatureCache(config.cache or cache)
         self._views: dict[str, View] = {}
+        self.protocol = _protocol(config)
 
-    def differs_from(self, digest: str) -> bool:
-        """Whether there is a teacher to agree with, other than this model itself."""
-        wanted = self._config.teacher is not None and "agreement" in self._config.tasks
-        return wanted and self._digest != digest
+    def model(self, name: str) -> Embedder:
+        """One of --models."""
+        models = dict(map(split_model, self._config.models))
+        weights = weights_by_name(self._config.weights, list(models)).get(name)
+        return self._open(models[name], name=name, weights=weights)
 
-    def view(self, dataset: LabelledSet | PairSet) -> View:
-        """The teacher's view of a set."""
+    def teacher_view(self, model: Embedder, dataset: EvaluationSet) -> View | None:
+        """The teacher's view of a set; None where there is none to agree with, or it is this model itself."""
+        config = self._config
+        if config.teacher is None or "agreement" not in config.tasks or isinstance(dataset, MissingSet):
+            return None
+        if type(self._teacher) is type(model) and self._teacher.digest == model.digest:
+            return None
         if dataset.name not in self._views:
-            self._views[dataset.name] = self._protocol.view(self._clip, dataset)
+            self._views[dataset.name] = self.protocol.view(self._teacher, dataset)
         return self._views[dataset.name]
 
     @cached_property
-    def _clip(self) -> Clip:
+    def _teacher(self) -> Embedder:
         config = self._config
         assert config.teacher is not None
         models = dict(map(split_model, config.models))
+        if config.teacher in models and config.teacher_weights is None:
+            return self.model(config.teacher)
         name, spec = split_model(config.teacher)
-        weights = config.teacher_weights
-        if config.teacher in models:
-            name, spec = config.teacher, models[config.teacher]
-            weights = weights or weights_by_name(config.weights, list(models)).get(name)
-        clip = load_clip(spec, weights=weights, device=resolve_device(config.device))
-        return dataclasses.replace(clip, name=f"{name} (teacher)")
+        return self._open(models.get(config.teacher, spec), name=name, weights=config.teacher_weights)
 
-    @cached_property
-    def _digest(self) -> str:
-        return self._clip.digest
+    def _open(self, spec: str, *, name: str, weights: str | None) -> Embedder:
+        if files.exists(files.join(spec, "manifest.parquet")):
+            return StoreEmbedder(spec, name=name)
+        config = self._config
+        clip = load_clip(spec, weights=weights, device=resolve_device(config.device))
+        encoding = Encoding(
+            batch_size=config.batch_size,
+            dtype=PRECISIONS[config.precision],
+            max_pixels=config.max_pixels,
+            num_workers=config.num_workers,
+        )
+        return ModelEmbedder(dataclasses.replace(clip, name=name), encoding, self._cache)
+
+
+def _write_classes(folder: run.Folder, name: str, measured: Measurement, dataset: EvaluationSet) -> None:
+    if measured.labels is None or measured.predictions is None or not isinstance(dataset, LabelledSet):
+        return
+    for kind, table in (("classes", per_class_table), ("confusion", confusion_table)):
+        content = table(measured.labels, measured.predictions, dataset.classes)
+        files.write_bytes(folder.child(kind, name), content.encode())
 
 
 def split_model(spec: str) -> tuple[str, str]:
@@ -207,12 +268,8 @@ def _protocol(config: Config) -> Protocol:
         seed=config.seed,
         on_error=config.on_error,
         max_bad_ratio=config.max_bad_ratio,
-        encoding=Encoding(
-            batch_size=config.batch_size,
-            dtype=PRECISIONS[config.precision],
-            max_pixels=config.max_pixels,
-            num_workers=config.num_workers,
-        ),
+        captions=config.captions,
+        caption_prefix=config.caption_prefix,
     )
 
 
@@ -221,13 +278,11 @@ def _templates(source: str) -> tuple[str, ...]:
     return prompts_of(path, name).templates if name else read_templates(path)
 
 
-def _describe_model(clip: Clip) -> dict[str, Any]:
-    return {"num_parameters": clip.num_parameters, "dim": clip.dim, "preprocessing": clip.preprocess_cfg}
-
-
-def _describe_set(dataset: LabelledSet | PairSet, protocol: Protocol) -> dict[str, Any]:
+def _describe_set(dataset: EvaluationSet, protocol: Protocol) -> dict[str, Any]:
+    if isinstance(dataset, MissingSet):
+        return {"missing": dataset.reason}
     if isinstance(dataset, PairSet):
-        return {"num_images": len(dataset.images), "num_captions": len(dataset.captions)}
+        return {"num_images": len(dataset.images), "num_captions": len(dataset.captions), **dataset.record}
     templates = protocol.templates_of(dataset)
     splits = {"test": dataset.test, "train": dataset.train, "validation": dataset.validation}
     return {
@@ -236,6 +291,7 @@ def _describe_set(dataset: LabelledSet | PairSet, protocol: Protocol) -> dict[st
         "metric": dataset.metric,
         "templates": list(templates),
         "templates_digest": templates_digest(templates),
+        **dataset.record,
     }
 
 

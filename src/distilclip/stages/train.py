@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 
-from distilclip import run
+from distilclip import distributed, run
 from distilclip.data import files
-from distilclip.data.augment import random_resized_crop
+from distilclip.data.augment import Augmentation
 from distilclip.data.groups import read_centers
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.store import Store
 from distilclip.data.stream import PairStream, open_stream
-from distilclip.devices import resolve_device
 from distilclip.errors import InputError
 from distilclip.models.clip import Clip, create_clip, load_clip
 from distilclip.models.heads import Heads
 from distilclip.models.teacher import Teacher, live_teacher, stored_teacher
+from distilclip.train.averaging import Average
 from distilclip.train.checkpoint import (
+    Progress,
+    Training,
     complete_checkpoints,
+    count_unusable,
     folder_name,
     load_checkpoint,
     remove_incomplete_checkpoints,
 )
+from distilclip.train.classhead import ClassHead
+from distilclip.train.keeping import Checkpoints
 from distilclip.train.loop import fit
 from distilclip.train.objective import Objective, objective
-from distilclip.train.optimizer import build_optimizer
-from distilclip.train.step import Student
+from distilclip.train.optimizer import Optimization, build_optimizer
+from distilclip.train.parallel import Execution, build_towers
+from distilclip.train.sharding import class_range
+from distilclip.train.step import Student, require_exact_accumulation
+from distilclip.train.trackers import Tracker, open_trackers
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -63,16 +70,7 @@ class Config:
     """pairs whose activations are held at once (default: the batch); the gradients are the same"""
     num_steps: int = 1000
     """optimisation steps"""
-    learning_rate: float = 1e-3
-    """peak learning rate of AdamW"""
-    centers_learning_rate: float = 1e-6
-    """peak learning rate of the class centers (CLIP-CID: more makes training collapse)"""
-    weight_decay: float = 0.2
-    """of matrices; biases, norms, scales, positions and centers have none"""
-    warmup_steps: int = 100
-    """steps of linear warm-up before the cosine"""
-    gradient_clip: float = 1.0
-    """largest norm of the gradient; 0 leaves it as it is"""
+    optimization: Optimization = field(default_factory=Optimization)
     min_crop: float = 0.9
     """smallest share of a picture's area that a training crop shows"""
     seed: int = 0
@@ -81,10 +79,12 @@ class Config:
     """share of samples that may fail; a row drawn by the seed stands in, and is counted. 0 stops at the first"""
     precision: Literal["fp32", "bf16"] = "bf16"
     """of the towers (autocast); losses are always float32"""
-    checkpoint_every: int = 500
-    """steps between checkpoints"""
-    keep_checkpoints: int = run.execution(2)
-    """how many of the last checkpoints stay on disk"""
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    execution: Execution = field(default_factory=Execution)
+    centers_state: Literal["device", "host"] = run.execution("device")
+    """where the class centers' AdamW moments live: 8 of 12 bytes a value"""
+    track: tuple[Tracker, ...] = run.execution(())
+    """write the metrics to these as well"""
     device: str = run.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
     num_workers: int = run.execution(1)
@@ -102,81 +102,117 @@ class Config:
             raise InputError("The cluster term's centers are the store's teacher's: leave out --live-teacher.")
         if (self.groups or self.clusters) and not self.store:
             raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
-        for name in ("batch_size", "num_steps", "checkpoint_every", "keep_checkpoints"):
+        for name in ("batch_size", "num_steps"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise InputError(f"micro_batch is {self.micro_batch}; it must be from 1 to batch_size, {self.batch_size}.")
         if not 0 < self.min_crop <= 1:
             raise InputError(f"min_crop is {self.min_crop}; it is a share of the area, over 0 and up to 1.")
-        if not 0 <= self.warmup_steps <= self.num_steps:
-            raise InputError(f"warmup_steps is {self.warmup_steps}; it must be from 0 to num_steps, {self.num_steps}.")
-        if self.learning_rate <= 0 or self.gradient_clip < 0 or self.num_workers < 0 or self.seed < 0:
-            raise InputError("learning_rate must be positive; gradient_clip, num_workers and seed at least 0.")
+        if self.optimization.warmup_steps > self.num_steps:
+            raise InputError(
+                f"warmup_steps is {self.optimization.warmup_steps}, more than num_steps, {self.num_steps}."
+            )
+        if self.num_workers < 0 or self.seed < 0:
+            raise InputError("num_workers and seed must be at least 0.")
+        if self.checkpoints.keep_best not in ("none", "loss") and not method.needs_teacher:
+            raise InputError(f"keep_best {self.checkpoints.keep_best} compares with a teacher, which this run has not.")
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Train, or go on from the last complete checkpoint; the folder's result."""
+    """Train, or go on from the last complete checkpoint; the folder's result. With torchrun, every process calls it."""
+    with distributed.job(config.device) as device:
+        return _train(config, device)
+
+
+def _train(config: Config, device: torch.device) -> dict[str, Any]:
     inputs = [
         (path, stage)
         for path, stage in ((config.store, "embed"), (config.groups, "balance"), (config.clusters, "cluster"))
         if path is not None
     ]
-    folder = run.open_folder(config.out, stage="train", config=config, inputs=inputs)
-    if folder.finished:
+    folder = distributed.on_first(lambda: run.open_folder(config.out, stage="train", config=config, inputs=inputs))
+    if distributed.on_first(lambda: folder.finished):
         return folder.result()
-    device = resolve_device(config.device)
     method = objective(config.objective, config.terms)
     clip = create_clip(config.student, seed=config.seed, device=device)
+    num_parameters = clip.num_parameters
     store = _open_store(config)
     live = _load_live(config.live_teacher, device) if config.live_teacher and method.needs_teacher else None
-    heads = _heads(clip, method, store=store, live=live, clusters=config.clusters, seed=config.seed).to(device)
-    student = Student(clip=clip, heads=heads, precision=PRECISIONS[config.precision])
-    if (config.micro_batch or config.batch_size) < config.batch_size:
-        student.require_exact_accumulation()
-    optimizer = build_optimizer(
-        clip.model,
-        heads,
-        learning_rate=config.learning_rate,
-        centers_learning_rate=config.centers_learning_rate,
-        weight_decay=config.weight_decay,
-    )
     stream = _open_stream(config, clip, live)
-    remove_incomplete_checkpoints(config.out)
-    done = complete_checkpoints(config.out)
-    start = 0
-    if done:
-        start = load_checkpoint(folder.child(folder_name(done[-1])), student, optimizer, policy=stream.policy)
+    student = _student(config, method, clip, store=store, live=live)
+    training = _training(config, student, stream)
+    start = distributed.on_first(lambda: _last_checkpoint(config.out))
+    progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
+    first = distributed.rank() == 0
     fit(
         folder,
-        stream.batches(start=start, stop=config.num_steps, num_workers=config.num_workers),
-        policy=stream.policy,
-        student=student,
+        stream.batches(start=progress.step, stop=config.num_steps, num_workers=config.num_workers),
+        training,
+        progress,
         teacher=_teacher(method, store, live, device),
         objective=method,
-        optimizer=optimizer,
-        start=start,
+        optimization=config.optimization,
+        checkpoints=config.checkpoints,
+        trackers=open_trackers(
+            config.track if first else (), folder.path, config=run.config_values(config), start=start
+        ),
         num_steps=config.num_steps,
-        warmup_steps=config.warmup_steps,
         batch_size=config.batch_size,
         micro_batch=config.micro_batch or config.batch_size,
-        gradient_clip=config.gradient_clip,
-        checkpoint_every=config.checkpoint_every,
-        keep_checkpoints=config.keep_checkpoints,
         seed=config.seed,
     )
-    return folder.finish(
-        {
-            "checkpoint": folder_name(config.num_steps),
-            "objective": dataclasses.asdict(method),
-            "num_parameters": clip.num_parameters,
-            "num_rows": stream.num_rows,
-            "num_samples_seen": config.num_steps * config.batch_size,
-            "num_unusable": stream.policy.num_bad,
-            "reasons": dict(sorted(stream.policy.reasons.items())),
-            "digest": clip.digest,
-        }
+    unusable = count_unusable(stream.policy)
+    return distributed.on_first(
+        lambda: folder.finish(
+            {
+                "checkpoint": folder_name(config.num_steps),
+                "objective": dataclasses.asdict(method),
+                "num_parameters": num_parameters,
+                "num_rows": stream.num_rows,
+                "num_samples_seen": config.num_steps * config.batch_size,
+                "num_unusable": sum(unusable["reasons"].values()),
+                "reasons": unusable["reasons"],
+                "digest": load_clip(folder.child(folder_name(config.num_steps))).digest,
+            }
+        )
     )
+
+
+def _student(config: Config, method: Objective, clip: Clip, *, store: Store | None, live: Clip | None) -> Student:
+    """The student with its heads, wrapped for the processes there are; built alike on every one of them."""
+    heads = _heads(clip, method, store=store, live=live, seed=config.seed).to(clip.device)
+    if (config.micro_batch or config.batch_size) * distributed.world() < config.batch_size:
+        require_exact_accumulation(clip)
+    return Student(
+        clip=clip,
+        heads=heads,
+        towers=build_towers(clip, precision=PRECISIONS[config.precision], execution=config.execution),
+        class_head=_class_head(config, clip.device) if method.cluster else None,
+    )
+
+
+def _training(config: Config, student: Student, stream: PairStream) -> Training:
+    """What a checkpoint holds, as it is before the first step."""
+    optimization = config.optimization
+    if distributed.rank() > 0:
+        stream.policy.forget()  # what failed while indexing failed once, not once a process
+    return Training(
+        student=student,
+        optimizer=build_optimizer(
+            student.named_parameters(),
+            learning_rate=optimization.learning_rate,
+            weight_decay=optimization.weight_decay,
+        ),
+        policy=stream.policy,
+        average=Average(student.clip.model, decay=optimization.average_decay) if optimization.average_decay else None,
+    )
+
+
+def _last_checkpoint(train_folder: str) -> int:
+    """Steps done in the last complete checkpoint; 0 without one. What a kill left half written is removed."""
+    remove_incomplete_checkpoints(train_folder)
+    return max(complete_checkpoints(train_folder), default=0)
 
 
 def _open_store(config: Config) -> Store | None:
@@ -194,34 +230,45 @@ def _load_live(spec: str, device: torch.device) -> Clip:
 
 
 def _open_stream(config: Config, clip: Clip, live: Clip | None) -> PairStream:
-    models = [c for c in (clip, live) if c is not None]
-    transforms = [random_resized_crop(c.image_size, min_scale=config.min_crop) for c in models]
-    needed = math.ceil(2 * max(c.image_size for c in models) / math.sqrt(config.min_crop))
     max_pixels = run.read_json(files.join(config.store, "config.json"))["max_pixels"] if config.store else MAX_PIXELS
     return open_stream(
         data=config.data,
-        store=config.store,
+        stores=[config.store] if config.store else [],
         groups=config.groups,
         clusters=config.clusters,
-        transforms=transforms,
+        sizes=[c.image_size for c in (clip, live) if c is not None],
         tokenize=clip.tokenizer,
+        augmentation=Augmentation(min_crop=config.min_crop),
         batch_size=config.batch_size,
         seed=config.seed,
+        rank=distributed.rank(),
+        world=distributed.world(),
         on_error="skip" if config.max_bad_ratio else "raise",
         max_bad_ratio=config.max_bad_ratio,
         max_pixels=max_pixels,
-        draft=(needed, needed),  # JPEGs decode at the nearest eighth that leaves twice the pixels of the smallest crop
     )
 
 
-def _heads(
-    clip: Clip, method: Objective, *, store: Store | None, live: Clip | None, clusters: str | None, seed: int
-) -> Heads:
+def _heads(clip: Clip, method: Objective, *, store: Store | None, live: Clip | None, seed: int) -> Heads:
     teacher_dim = live.dim if live is not None else store.dim if store is not None else clip.dim
-    centers = torch.tensor(read_centers(clusters)) if method.cluster and clusters else None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return Heads(clip.dim, teacher_dim, augmented=method.augmented > 0, centers=centers)
+        return Heads(clip.dim, teacher_dim, augmented=method.augmented > 0)
+
+
+def _class_head(config: Config, device: torch.device) -> ClassHead:
+    """This process's range of the centers of the cluster folder."""
+    assert config.clusters is not None
+    centers = read_centers(config.clusters)
+    first, stop = class_range(len(centers), distributed.rank(), distributed.world())
+    return ClassHead(
+        torch.tensor(centers[first:stop], device=device),
+        num_classes=len(centers),
+        first=first,
+        learning_rate=config.optimization.centers_learning_rate,
+        weight_decay=config.optimization.centers_weight_decay,
+        state_device=device if config.centers_state == "device" else "cpu",
+    )
 
 
 def _teacher(method: Objective, store: Store | None, live: Clip | None, device: torch.device) -> Teacher | None:

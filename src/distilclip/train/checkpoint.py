@@ -1,6 +1,8 @@
-"""Checkpoints: an open_clip model folder with heads, optimizer state and step beside it; state.json last.
+"""Checkpoints: an open_clip model folder with heads, centers and optimizer state beside it; state.json last.
 
-Nothing is pickled: tensors are safetensors, the rest is JSON.
+Nothing is pickled: tensors are safetensors, the rest is JSON. What is written does not depend on how many processes
+write it or how they share the weights, but for the class centers: every process writes its range of them, and any
+number of processes reads any ranges.
 """
 
 from __future__ import annotations
@@ -8,18 +10,45 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
 import torch
+from torch import Tensor
 
-from distilclip import run
+from distilclip import distributed, run
 from distilclip.data import files
 from distilclip.data.policy import ErrorPolicy
 from distilclip.errors import InputError
+from distilclip.models.clip import WEIGHTS_FILE
+from distilclip.train.averaging import Average
+from distilclip.train.parallel import like, place_, whole
 from distilclip.train.step import Student
 
-FORMAT = 1
+FORMAT = 2
+TRAINED_FILE = "trained.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Everything that a checkpoint holds and a resumed run takes up."""
+
+    student: Student
+    optimizer: torch.optim.Optimizer
+    policy: ErrorPolicy
+    average: Average | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """Where a run stands."""
+
+    step: int = 0
+    """steps done"""
+    log: dict[str, Any] = field(default_factory=dict)
+    """what the log has added up since its last line (train.log)"""
 
 
 def folder_name(step: int) -> str:
@@ -28,45 +57,103 @@ def folder_name(step: int) -> str:
 
 
 def save_checkpoint(
-    folder: str, student: Student, optimizer: torch.optim.Optimizer, *, step: int, policy: ErrorPolicy
+    folder: str,
+    training: Training,
+    progress: Progress,
+    *,
+    scheduled: bool = True,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write all of a checkpoint; `state.json` marks it complete. `step` counts the steps done."""
-    student.clip.save(folder)
-    heads = {name: value.detach().cpu().contiguous() for name, value in student.heads.state_dict().items()}
-    files.write_bytes(files.join(folder, "heads.safetensors"), safetensors.torch.save(heads))
-    state = {
-        f"{index}.{name}": value.detach().cpu().contiguous()
-        for index, values in optimizer.state_dict()["state"].items()
-        for name, value in values.items()
-    }
-    files.write_bytes(files.join(folder, "optimizer.safetensors"), safetensors.torch.save(state))
-    run.write_json(files.join(folder, "state.json"), _state(step, policy))
+    """Write all of a checkpoint; `state.json` marks it complete. Every process must call it.
+
+    `scheduled` ones are the same in every run of this configuration, others were asked for by clock or signal.
+    `metrics` are the values by which checkpoints are compared.
+    """
+    student = training.student
+    weights = whole(student.clip.model.state_dict())
+    average = None if training.average is None else whole(training.average.values)
+    state = whole(_optimizer_state(training))
+    unusable = count_unusable(training.policy)
+    if student.class_head is not None:
+        student.class_head.save(files.join(folder, "centers"))
+    if distributed.rank() == 0:
+        student.clip.save(folder, weights=average or weights)
+        if average is not None:
+            files.write_bytes(files.join(folder, TRAINED_FILE), safetensors.torch.save(weights))
+        heads = {name: value.detach().cpu().contiguous() for name, value in student.heads.state_dict().items()}
+        files.write_bytes(files.join(folder, "heads.safetensors"), safetensors.torch.save(heads))
+        files.write_bytes(files.join(folder, "optimizer.safetensors"), safetensors.torch.save(state))
+    distributed.barrier()  # every range of the centers is there
+    if distributed.rank() == 0:
+        content = {"step": progress.step, "format": FORMAT, "scheduled": scheduled, "unusable": unusable}
+        content |= {"log": progress.log, "metrics": dict(metrics or {})}
+        run.write_json(files.join(folder, "state.json"), content)
+    distributed.barrier()
 
 
-def _state(step: int, policy: ErrorPolicy) -> dict[str, Any]:
-    unusable = {"num_seen": policy.num_seen, "reasons": dict(sorted(policy.reasons.items())), "first": policy.first}
-    return {"step": step, "format": FORMAT, "unusable": unusable}
-
-
-def load_checkpoint(folder: str, student: Student, optimizer: torch.optim.Optimizer, *, policy: ErrorPolicy) -> int:
-    """Restore student, heads, optimizer and the count of unusable samples in place; returns the number of steps done.
+def load_checkpoint(folder: str, training: Training) -> Progress:
+    """Restore everything in place, whatever number of processes wrote it. Every process must call it.
 
     Raises `InputError` for a checkpoint of a format that this version does not know.
     """
     found = run.read_json(files.join(folder, "state.json"))
     if found["format"] != FORMAT:
         raise InputError(f"{folder} has format {found['format']}; this version reads format {FORMAT}.")
-    weights = safetensors.torch.load(files.read_bytes(files.join(folder, "open_clip_model.safetensors")))
-    student.clip.model.load_state_dict(weights)
-    student.heads.load_state_dict(safetensors.torch.load(files.read_bytes(files.join(folder, "heads.safetensors"))))
-    state: dict[int, dict[str, Any]] = {}
-    for key, value in safetensors.torch.load(files.read_bytes(files.join(folder, "optimizer.safetensors"))).items():
-        index, name = key.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-    policy.num_seen, policy.first = found["unusable"]["num_seen"], found["unusable"]["first"]
-    policy.reasons = Counter(found["unusable"]["reasons"])
-    return int(found["step"])
+    student = training.student
+    weights = _read(folder, WEIGHTS_FILE if training.average is None else TRAINED_FILE)
+    for name, value in student.clip.model.state_dict().items():
+        place_(value, weights[name])
+    if training.average is not None:
+        averaged = _read(folder, WEIGHTS_FILE)
+        for name, value in training.average.values.items():
+            place_(value, averaged[name])
+    student.heads.load_state_dict(_read(folder, "heads.safetensors"))
+    _load_optimizer_state(training, _read(folder, "optimizer.safetensors"))
+    if student.class_head is not None:
+        student.class_head.load(files.join(folder, "centers"))
+    if distributed.rank() == 0:
+        restore_unusable(training.policy, found["unusable"])
+    return Progress(step=int(found["step"]), log=found["log"])
+
+
+def count_unusable(policy: ErrorPolicy) -> dict[str, Any]:
+    """The samples seen and the unusable ones of all processes. Every process must call it."""
+    counts = distributed.gather_objects((policy.num_seen, policy.reasons, policy.first))
+    reasons = sum((reasons for _, reasons, _ in counts), Counter[str]())
+    return {
+        "num_seen": sum(seen for seen, _, _ in counts),
+        "reasons": dict(sorted(reasons.items())),
+        "first": next((first for _, _, first in counts if first), ""),
+    }
+
+
+def restore_unusable(policy: ErrorPolicy, counts: Mapping[str, Any]) -> None:
+    """Let a process's policy go on from these counts."""
+    policy.num_seen, policy.first = counts["num_seen"], counts["first"]
+    policy.reasons = Counter(counts["reasons"])
+
+
+def _optimizer_state(training: Training) -> dict[str, Tensor]:
+    state = training.optimizer.state
+    return {
+        f"{name}.{key}": value
+        for name, parameter in training.student.named_parameters().items()
+        for key, value in state.get(parameter, {}).items()
+    }
+
+
+def _load_optimizer_state(training: Training, state: Mapping[str, Tensor]) -> None:
+    by_parameter: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        name, _, kind = key.rpartition(".")
+        by_parameter.setdefault(name, {})[kind] = value
+    for name, parameter in training.student.named_parameters().items():
+        if name in by_parameter:
+            training.optimizer.state[parameter] = {k: like(parameter, v) for k, v in by_parameter[name].items()}
+
+
+def _read(folder: str, name: str) -> dict[str, Tensor]:
+    return safetensors.torch.load(files.read_bytes(files.join(folder, name)))
 
 
 def complete_checkpoints(train_folder: str) -> list[int]:
@@ -82,18 +169,16 @@ def remove_incomplete_checkpoints(train_folder: str) -> None:
         fs.rm(inner, recursive=True)
 
 
+def remove_checkpoint(train_folder: str, step: int) -> None:
+    """Remove a complete checkpoint, its state.json first, so that a kill leaves none that looks complete."""
+    fs, inner = files.filesystem(files.join(train_folder, folder_name(step)))
+    fs.rm(files.join(inner, "state.json"))
+    fs.rm(inner, recursive=True)
+
+
 def _steps(train_folder: str) -> list[int]:
     fs, inner = files.filesystem(files.join(train_folder, "checkpoints"))
     if not fs.exists(inner):
         return []
     names = [os.path.basename(path.rstrip("/")) for path in fs.ls(inner, detail=False)]
     return sorted(int(match.group(1)) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
-
-
-def prune_checkpoints(train_folder: str, *, keep: int) -> None:
-    """Remove all but the last `keep` complete checkpoints; each loses its state.json first, so none is left half."""
-    for step in complete_checkpoints(train_folder)[:-keep]:
-        folder = files.join(train_folder, folder_name(step))
-        fs, inner = files.filesystem(folder)
-        fs.rm(files.join(inner, "state.json"))
-        fs.rm(inner, recursive=True)

@@ -2,122 +2,176 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from distilclip import run
-from distilclip.data.policy import ErrorPolicy
+from distilclip import distributed, run
 from distilclip.data.stream import Batch
 from distilclip.errors import InputError
 from distilclip.models.teacher import Teacher
 from distilclip.progress import track
-from distilclip.train.checkpoint import folder_name, prune_checkpoints, save_checkpoint
+from distilclip.train.checkpoint import Progress, Training, complete_checkpoints, folder_name, save_checkpoint
+from distilclip.train.keeping import Checkpoints
+from distilclip.train.log import Log
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import schedule, set_learning_rate
-from distilclip.train.step import StepResult, Student, compute_gradients
+from distilclip.train.optimizer import Optimization, schedule, set_learning_rate
+from distilclip.train.parallel import clip_gradients_, non_finite_gradients
+from distilclip.train.signals import Signals
+from distilclip.train.step import Inputs, StepResult, compute_gradients
+from distilclip.train.trackers import Writer
 
 LOG_EVERY = 10
-
-
-@dataclass(kw_only=True)
-class _Log:
-    """Sums of the last few steps' values, kept on the device: one transfer per line, not one per value and step."""
-
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    num_steps: int = 0
-    num_samples: int = 0
-    data_seconds: float = 0.0
-    started: float = field(default_factory=time.perf_counter)
-
-    def add(self, result: StepResult, gradient_norm: Tensor, num_samples: int) -> None:
-        values = {"loss": result.loss, **result.terms, "gradient_norm": gradient_norm}
-        if result.cosine_image is not None and result.cosine_text is not None:
-            values |= {"cosine_image": result.cosine_image, "cosine_text": result.cosine_text}
-        for name, value in values.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach()
-        self.num_steps += 1
-        self.num_samples += num_samples
-
-    def line(self) -> dict[str, float]:
-        elapsed = time.perf_counter() - self.started
-        values = {name: float(value) / self.num_steps for name, value in self.sums.items()}
-        return {
-            **values,
-            "samples_per_second": round(self.num_samples / elapsed, 1),
-            "data_share": round(self.data_seconds / elapsed, 4),
-        }
 
 
 def fit(
     folder: run.Folder,
     batches: Iterator[Batch],
+    training: Training,
+    progress: Progress,
     *,
-    policy: ErrorPolicy,
-    student: Student,
     teacher: Teacher | None,
     objective: Objective,
-    optimizer: torch.optim.Optimizer,
-    start: int,
+    optimization: Optimization,
+    checkpoints: Checkpoints,
+    trackers: Sequence[Writer],
     num_steps: int,
-    warmup_steps: int,
     batch_size: int,
     micro_batch: int,
-    gradient_clip: float,
-    checkpoint_every: int,
-    keep_checkpoints: int,
     seed: int,
 ) -> None:
-    """Train from step `start` to `num_steps`; `batches` begins at `start`, `policy` counts its unusable samples.
+    """Train from `progress` to `num_steps`; `batches` begins there. Every process must call it.
 
-    Raises `InputError` naming step and terms when the loss or its gradient stops being finite; nothing is updated then.
+    `batch_size` counts the rows of all processes, `micro_batch` those of one. SIGUSR1 writes a checkpoint, SIGTERM
+    writes one and ends the process. Raises `InputError` naming step, terms and rank when the loss or its gradient stops
+    being finite; nothing is updated then, and the state before that step is saved.
     """
-    metrics = run.Metrics(folder.child("metrics.jsonl"), resume_at=start + 1)
-    device = student.clip.device
+    lines = _Lines(folder, trackers, start=progress.step)
+    student, device = training.student, training.student.clip.device
     student.clip.model.train()
-    log = _Log()
-    for step in track(range(start, num_steps), "train", num_samples=batch_size):
-        waiting = time.perf_counter()
-        batch = next(batches)
-        log.data_seconds += time.perf_counter() - waiting
-        rate = set_learning_rate(optimizer, schedule(step, num_steps=num_steps, warmup_steps=warmup_steps))
-        optimizer.zero_grad(set_to_none=True)
-        result = compute_gradients(
-            student,
-            objective,
-            pixels=batch.pixels.to(device, non_blocking=True),
-            tokens=batch.tokens.to(device, non_blocking=True),
-            teacher=teacher(batch) if teacher is not None else None,
-            labels=batch.labels.to(device) if batch.labels is not None else None,
-            micro_batch=micro_batch,
-            generator=torch.Generator(device).manual_seed(seed * 1_000_003 + step),
-        )
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), gradient_clip or math.inf)
-        _assert_finite(step, result, norm)
-        optimizer.step()
-        student.limit_scales()
-        log.add(result, norm, len(batch.pixels))
-        done = step + 1
-        checkpoint = done % checkpoint_every == 0 or done == num_steps
-        if done % LOG_EVERY == 0 or checkpoint:  # a line never spans a checkpoint, so a resumed run writes the same
-            scale = float(student.clip.scale.detach())
-            metrics.write(step=done, **log.line(), learning_rate=rate, scale=round(scale, 4))
-        if checkpoint:
-            save_checkpoint(folder.child(folder_name(done)), student, optimizer, step=done, policy=policy)
-            prune_checkpoints(folder.path, keep=keep_checkpoints)
-        if done % LOG_EVERY == 0 or checkpoint:
-            log = _Log()
+    log = Log(device, carried=progress.log)
+    saved_at = time.monotonic()
+    steps = range(progress.step, num_steps)
+    with Signals() as signals:
+        for step in track(steps, "train", num_samples=batch_size) if distributed.rank() == 0 else steps:
+            scheduled = checkpoints.scheduled(step + 1, num_steps=num_steps)
+            counted = copy.deepcopy(training.policy)
+            with log.stopwatch.measure("data"):
+                batch = next(batches)
+            with log.stopwatch.measure("teacher"):
+                inputs = _inputs(batch, teacher, device)
+            share = schedule(step, num_steps=num_steps, warmup_steps=optimization.warmup_steps)
+            rate = set_learning_rate(training.optimizer, share)
+            training.optimizer.zero_grad(set_to_none=True)
+            result = compute_gradients(
+                student,
+                objective,
+                inputs,
+                micro_batch=micro_batch,
+                generator=torch.Generator(device).manual_seed(seed * 1_000_003 + step),
+                stopwatch=log.stopwatch,
+                diagnosing=scheduled,
+            )
+            with log.stopwatch.measure("optimizer"):
+                norm = _clip(training, result, max_norm=optimization.gradient_clip)
+                asked = signals.save or checkpoints.due(time.monotonic() - saved_at)
+                loss, saving, stopping = _agree(result.loss, asked, signals.stop)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    before = Progress(step=step, log=log.state())
+                    _stop_non_finite(folder, replace(training, policy=counted), before, result)
+                _update(training, result, share=share)
+            log.add(result, norm, batch_size)
+            values = {}
+            if (step + 1) % LOG_EVERY == 0 or scheduled:  # a line never spans a scheduled checkpoint
+                values = {**log.line(), "learning_rate": rate, "scale": round(float(student.clip.scale.detach()), 4)}
+                values |= result.diagnosis.line() if result.diagnosis is not None else {}
+                lines.write(step + 1, values)
+            if scheduled or saving:
+                signals.save = False
+                after = Progress(step=step + 1, log=log.state())
+                path = folder.child(folder_name(after.step))
+                save_checkpoint(path, training, after, scheduled=scheduled, metrics=values)
+                if distributed.rank() == 0:
+                    checkpoints.prune(folder.path)
+                saved_at = time.monotonic()
+            if stopping and step + 1 < num_steps:
+                lines.close()
+                signals.end()
+    lines.close()
 
 
-def _assert_finite(step: int, result: StepResult, norm: Tensor) -> None:
-    if bool(torch.isfinite(result.loss) & torch.isfinite(norm)):
-        return
+class _Lines:
+    """metrics.jsonl and the trackers, written by the first process."""
+
+    def __init__(self, folder: run.Folder, trackers: Sequence[Writer], *, start: int) -> None:
+        self._trackers = trackers
+        first = distributed.rank() == 0
+        self._metrics = run.Metrics(folder.child("metrics.jsonl"), resume_at=start + 1) if first else None
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(step=step, **values)
+        for tracker in self._trackers:
+            tracker.write(step, values)
+
+    def close(self) -> None:
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inputs:
+    return Inputs(
+        pixels=batch.pixels.to(device, non_blocking=True),
+        tokens=batch.tokens.to(device, non_blocking=True),
+        teacher=teacher(batch) if teacher is not None else None,
+        labels=batch.labels.to(device) if batch.labels is not None else None,
+    )
+
+
+def _clip(training: Training, result: StepResult, *, max_norm: float) -> Tensor:
+    centers = [] if result.classes is None else [result.classes.centers]
+    return clip_gradients_(training.student.parameters(), sharded=centers, max_norm=max_norm)
+
+
+def _update(training: Training, result: StepResult, *, share: float) -> None:
+    student = training.student
+    training.optimizer.step()
+    if result.classes is not None:
+        assert student.class_head is not None
+        student.class_head.update(result.classes, share=share)
+    student.limit_scales()
+    if training.average is not None:
+        training.average.update(student.clip.model)
+
+
+def _agree(loss: Tensor, saving: bool, stopping: bool) -> tuple[float, bool, bool]:
+    """The loss of the global batch, and whether any process is to save or to stop: one message, one transfer."""
+    flags = torch.tensor([float(saving), float(stopping)], device=loss.device)
+    total, save, stop = distributed.reduce_(torch.cat([loss.view(1), flags])).tolist()
+    return total, save > 0, stop > 0
+
+
+def _stop_non_finite(folder: run.Folder, training: Training, progress: Progress, result: StepResult) -> NoReturn:
+    """Save the state before the step, unless that is there already, and say what is not finite on which rank."""
+    step = progress.step
+    there = distributed.on_first(lambda: step == 0 or step in complete_checkpoints(folder.path))
+    if not there:
+        save_checkpoint(folder.child(folder_name(step)), training, progress, scheduled=False)
     terms = {name: float(value) for name, value in result.terms.items()}
+    bad = [name for name, value in terms.items() if not math.isfinite(value)]
+    reports = distributed.gather_objects((terms, bad, non_finite_gradients(training.student.named_parameters())))
+    found = [
+        f"rank {rank}: terms {terms}, not finite: {bad or 'none'}, gradients not finite: {gradients[:3] or 'none'}"
+        for rank, (terms, bad, gradients) in enumerate(reports)
+        if bad or gradients
+    ]
     raise InputError(
-        f"Step {step + 1}: the loss or its gradient is not finite (terms {terms}, gradient norm {float(norm)}). "
-        "Nothing was updated. Lower learning_rate, set gradient_clip, or use precision fp32."
+        f"Step {step + 1}: the loss or its gradient is not finite. {'; '.join(found)}. Nothing was updated; the state "
+        f"after {step} steps is saved. Lower learning_rate, set gradient_clip, or use precision fp32."
     )

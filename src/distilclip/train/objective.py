@@ -6,13 +6,15 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from distilclip import losses
 from distilclip.errors import InputError, did_you_mean
 from distilclip.models.heads import Heads
 from distilclip.ops.features import Features
+from distilclip.train import terms
+from distilclip.train.classhead import StepClasses
+from distilclip.train.terms import Share
 
 TERMS = (
     "task",
@@ -93,51 +95,54 @@ class Objective:
         *,
         heads: Heads,
         masked_image: Float[Tensor, "n dim"] | None = None,
-        labels: Int[Tensor, " n"] | None = None,
-        classes: Int[Tensor, " c"] | None = None,
+        classes: StepClasses | None = None,
+        share: Share | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Every term with a weight, unweighted. `student` is in its own space; `heads` projects it where terms need it.
 
-        `masked_image` holds the student's embeddings of the masked images (for `masked`); `labels` the cluster of
-        each image and `classes` the sampled classes, None for all (for `cluster`).
+        `masked_image` holds the student's embeddings of the masked images (for `masked`), `classes` the centers and
+        labels of the step (for `cluster`). The rows are `share` of the global batch (None: all of it), the values what
+        they add to its terms.
         """
+        share = share or Share(rows=slice(0, len(student)), count=len(student))
         values: dict[str, Tensor] = {}
         if self.task:
-            values["task"] = losses.contrastive(student.image, student.text, scale=student.scale)
+            values["task"] = terms.contrast(student.image, student.text, scale=student.scale, share=share)
         if not self.needs_teacher:
             return values
         if teacher is None:
             raise ValueError("This objective compares with a teacher: pass the teacher's features.")
         projected = heads.project(student)
         if self.cluster:
-            assert heads.centers is not None
-            assert labels is not None
-            values["cluster"] = losses.cluster(
+            assert classes is not None
+            values["cluster"] = terms.cluster(
                 projected.image,
                 teacher.image,
-                heads.centers,
-                labels,
+                classes,
                 alpha=self.alpha,
                 temperature=self.temperature,
                 class_scale=self.class_scale,
-                classes=classes,
-            ).total
+                share=share,
+            )
         if self.instance:
-            values["instance"] = losses.instance(projected, teacher, scale=heads.scale("instance"), gamma=self.gamma)
+            scale = heads.scale("instance")
+            values["instance"] = terms.instance(projected, teacher, scale=scale, gamma=self.gamma, share=share)
         if self.relational:
-            values["relational"] = losses.relational(student, teacher)
+            values["relational"] = terms.relational(student, teacher, share=share)
         if self.feature:
-            values["feature"] = losses.feature(projected, teacher)
+            values["feature"] = terms.feature(projected, teacher, share=share)
         if self.masked:
             assert masked_image is not None
             masked = heads.project(Features(image=masked_image, text=student.text, scale=student.scale))
-            values["masked"] = losses.feature(masked, teacher)
+            values["masked"] = terms.feature(masked, teacher, share=share)
         if self.gradient:
-            values["gradient"] = losses.gradient(projected, teacher)
+            values["gradient"] = terms.gradient(projected, teacher, share=share)
         if self.interactive:
-            values["interactive"] = losses.interactive(projected, teacher, scale=heads.scale("interactive"))
+            scale = heads.scale("interactive")
+            values["interactive"] = terms.interactive(projected, teacher, scale=scale, share=share)
         if self.augmented:
-            values["augmented"] = losses.augmented(*heads.fuse(projected, teacher), scale=heads.scale("augmented"))
+            fused = heads.fuse(projected, teacher)
+            values["augmented"] = terms.contrast(*fused, scale=heads.scale("augmented"), share=share)
         return values
 
     def total(self, terms: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:

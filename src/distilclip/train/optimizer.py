@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
-from distilclip.models.heads import Heads
+from distilclip.errors import InputError
 
 # Positions and class tokens, as open_clip, timm and transformers name them.
 POSITIONS = {
@@ -21,34 +24,55 @@ POSITIONS = {
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Optimization:
+    """How weights follow gradients: AdamW, linear warm-up, cosine."""
+
+    learning_rate: float = 1e-3
+    """peak learning rate of AdamW"""
+    warmup_steps: int = 100
+    """steps of linear warm-up before the cosine"""
+    weight_decay: float = 0.2
+    """of matrices; biases, norms, scales and positions have none"""
+    centers_learning_rate: float = 1e-6
+    """peak learning rate of the class centers (CLIP-CID: more makes training collapse)"""
+    centers_weight_decay: float = 0.0
+    """weight decay of the class centers"""
+    gradient_clip: float = 1.0
+    """largest norm of the gradient; 0 leaves it as it is"""
+    average_decay: float = 0.0
+    """decay of a moving average of the weights, such as 0.999; the average is then what a checkpoint gives. 0: none"""
+
+    def __post_init__(self) -> None:
+        if self.learning_rate <= 0 or self.centers_learning_rate < 0:
+            raise InputError("learning_rate must be positive, centers_learning_rate at least 0.")
+        for name in ("warmup_steps", "weight_decay", "centers_weight_decay", "gradient_clip"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        if not 0 <= self.average_decay < 1:
+            raise InputError(f"average_decay is {self.average_decay}; it must be at least 0 and below 1.")
+
+
 def build_optimizer(
-    student: nn.Module,
-    heads: Heads,
+    parameters: Mapping[str, nn.Parameter],
     *,
     learning_rate: float,
-    centers_learning_rate: float,
     weight_decay: float,
     betas: tuple[float, float] = (0.9, 0.98),
 ) -> torch.optim.AdamW:
-    """AdamW over student and heads. No decay on biases, norms, scales and positions (anything of fewer than two
-    dimensions), nor on the class centers, which have a learning rate of their own (CLIP-CID section 4.1).
+    """AdamW over named parameters. No decay on biases, norms, scales and positions (anything of fewer than two
+    dimensions). Class centers have an optimizer of their own (train.classhead).
     """
-    decayed, plain, centers = [], [], []
-    for name, parameter in [*student.named_parameters(), *heads.named_parameters()]:
-        if not parameter.requires_grad:
-            continue
-        if parameter is heads.centers:
-            centers.append(parameter)
-        elif parameter.ndim < 2 or any(part in POSITIONS for part in name.split(".")):
-            plain.append(parameter)
-        else:
-            decayed.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": decayed, "weight_decay": weight_decay, "peak": learning_rate},
-        {"params": plain, "weight_decay": 0.0, "peak": learning_rate},
-        {"params": centers, "weight_decay": 0.0, "peak": centers_learning_rate},
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not any(part in POSITIONS for part in name.split("."))
+            groups.setdefault((decays, isinstance(parameter, DTensor)), []).append(parameter)  # kernels take no mixture
+    lists: list[dict[str, Any]] = [
+        {"params": params, "weight_decay": weight_decay if decays else 0.0, "peak": learning_rate}
+        for (decays, _), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=learning_rate, betas=betas, eps=1e-6, fused=True)
+    return torch.optim.AdamW(lists, lr=learning_rate, betas=betas, eps=1e-6, fused=True)
 
 
 def schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:

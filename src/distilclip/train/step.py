@@ -1,4 +1,4 @@
-"""One optimisation step: features, terms, gradients, exact under accumulation."""
+"""One optimisation step: features, terms, gradients, exact under accumulation and over processes."""
 
 from __future__ import annotations
 
@@ -15,36 +15,40 @@ from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.models.heads import Heads
 from distilclip.ops.features import Features
 from distilclip.ops.mimicry import mask_patches
+from distilclip.train.classhead import ClassHead, StepClasses
+from distilclip.train.diagnosis import Diagnosis, diagnose
 from distilclip.train.objective import Objective
+from distilclip.train.parallel import OWNED, gradient_sync, sum_gradients_
+from distilclip.train.stopwatch import Stopwatch
+from distilclip.train.terms import Share
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one step computed: the loss, its unweighted terms, and how near the student came to the teacher."""
+    """What this process's rows add to the loss and to its unweighted terms: sums over processes are the step's."""
 
     loss: Float[Tensor, ""]
     terms: dict[str, Float[Tensor, ""]]
-    cosine_image: Float[Tensor, ""] | None
-    cosine_text: Float[Tensor, ""] | None
+    cosines: dict[str, Float[Tensor, ""]]
+    """`cosine_image`, `cosine_text`: to the teacher, after projection"""
+    classes: StepClasses | None = None
+    """the class centers that took part, with their gradient"""
+    diagnosis: Diagnosis | None = None
+    """where it was asked for"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """The student under training and the parameters its objective owns."""
+    """The student under training and the parameters its objective owns. `towers` runs `clip.model` (train.parallel)."""
 
     clip: Clip
     heads: Heads
-    precision: torch.dtype
+    towers: nn.Module
+    class_head: ClassHead | None = None
 
-    def embed(self, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit image and text embeddings with gradient, towers under autocast, the result float32."""
-        with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
-            return self.clip.encode_image(pixels), self.clip.encode_text(tokens)
-
-    def embed_image(self, pixels: Tensor) -> Tensor:
-        """Unit image embeddings alone."""
-        with torch.autocast(pixels.device.type, self.precision, enabled=self.precision != torch.float32):
-            return self.clip.encode_image(pixels)
+    def embed(self, pixels: Tensor, tokens: Tensor, masked: Tensor | None = None) -> list[Float[Tensor, "n dim"]]:
+        """Unit image and text embeddings with gradient, and those of masked images if there are any; float32."""
+        return self.towers(pixels, tokens, masked)
 
     def limit_scales(self) -> None:
         """Hold every learned scale at 100 or less, in the parameter itself, so that what is saved is what was used."""
@@ -52,102 +56,141 @@ class Student:
             for log_scale in (self.clip.model.logit_scale, *self.heads.log_scales()):
                 log_scale.clamp_(max=math.log(100))
 
-    def require_exact_accumulation(self) -> None:
-        """`InputError` for a student whose embedding of a pair depends on the others in its micro-batch."""
-        for name, module in self.clip.model.named_modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                raise InputError(
-                    f"{self.clip.name} normalises over the batch ({name}): micro-batches would train another model "
-                    "than the batch. Leave out --micro-batch, or choose a student with layer norm."
-                )
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Everything that is trained but the class centers, by name."""
+        model, heads = self.clip.model.named_parameters(), self.heads.named_parameters()
+        return {**{f"model.{n}": p for n, p in model}, **{f"heads.{n}": p for n, p in heads}}
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained."""
-        return [*self.clip.model.parameters(), *self.heads.parameters()]
+        """Everything that is trained but the class centers."""
+        return list(self.named_parameters().values())
+
+    def owned_parameters(self) -> list[nn.Parameter]:
+        """What the objective uses beside features: every process has all of it."""
+        own = [p for name, p in self.clip.model.named_parameters() if name in OWNED]
+        return [*own, *self.heads.parameters()]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """This process's rows of a global batch, n of m."""
+
+    pixels: Tensor
+    tokens: Int[Tensor, "n context"]
+    teacher: Features | None = None
+    labels: Int[Tensor, " n"] | None = None
+
+
+def require_exact_accumulation(clip: Clip) -> None:
+    """`InputError` for a student whose embedding of a pair depends on the others in its micro-batch."""
+    for name, module in clip.model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise InputError(
+                f"{clip.name} normalises over the batch ({name}): micro-batches would train another model than the "
+                "batch. Leave out --micro-batch, or choose a student with layer norm."
+            )
 
 
 def compute_gradients(
     student: Student,
     objective: Objective,
+    inputs: Inputs,
     *,
-    pixels: Tensor,
-    tokens: Int[Tensor, "n context"],
-    teacher: Features | None,
-    labels: Int[Tensor, " n"] | None,
     micro_batch: int,
     generator: torch.Generator,
+    stopwatch: Stopwatch | None = None,
+    diagnosing: bool = False,
 ) -> StepResult:
-    """Gradients of the objective over the whole batch into `.grad`, holding activations of `micro_batch` rows only.
+    """Gradients of the objective over the global batch into `.grad`, holding activations of `micro_batch` rows only.
 
     The objective is a function of features, so accumulation is exact (SPEC section 3): embed all micro-batches without
     a graph, differentiate the objective with respect to the features of the whole batch, then embed each micro-batch
-    again and push its slice of that gradient back. With one micro-batch there is no second pass.
-    `generator` draws the sampled classes and the masks; its seed also fixes dropout, the same in both passes.
+    again and push its slice of that gradient back. With one micro-batch there is no second pass. Every process must
+    call with equally many rows and an equally seeded `generator`, which draws the sampled classes and the masks of the
+    global batch; its seed also fixes dropout, the same in both passes.
     """
-    pixels = normalise_pixels(pixels, student.clip.preprocess_cfg)
-    masked = mask_patches(pixels, ratio=objective.mask_ratio, generator=generator) if objective.masked else None
-    classes = _draw_classes(student, objective, labels, generator)
+    stopwatch = stopwatch or Stopwatch(inputs.pixels.device)
+    share = Share.here(len(inputs.pixels))
+    with stopwatch.measure("student"):
+        pixels = normalise_pixels(inputs.pixels, student.clip.preprocess_cfg)
+        masked = None
+        if objective.masked:
+            masked = mask_patches(
+                pixels, ratio=objective.mask_ratio, generator=generator, first=share.rows.start, count=share.count
+            )
+    classes = _draw_classes(student, objective, inputs.labels, share, generator)
     slices = [slice(i, i + micro_batch) for i in range(0, len(pixels), micro_batch)]
 
     def embed(part: slice) -> list[Tensor]:
-        torch.manual_seed(generator.initial_seed() + part.start)
-        image, text = student.embed(pixels[part], tokens[part])
-        return [image, text] if masked is None else [image, text, student.embed_image(masked[part])]
+        torch.manual_seed(generator.initial_seed() + share.rows.start + part.start)
+        return student.embed(pixels[part], inputs.tokens[part], None if masked is None else masked[part])
 
-    if len(slices) == 1:
-        features = embed(slices[0])
-        result = _evaluate(student, objective, features, teacher, labels, classes)
-        result.loss.backward()
-        return _detached(result)
-    with torch.no_grad():
+    with stopwatch.measure("student"), torch.set_grad_enabled(len(slices) == 1):
         parts = [embed(part) for part in slices]
-    leaves = [torch.cat(column).requires_grad_() for column in zip(*parts, strict=True)]
-    result = _evaluate(student, objective, leaves, teacher, labels, classes)
-    result.loss.backward()
-    for part in slices:
-        used = [(f, leaf.grad[part]) for f, leaf in zip(embed(part), leaves, strict=True) if leaf.grad is not None]
-        torch.autograd.backward([f for f, _ in used], [g for _, g in used])
-    return _detached(result)
+        leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts, strict=True)]
+    with stopwatch.measure("objective"):
+        result = _evaluate(student, objective, leaves, inputs.teacher, classes, share, diagnosing=diagnosing)
+    with stopwatch.measure("student"):
+        for part in slices:
+            with gradient_sync(student.towers, now=part is slices[-1]):
+                features = parts[0] if len(slices) == 1 else embed(part)
+                torch.autograd.backward(features, [_gradient(leaf)[part] for leaf in leaves])
+        sum_gradients_(student.owned_parameters())
+    return result
+
+
+def _gradient(leaf: Tensor) -> Tensor:
+    """Zero where no term uses a feature: DDP waits for every parameter's gradient."""
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
 
 def _evaluate(
     student: Student,
     objective: Objective,
-    features: list[Tensor],
+    leaves: list[Tensor],
     teacher: Features | None,
-    labels: Tensor | None,
-    classes: Tensor | None,
+    classes: StepClasses | None,
+    share: Share,
+    *,
+    diagnosing: bool,
 ) -> StepResult:
-    own = Features(image=features[0], text=features[1], scale=student.clip.scale)
-    terms = objective.terms(
-        own,
-        teacher,
-        heads=student.heads,
-        masked_image=features[2] if len(features) > 2 else None,
-        labels=labels,
+    """Loss and terms; gradients into the leaves and what the objective owns."""
+    own = Features(image=leaves[0], text=leaves[1], scale=student.clip.scale)
+    masked_image = leaves[2] if len(leaves) > 2 else None
+    terms = objective.terms(own, teacher, heads=student.heads, masked_image=masked_image, classes=classes, share=share)
+    loss = objective.total(terms)
+    loss.backward(retain_graph=diagnosing)
+    diagnosis = None
+    if diagnosing:
+        weighted = {name: objective.weights[name] * value for name, value in terms.items()}
+        diagnosis = diagnose(own, teacher, terms=weighted, leaves=leaves, share=share)
+    return StepResult(
+        loss=loss.detach(),
+        terms={name: value.detach() for name, value in terms.items()},
+        cosines={} if teacher is None else _cosines(student.heads.project(own), teacher, share),
         classes=classes,
+        diagnosis=diagnosis,
     )
-    cosine_image = cosine_text = None
-    if teacher is not None:
-        with torch.no_grad():
-            projected = student.heads.project(own)
-            cosine_image = (projected.image * teacher.image).sum(dim=-1).mean()
-            cosine_text = (projected.text * teacher.text).sum(dim=-1).mean()
-    return StepResult(loss=objective.total(terms), terms=terms, cosine_image=cosine_image, cosine_text=cosine_text)
+
+
+@torch.no_grad()
+def _cosines(projected: Features, teacher: Features, share: Share) -> dict[str, Tensor]:
+    return {
+        "cosine_image": (projected.image * teacher.image).sum(dim=-1).mean() * share.weight,
+        "cosine_text": (projected.text * teacher.text).sum(dim=-1).mean() * share.weight,
+    }
 
 
 def _draw_classes(
-    student: Student, objective: Objective, labels: Tensor | None, generator: torch.Generator
-) -> Tensor | None:
-    if not objective.cluster or objective.sample_rate == 1 or labels is None or student.heads.centers is None:
+    student: Student, objective: Objective, labels: Tensor | None, share: Share, generator: torch.Generator
+) -> StepClasses | None:
+    if not objective.cluster:
         return None
-    return losses.sample_classes(labels, len(student.heads.centers), objective.sample_rate, generator)
-
-
-def _detached(result: StepResult) -> StepResult:
-    return StepResult(
-        loss=result.loss.detach(),
-        terms={name: value.detach() for name, value in result.terms.items()},
-        cosine_image=result.cosine_image,
-        cosine_text=result.cosine_text,
-    )
+    assert student.class_head is not None
+    assert labels is not None
+    labels = share.all(labels)
+    sampled = None
+    if objective.sample_rate < 1:
+        num_classes = student.class_head.num_classes
+        sampled = losses.sample_classes(labels, num_classes, objective.sample_rate, generator)
+    return student.class_head.of_step(labels, sampled)

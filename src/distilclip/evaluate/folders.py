@@ -64,12 +64,37 @@ def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
     return found + [place for folder in folders for place in find_files(files.join(path, folder), suffixes)]
 
 
-def expand_shards(path: str, suffixes: Sequence[str]) -> list[str]:
-    """The shards right in a folder, or those that a pattern names; `InputError` where there are none."""
+def shards_by_split(path: str, suffixes: Sequence[str]) -> dict[SplitName, list[str]]:
+    """The shards in a folder, in its folders `train`, `val` and `test`, or those that a pattern names, by split.
+
+    A shard's split is the word that its name or its folder's begins with; one without such a word is tested. Raises
+    `InputError` where there is no shard.
+    """
+    splits: dict[SplitName, list[str]] = {}
     if not is_folder(path):
-        return files.expand(path)
-    _, names = list_folder(path)
-    found = [files.join(path, name) for name in names if name.lower().endswith(tuple(suffixes))]
-    if not found:
+        for uri in files.expand(path):
+            splits.setdefault(_split_of_shard(uri), []).append(uri)
+        return splits
+    folders, names = list_folder(path)
+    for name in names:
+        if name.lower().endswith(tuple(suffixes)):
+            splits.setdefault(split_of(name) or "test", []).append(files.join(path, name))
+    for folder in folders:
+        split = split_of(folder)
+        inside = list_folder(files.join(path, folder))[1] if split else []
+        found = [files.join(path, folder, name) for name in inside if name.lower().endswith(tuple(suffixes))]
+        if split and found:
+            splits.setdefault(split, []).extend(sorted(found, key=natural))
+    if not splits:
         raise InputError(f"{path} holds no {' or '.join(suffixes)} file.")
-    return found
+    return splits
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts 2.tar before 10.tar."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
+
+
+def _split_of_shard(uri: str) -> SplitName:
+    parts = uri.split("/")
+    return split_of(parts[-1]) or (split_of(parts[-2]) if len(parts) > 1 else None) or "test"

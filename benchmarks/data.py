@@ -1,0 +1,187 @@
+"""Images decoded, augmented, tokenised and collated from tars with 2 workers, against open_clip's own pipeline.
+
+Both sides read the same tars of 512 x 384 JPEGs (52 KB each, photograph-like: gradients, blobs and noise), crop 0.9 to
+1 of the area to 224 pixels, bicubic, and tokenise. Ours joins the teacher's embeddings from a store as well. open_clip's
+is `open_clip_train.data.get_wds_dataset`. Where balance dropped 44 % of the rows, ours reads the kept ones; the peer reads
+all and drops, before it decodes, through its own filter for samples without a caption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import tarfile
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import open_clip_train.data
+from _harness import Case, compare, is_quick
+from PIL import Image
+
+from distilclip.data import files
+from distilclip.data.groups import Groups, write_groups
+from distilclip.data.shards import open_shard
+from distilclip.data.store import Rows, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.stream import open_stream
+
+SIZE = (512, 384)
+NUM_PICTURES = 192
+NUM_TARS = 8
+BATCH = 64
+DIM = 768
+DROPPED = 0.44
+TEACHER = {"name": "t", "digest": "d", "preprocessing": "", "tokenizer": "", "precision": "fp32", "scale": 100.0}
+
+# webdataset 1.0 ends each tar with an empty mark, which open_clip 3.3 does not know.
+open_clip_train.data.tar_file_expander = partial(open_clip_train.data.tar_file_expander, eof_value=None)
+
+_FOLDER = tempfile.TemporaryDirectory(prefix="distilclip-bench-")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Tars of pairs, a store of them, and which keys are kept (None: all)."""
+
+    tars: list[str]
+    store: str
+    groups: str | None
+    kept: frozenset[str] | None
+    num_images: int
+
+
+def picture(random: np.random.Generator) -> bytes:
+    """A JPEG with the spectrum of a photograph: large gradients, smaller blobs, sensor noise."""
+    levels = np.zeros((SIZE[1], SIZE[0], 3))
+    for cell, strength in ((64, 1.0), (16, 0.3), (4, 0.15)):
+        coarse = random.integers(0, 256, (SIZE[1] // cell, SIZE[0] // cell, 3), dtype=np.uint8)
+        levels += strength * (np.asarray(Image.fromarray(coarse).resize(SIZE, Image.Resampling.BICUBIC)) - 127.5)
+    levels += 127.5 + random.normal(0, 4, levels.shape)
+    buffer = io.BytesIO()
+    Image.fromarray(levels.clip(0, 255).astype(np.uint8)).save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+@cache
+def write_tars(num_images: int) -> list[str]:
+    """The tars, once; a few hundred different pictures take turns."""
+    random = np.random.default_rng(0)
+    pictures = [picture(random) for _ in range(NUM_PICTURES)]
+    paths = []
+    for shard in range(NUM_TARS):
+        paths.append(str(Path(_FOLDER.name) / f"{num_images}-{shard:05d}.tar"))
+        with tarfile.open(paths[-1], "w") as tar:
+            for row in range(num_images // NUM_TARS):
+                key = f"{shard:05d}{row:04d}"
+                caption = f"a photograph of number {row}, taken on a sunny day in place {shard} near the sea".encode()
+                for name, content in ((f"{key}.jpg", pictures[row % NUM_PICTURES]), (f"{key}.txt", caption)):
+                    info = tarfile.TarInfo(name)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    return paths
+
+
+def make_inputs(num_images: int, dropped: float) -> Inputs:
+    tars = write_tars(num_images)
+    folder = str(Path(_FOLDER.name) / f"{num_images}-{dropped}")
+    store, groups = f"{folder}-store", f"{folder}-groups"
+    random = np.random.default_rng(1)
+    kept: set[str] = set()
+    lines = []
+    for shard, uri in enumerate(tars):
+        entries = open_shard(uri).index()
+        n = len(entries)
+        image = random.standard_normal((n, DIM), np.float32)
+        image = (image / np.linalg.norm(image, axis=1, keepdims=True)).astype(np.float16)
+        rows = Rows(
+            key=[entry.key for entry in entries],
+            offset=np.array([entry.offset for entry in entries], np.uint64),
+            size=np.array([entry.size for entry in entries], np.uint32),
+            valid=np.ones(n, bool),
+            error=[""] * n,
+            image_sha256=np.ones((n, 32), np.uint8),
+        )
+        described: dict[str, Any] = {"uri": uri, "num_bytes": files.size(uri), "source_digest": "", "truncated": False}
+        write_shard(store, shard, rows, image=image, text=image, teacher=TEACHER, **described)
+        line = finished_shard(store, shard)
+        assert line is not None
+        lines.append(line)
+        keep = np.ones(n, bool)
+        keep[random.permutation(n)[: round(dropped * n)]] = False
+        row = np.arange(n, dtype=np.uint32)
+        ids = sample_id(shard, row)
+        write_groups(groups, shard, Groups(row, ids, ids, np.zeros(n, np.float32), keep))
+        kept |= {entry.key for entry, chosen in zip(entries, keep, strict=True) if chosen}
+    write_manifest(store, lines, dim=DIM, teacher=TEACHER)
+    # Whole batches for both of the peer's workers, which share the tars out between them.
+    usable = len(kept) // (2 * BATCH) * 2 * BATCH
+    if not dropped:
+        return Inputs(tars, store, None, None, usable)
+    return Inputs(tars, store, groups, frozenset(kept), usable)
+
+
+def ours(inputs: Inputs) -> int:
+    stream = open_stream(
+        stores=[inputs.store],
+        groups=inputs.groups,
+        sizes=[224],
+        tokenize=open_clip.get_tokenizer("ViT-B-32"),
+        batch_size=BATCH,
+        seed=0,
+    )
+    return sum(len(batch.pixels) for batch in stream.batches(stop=inputs.num_images // BATCH, num_workers=2))
+
+
+def peer(inputs: Inputs) -> int:
+    arguments = argparse.Namespace(
+        train_data="::".join(inputs.tars),
+        train_num_samples=inputs.num_images,
+        train_data_upsampling_factors=None,
+        dataset_resampled=False,
+        seed=0,
+        batch_size=BATCH,
+        workers=2,
+        world_size=1,
+    )
+    own = open_clip_train.data.filter_no_caption_or_no_image
+    open_clip_train.data.filter_no_caption_or_no_image = filter_of(inputs.kept, own)
+    try:
+        data = open_clip_train.data.get_wds_dataset(
+            arguments,
+            open_clip.image_transform(224, is_train=True),
+            is_train=True,
+            tokenizer=open_clip.get_tokenizer("ViT-B-32"),
+        )
+    finally:
+        open_clip_train.data.filter_no_caption_or_no_image = own
+    return sum(len(pixels) for pixels, _ in data.dataloader)
+
+
+def filter_of(kept: frozenset[str] | None, own: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """The peer's filter, which also drops what balance dropped."""
+    return own if kept is None else lambda sample: sample["__key__"].rsplit("/", 1)[-1] in kept and own(sample)
+
+
+def case(num_images: int, dropped: float) -> Case:
+    name = f"{num_images:,} JPEGs of 512x384" + (f", {dropped:.0%} dropped by balance" if dropped else "")
+    return Case(
+        name=f"{name}: ours / open_clip's webdataset pipeline",
+        setup=lambda: make_inputs(num_images, dropped),
+        ours=ours,
+        peer=peer,
+        equal=lambda left, right: left == right,
+    )
+
+
+def main() -> None:
+    num_images = 1024 if is_quick(__doc__ or "") else 6144
+    compare("data", [case(num_images, 0.0), case(num_images, DROPPED)])
+
+
+if __name__ == "__main__":
+    main()

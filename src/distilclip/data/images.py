@@ -1,0 +1,94 @@
+"""The image embeddings of all shards of a store as one matrix: rows are counted through the shards."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float16, Int, UInt8, UInt64
+
+from distilclip.data import files
+from distilclip.data.columns import read_columns
+from distilclip.data.store import Store, sample_id, split_id, stem
+
+DIGEST_BYTES = 16  # of the SHA-256 of an image file, kept in memory; enough to tell 2^60 images apart
+
+
+@dataclass(frozen=True)
+class Images:
+    """Reads ranges and rows in half precision; what lies in one shard of a local store stays a memory map."""
+
+    store: Store
+
+    def __len__(self) -> int:
+        return self.store.num_rows
+
+    @cached_property
+    def starts(self) -> Int[np.ndarray, " shards1"]:
+        """The first row of every shard, and the number of rows."""
+        return np.cumsum([0, *(shard.num_rows for shard in self.store.shards)])
+
+    def read(self, start: int, stop: int) -> Float16[np.ndarray, "n dim"]:
+        """Rows from `start` to before `stop`."""
+        pieces = [self.store.image(shard)[within] for shard, within in self._cut(start, stop)]
+        if len(pieces) == 1:
+            return pieces[0]
+        rows = np.empty((stop - start, self.store.dim), np.float16)
+        filled = 0
+        for piece in pieces:  # one at a time: pages of the map that were read may go again
+            rows[filled : filled + len(piece)] = piece
+            filled += len(piece)
+        return rows
+
+    def take(self, rows: Int[np.ndarray, " m"]) -> Float16[np.ndarray, "m dim"]:
+        """Rows in any order."""
+        taken = np.empty((len(rows), self.store.dim), np.float16)
+        order = np.argsort(rows, kind="stable")
+        bounds = np.searchsorted(rows[order], self.starts)
+        for shard, (first, last) in enumerate(itertools.pairwise(bounds)):
+            if first < last:
+                here = order[first:last]
+                taken[here] = self.store.image(shard)[rows[here] - self.starts[shard]]
+        return taken
+
+    def valid(self, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " n"]:
+        """Which rows have an embedding."""
+        stop = len(self) if stop is None else stop
+        pieces = [
+            self._read_column(shard, "valid", pa.bool_()).to_numpy()[within] for shard, within in self._cut(start, stop)
+        ]
+        return np.concatenate([np.empty(0, bool), *pieces])
+
+    def digests(self) -> UInt8[np.ndarray, "n 16"]:
+        """The beginning of each image file's SHA-256, zeros where it is not known."""
+        digests = np.zeros((len(self), DIGEST_BYTES), np.uint8)
+        for shard, start in enumerate(self.starts[:-1]):
+            for row, digest in enumerate(self._read_column(shard, "image_sha256", pa.binary(32)).to_pylist(), start):
+                if digest is not None:
+                    digests[row] = np.frombuffer(digest[:DIGEST_BYTES], np.uint8)
+        return digests
+
+    def ids(self, rows: Int[np.ndarray, " m"]) -> UInt64[np.ndarray, " m"]:
+        """Sample ids of rows."""
+        shard = np.searchsorted(self.starts, rows, side="right") - 1
+        return sample_id(shard, rows - self.starts[shard])
+
+    def rows(self, ids: UInt64[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
+        """Rows of sample ids."""
+        shard, row = split_id(ids)
+        return self.starts[shard.astype(np.int64)] + row.astype(np.int64)
+
+    def _cut(self, start: int, stop: int) -> list[tuple[int, slice]]:
+        """The shards that hold the rows of a range, and which of their rows these are."""
+        return [
+            (shard, slice(max(start - first, 0), min(stop, last) - first))
+            for shard, (first, last) in enumerate(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
+            if first < stop and last > start
+        ]
+
+    def _read_column(self, shard: int, name: str, kind: pa.DataType) -> pa.ChunkedArray:
+        path = files.join(self.store.path, f"{stem(shard)}.rows.parquet")
+        return read_columns(path, pa.schema([(name, kind)])).column(name)

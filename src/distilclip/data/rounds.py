@@ -1,0 +1,152 @@
+"""Rounds of k-means over a store, in parts: a part is a run of shards, and all that it finds lies in files.
+
+A round assigns every row to the centers of the round and sums the rows of each cluster, in whole numbers: the sums of
+all parts add up to the same bits however the shards are divided. A part writes the sums of the clusters that its rows
+are in, at most eight bytes a coordinate for each of its rows, and for each shard what the next round can use: labels
+and bounds. Files of a round that was cut short are used where they are whole; nothing but time depends on them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from jaxtyping import Float32, Int, Int64
+
+from distilclip.data import files
+from distilclip.data.images import Images
+from distilclip.data.store import Store, stem
+from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
+from distilclip.devices import resolve_device
+from distilclip.ops.assignment import Assignment
+from distilclip.ops.centergroups import CenterGroups
+from distilclip.ops.centersums import CenterSums
+from distilclip.ops.nearest import Nearest
+from distilclip.ops.points import Points
+
+
+@dataclass(frozen=True)
+class Part:
+    """Shards from `first` to before `last`."""
+
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return f"{stem(self.first)}-{stem(self.last)}"
+
+
+def parts_of(num_rows: Sequence[int], *, least: int) -> list[Part]:
+    """Runs of shards with at least so many rows each, but for the last; `num_rows` are those of every shard."""
+    parts = []
+    first = held = 0
+    for shard, count in enumerate(num_rows):
+        held += count
+        if held >= least or shard == len(num_rows) - 1:
+            parts.append(Part(first, shard + 1))
+            first, held = shard + 1, 0
+    return parts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounds:
+    """The files of a fit, in a folder of its own, and the work of a part."""
+
+    store: str
+    folder: str
+    device: str
+
+    def write_rows(self, rows: Int[np.ndarray, " n"]) -> None:
+        """Say which rows of the store centers are fitted to, ascending."""
+        write_tensors(self._path("rows"), {"rows": rows.astype(np.int64)}, {})
+
+    def rows(self) -> Int64[np.ndarray, " n"]:
+        """The rows of the store that centers are fitted to."""
+        return read_tensors(self._path("rows"))["rows"]
+
+    def begin(self, number: int, centers: Float32[np.ndarray, "k dim"], objectives: Sequence[float]) -> None:
+        """Write the centers of a round, and the objectives of the rounds before."""
+        if number == 0:
+            groups = CenterGroups.of(centers)
+            write_tensors(self._path("groups"), {"order": groups.order}, {"num_groups": str(groups.num_groups)})
+        described = {"objectives": json.dumps(list(objectives))}
+        write_tensors(self._path("centers", number), {"centers": centers}, described)
+        files.remove_folder(files.join(self.folder, f"{number - 2:04d}"))  # bounds look back one round, not two
+
+    def current(self, most: int) -> int | None:
+        """The last round, of at most so many, that was begun; None before the first."""
+        begun = [number for number in range(most + 1) if files.exists(self._path("centers", number))]
+        return begun[-1] if begun else None
+
+    def centers(self, number: int) -> Float32[np.ndarray, "k dim"]:
+        """The centers of a round."""
+        return read_tensors(self._path("centers", number))["centers"]
+
+    def objectives(self, number: int) -> list[float]:
+        """The objectives of the rounds before."""
+        return json.loads(read_metadata(self._path("centers", number))["objectives"])
+
+    def sums(self, number: int, parts: Sequence[Part]) -> CenterSums:
+        """The sums that all parts found in a round, added up."""
+        sums = CenterSums.zero(*self.centers(number).shape)
+        for part in parts:
+            found = read_tensors(self._path(f"sums-{part}", number))
+            sums.total[found["cluster"]] += found["total"]
+            sums.count[found["cluster"]] += found["count"]
+        return sums
+
+    def prepare(self, number: int) -> Callable[[Part], None]:
+        """In a worker: read what all parts of a round share."""
+        groups = CenterGroups(
+            order=np.array(read_tensors(self._path("groups"))["order"]),
+            num_groups=int(read_metadata(self._path("groups"))["num_groups"]),
+        )
+        assignment = Assignment(
+            np.array(self.centers(number)),
+            groups=groups,
+            before=np.array(self.centers(number - 1)) if number else None,
+            device=resolve_device(self.device),
+        )
+        return partial(self._compute, number, Images(Store.open(self.store)), self.rows(), assignment)
+
+    def _compute(self, number: int, images: Images, rows: np.ndarray, assignment: Assignment, part: Part) -> None:
+        """Write the sums of a part's clusters in this round, unless that is done already."""
+        path = self._path(f"sums-{part}", number)
+        if files.exists(path):
+            return
+        sums = CenterSums.zero(*assignment.centers.shape)
+        for shard in range(part.first, part.last):
+            start, stop = images.starts[shard : shard + 2].tolist()
+            here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
+            if len(here):
+                points = Points.of(images.read(start, stop), metric="cosine", valid=images.valid(start, stop))
+                labels = self._labels(number, shard, points, here, assignment)
+                sums.move(points, here, np.full(len(here), -1, np.int32), labels)
+        cluster = np.flatnonzero(sums.count)
+        write_tensors(path, {"cluster": cluster, "total": sums.total[cluster], "count": sums.count[cluster]}, {})
+
+    def _labels(
+        self, number: int, shard: int, points: Points, rows: Int[np.ndarray, " n"], assignment: Assignment
+    ) -> Int[np.ndarray, " n"]:
+        """The labels of a shard's rows in this round, by what is known of them from this or the round before."""
+        path = self._path(f"known-{stem(shard)}")
+        known, known_in = assignment.unknown(len(rows)), None
+        if files.exists(path):
+            known_in = int(read_metadata(path)["round"])
+        if known_in in (number, number - 1):
+            found = {name: np.array(tensor) for name, tensor in read_tensors(path).items()}
+            # Bounds are for the CPU alone: another device leaves none, and would not keep those it is given true.
+            bounds = None if known.bounds is None else found.get("bounds", known.bounds)
+            known = Nearest(labels=found["labels"], bounds=bounds)
+        if known_in != number:
+            assignment.update(known, points, rows)
+            found = {name: tensor for name, tensor in vars(known).items() if tensor is not None}
+            write_tensors(path, found, {"round": str(number)})
+        return known.labels
+
+    def _path(self, name: str, number: int | None = None) -> str:
+        folder = self.folder if number is None else files.join(self.folder, f"{number:04d}")
+        return files.join(folder, f"{name}.safetensors")

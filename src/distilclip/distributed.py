@@ -1,0 +1,137 @@
+"""Processes that train together: rank and world, gathers with gradients, sums. Alone, every function is the identity.
+
+`torchrun` starts the processes and tells each its place by environment variables; `job` turns these into a process
+group. Nothing below stages and train knows that there are other processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Num, Shaped
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from distilclip.devices import resolve_device
+from distilclip.errors import InputError
+
+T = TypeVar("T")
+
+
+@contextlib.contextmanager
+def job(device: str = "auto") -> Iterator[torch.device]:
+    """This process's device; for the length of the block it belongs to the process group that torchrun asks for.
+
+    Each process takes the CUDA device of its local rank. Without torchrun there is no group. Raises `InputError` where
+    a machine has fewer CUDA devices than processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield resolve_device(device)
+        return
+    resolved = resolve_device(device)
+    if resolved.type == "cuda":
+        resolved = _own_cuda_device(int(os.environ["LOCAL_RANK"]))
+    # Host tensors are reduced as well (counts, signals), hence gloo beside NCCL.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo")
+    try:
+        yield resolved
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_cuda_device(local_rank: int) -> torch.device:
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"torchrun started process {local_rank + 1} on a machine with {torch.cuda.device_count()} CUDA devices. "
+            "Lower --nproc-per-node."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if _in_group() else 0
+
+
+def world() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if _in_group() else 1
+
+
+def gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
+    """The rows of all processes in the order of ranks, m = world x n; every process must bring as many.
+
+    Differentiable: each process's rows get the sum of what all processes' losses say about them, so that the processes'
+    losses may be parts of one sum.
+    """
+    return _Gather.apply(rows) if world() > 1 else rows
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every process's value (picklable), in the order of ranks."""
+    if world() == 1:
+        return [value]
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reduce_(values: Num[Tensor, "..."], operation: Literal["sum", "max"] = "sum") -> Num[Tensor, "..."]:
+    """Replace `values` by their sum or maximum over the processes, element by element; no gradient."""
+    if world() > 1:
+        dist.all_reduce(values, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
+    return values
+
+
+def broadcast_(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """Replace `values` by those of rank 0."""
+    if world() > 1:
+        dist.broadcast(values, 0)
+    return values
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, on every process; its `InputError` is raised on every process too."""
+    if world() == 1:
+        return function()
+    outcome: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            outcome = [function(), None]
+        except InputError as error:
+            outcome = [None, error]
+    dist.broadcast_object_list(outcome, 0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def barrier() -> None:
+    """Wait until every process has come here."""
+    if world() > 1:
+        dist.barrier()
+
+
+def _in_group() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        gathered = rows.new_empty(world() * len(rows), *rows.shape[1:])
+        dist.all_gather_into_tensor(gathered, rows.contiguous())
+        return gathered
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        own = gradient.new_empty(len(gradient) // world(), *gradient.shape[1:])
+        dist.reduce_scatter_tensor(own, gradient.contiguous())
+        return own

@@ -1,0 +1,215 @@
+"""Where the parts of a stage are computed: here, in processes, or on a Ray cluster. What comes out is the same.
+
+Parts and results are small (names, ranges, counts); data travels by files that a part writes atomically. So a part can
+be computed twice without harm, which is what happens when a worker dies.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from distilclip.errors import InputError
+
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+Kind = Literal["local", "processes", "ray"]
+
+MAX_DEATHS = 3  # of workers in succession, without a part finished between them
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """How parts are computed.
+
+    Raises:
+        InputError: an address without Ray, or a number of workers below one.
+    """
+
+    kind: Kind = "local"
+    address: str | None = None
+    """of a running Ray cluster (`host:port`, or `auto`); None starts one on this machine"""
+    num_workers: int | None = None
+    """default: one per core of this machine or of the cluster, or per GPU where `num_gpus` is given"""
+    num_gpus: float = 0.0
+    """of each worker on Ray"""
+
+    def __post_init__(self) -> None:
+        if self.address is not None and self.kind != "ray":
+            raise InputError(f"engine_address={self.address!r} is for --engine ray, not {self.kind}.")
+        if self.num_workers is not None and self.num_workers < 1:
+            raise InputError(f"engine_workers={self.num_workers}; it must be at least 1.")
+
+
+def map_parts(
+    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], *, engine: Engine
+) -> Iterator[tuple[Part, Result]]:
+    """Compute `function(part)` for every part, with `function = prepare()` made once in each worker.
+
+    Args:
+        prepare: picklable (a `functools.partial` of a module's function, or an object); it may load a model.
+        parts: what to compute, in the order in which it is begun. Each may run twice: it must be idempotent.
+        engine: where.
+
+    Yields each part with its result, as they finish. An exception in a part stops everything and is raised here.
+
+    Raises:
+        InputError: workers die again and again, or Ray is not installed.
+    """
+    if not parts:
+        return iter(())
+    if engine.kind == "local":
+        return _here(prepare, parts)
+    if engine.kind == "processes":
+        return _in_processes(prepare, parts, engine.num_workers or os.cpu_count() or 1)
+    return _on_ray(prepare, parts, engine)
+
+
+def _here(prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]) -> Iterator[tuple[Part, Result]]:
+    function = prepare()
+    for part in parts:
+        yield part, function(part)
+
+
+_function: Callable[[Any], Any] | None = None  # of a worker process
+
+
+def _begin(prepare: Callable[[], Callable[[Any], Any]], num_threads: int) -> None:
+    global _function
+    os.environ["OMP_NUM_THREADS"] = str(num_threads)
+    if "torch" in sys.modules:  # imported with what is to be prepared: too late for the environment
+        sys.modules["torch"].set_num_threads(num_threads)
+    _function = prepare()
+
+
+def _compute(part: Any) -> Any:
+    assert _function is not None
+    return _function(part)
+
+
+def _in_processes(
+    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], num_workers: int
+) -> Iterator[tuple[Part, Result]]:
+    num_workers = min(num_workers, len(parts))
+    begin = functools.partial(_begin, prepare, max(1, (os.cpu_count() or 1) // num_workers))
+    todo = list(parts)
+    deaths = 0
+    while todo:
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=begin)
+        try:
+            running: dict[Future[Any], int] = {pool.submit(_compute, part): i for i, part in enumerate(todo)}
+            finished: set[int] = set()
+            with contextlib.suppress(BrokenProcessPool):
+                while running:
+                    for future in wait(running, return_when=FIRST_COMPLETED).done:
+                        i = running.pop(future)
+                        result = future.result()
+                        finished.add(i)
+                        deaths = 0
+                        yield todo[i], result
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+        todo = [part for i, part in enumerate(todo) if i not in finished]
+        deaths += 1
+        if todo and deaths > MAX_DEATHS:
+            raise InputError(_dying(todo))
+
+
+def _on_ray(
+    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], engine: Engine
+) -> Iterator[tuple[Part, Result]]:
+    """A pool of actors. One whose node died is replaced when there is room; only a running actor holds a part."""
+    ray = _import_ray()
+    with _cluster(ray, engine.address):
+        per_worker = {"num_cpus": 1, "num_gpus": engine.num_gpus}
+        worker = ray.remote(**per_worker)(_Worker)
+        num_workers = min(len(parts), engine.num_workers or _room(ray, engine.num_gpus))
+        todo = collections.deque(parts)
+        waiting: dict[Any, tuple[Any, list[Part]]] = {}  # what an actor will answer: the actor, and its part
+        deaths = 0
+
+        def begin() -> None:
+            actor = worker.remote(prepare)
+            waiting[actor.ready.remote()] = (actor, [])
+
+        for _ in range(num_workers):
+            begin()
+        while todo or any(held for _, held in waiting.values()):
+            (answer,), _ = ray.wait(list(waiting), num_returns=1)
+            actor, held = waiting.pop(answer)
+            try:
+                result = ray.get(answer)
+            except ray.exceptions.RayActorError as error:
+                deaths += 1
+                todo.extendleft(held)
+                if deaths > MAX_DEATHS * num_workers:
+                    raise InputError(_dying(held or todo)) from error
+                begin()
+                continue
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause from error  # what the part raised, as if it had run here
+            if held:
+                deaths = 0
+                yield held[0], result
+            if todo:
+                part = todo.popleft()
+                waiting[actor.compute.remote(part)] = (actor, [part])
+
+
+class _Worker:
+    """A Ray actor."""
+
+    def __init__(self, prepare: Callable[[], Callable[[Any], Any]]) -> None:
+        self._prepare = prepare
+
+    def ready(self) -> None:
+        """Prepare, here and not above, so that what goes wrong is raised as it is and not as the death of an actor."""
+        _begin(self._prepare, 1)
+
+    def compute(self, part: Any) -> Any:
+        return _compute(part)
+
+
+@contextlib.contextmanager
+def _cluster(ray: Any, address: str | None) -> Iterator[None]:
+    """A connection to Ray: the one that exists, or one for as long as it is needed."""
+    if ray.is_initialized():
+        yield
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    options = {"address": address} if address else {"include_dashboard": False}
+    ray.init(logging_level="WARNING", log_to_driver=False, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _room(ray: Any, num_gpus: float) -> int:
+    resources = ray.cluster_resources()
+    return max(1, int(resources.get("GPU", 0) / num_gpus if num_gpus else resources.get("CPU", 1)))
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("--engine ray needs Ray: pip install 'distilclip[ray]'.") from error
+    return ray
+
+
+def _dying(parts: Sequence[Any]) -> str:
+    return (
+        f"Workers keep dying ({MAX_DEATHS} times and more without a result) at {parts[0]!r}. Is there enough memory? "
+        "What is finished is kept; run again with fewer workers (--engine-workers) or less memory each (--memory-gb)."
+    )

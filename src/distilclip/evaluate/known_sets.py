@@ -1,0 +1,190 @@
+"""From the name of a published set and a data root to the set itself, in whichever layout it lies there."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distilclip.data import files
+from distilclip.errors import InputError
+from distilclip.evaluate import archives, imagenet, karpathy
+from distilclip.evaluate.classes import CLASSNAMES_FILE, Classes, read_classes
+from distilclip.evaluate.dataset import LabelledSet, MissingSet, PairSet
+from distilclip.evaluate.folders import is_folder, list_folder, split_of
+from distilclip.evaluate.known_set import KnownSet
+from distilclip.evaluate.labelled import (
+    Listing,
+    build_set,
+    list_images,
+    list_samples,
+    observed_labels,
+    own_templates,
+)
+from distilclip.evaluate.paired import Captioned, build_pairs, read_pairs
+from distilclip.evaluate.wording import wording_of
+
+Layout = Literal["archive", "webdataset", "folder"]
+
+LISTINGS: dict[str, Callable[[str], Listing]] = {
+    "food101": archives.list_food101,
+    "cifar10": archives.list_cifar10,
+    "cifar100": archives.list_cifar100,
+    "birdsnap": archives.list_birdsnap,
+    "sun397": archives.list_sun397,
+    "cars": archives.list_cars,
+    "aircraft": archives.list_aircraft,
+    "dtd": archives.list_dtd,
+    "pets": archives.list_pets,
+    "caltech101": archives.list_caltech101,
+    "flowers102": archives.list_flowers102,
+    "stl10": archives.list_stl10,
+    "eurosat": archives.list_eurosat,
+    "imagenet": imagenet.list_imagenet,
+    "imagenet-v2": imagenet.list_imagenet_v2,
+    "imagenet-a": imagenet.list_imagenet_a,
+    "imagenet-r": imagenet.list_imagenet_r,
+    "imagenet-sketch": imagenet.list_imagenet_sketch,
+    "objectnet": imagenet.list_objectnet,
+}
+CAPTIONED: dict[str, Callable[[str], Captioned]] = {"coco": karpathy.list_coco, "flickr30k": karpathy.list_flickr30k}
+"""Readers of the original layouts by set, of labelled images and of captions."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a set lies: the folder that its reader takes, and in which layout."""
+
+    layout: Layout
+    path: str
+
+
+def locate(known: KnownSet, data_root: str) -> Place | None:
+    """The first place that holds the set: the original archive, then a webdataset, then folders of images."""
+    for place, marker in _archives(known, data_root):
+        if files.exists(marker):
+            return place
+    for path in _webdatasets(known, data_root):
+        if _has_shards(path):
+            return Place("webdataset", path)
+    for path in _own_folders(known, data_root):
+        if _has_splits(path):
+            return Place("folder", path)
+    return None
+
+
+def places_looked_at(known: KnownSet, data_root: str) -> list[str]:
+    """Every path whose presence would have shown the set."""
+    archive = [marker for _, marker in _archives(known, data_root)]
+    shards = [files.join(path, "test", "*.tar") for path in _webdatasets(known, data_root)]
+    return [*archive, *shards, *(files.join(path, "test", "CLASS") for path in _own_folders(known, data_root))]
+
+
+def load_known_set(
+    known: KnownSet, *, data_root: str, prompts: str | None = None
+) -> LabelledSet | PairSet | MissingSet:
+    """Read a published set from a data root; `prompts` is openai/CLIP's prompts.md, for its names and templates.
+
+    A set that is not there is a `MissingSet`, with the places it was looked for. Raises `InputError` for one that is
+    there and does not hold together.
+    """
+    place = locate(known, data_root)
+    if place is None:
+        looked = ", ".join(places_looked_at(known, data_root)[:4])
+        reason = f"not found under {data_root} (looked for {looked} and the like). Get it: {known.source}"
+        kind: Literal["pairs", "labelled"] = "pairs" if known.group == "retrieval" else "labelled"
+        return MissingSet(name=known.name, reason=reason, kind=kind, has_train=known.num_train > 0)
+    record = {"layout": place.layout, "published_num_test": known.num_test}
+    try:
+        if known.group == "retrieval":
+            return _load_pairs(known, place, record)
+        return _load_labelled(known, place, record, prompts)
+    except (RuntimeError, OSError, KeyError, ValueError, StopIteration) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{known.name} in {place.path} cannot be read: {error!r}. Get it again: {known.source}."
+        ) from error
+
+
+def _load_pairs(known: KnownSet, place: Place, record: dict[str, Any]) -> PairSet:
+    if place.layout == "archive":
+        return build_pairs(known.name, CAPTIONED[known.name](place.path), record=record)
+    found = read_pairs(known.name, place.path)
+    return dataclasses.replace(found, record=record)
+
+
+def _load_labelled(known: KnownSet, place: Place, record: dict[str, Any], prompts: str | None) -> LabelledSet:
+    readers: dict[Layout, Callable[[str], Listing]] = {
+        "archive": LISTINGS.get(known.name, list_images),
+        "webdataset": list_samples,
+        "folder": list_images,
+    }
+    listing = readers[place.layout](place.path)
+    worded = _worded(known, place, listing, prompts)
+    record = {**record, **listing.record, "prompts": worded.source, "clips_prompts": worded.is_clips}
+    return build_set(
+        known.name,
+        dataclasses.replace(listing, record=record),
+        worded.classes,
+        templates=worded.templates,
+        where=place.path,
+        metric=known.metric,
+        may_be_empty=known.may_be_empty,
+    )
+
+
+@dataclass(frozen=True)
+class _Worded:
+    """Classes in the order of the set's labels, with the templates; `is_clips` None where only the folder can know."""
+
+    classes: Classes
+    templates: tuple[str, ...]
+    source: str
+    is_clips: bool | None
+
+
+def _worded(known: KnownSet, place: Place, listing: Listing, prompts: str | None) -> _Worded:
+    """Names and templates: the folder's own where it has both and the user names no other, else the best known."""
+    wording = wording_of(known, prompts=prompts)
+    own, templates = None, None
+    if place.layout != "archive":
+        templates = own_templates(place.path)
+        if files.exists(files.join(place.path, CLASSNAMES_FILE)):
+            own = read_classes(place.path, observed_labels(listing))
+    if own is not None and templates is not None and prompts is None:
+        return _Worded(own, templates, f"classnames.txt and templates in {place.path}", None)
+    if own is not None and wording.by_label is not None:  # ImageNet's names are not unique: the folder's order stands
+        return _Worded(own, wording.templates, f"classnames.txt in {place.path}, templates of {wording.source}", None)
+    labels = own.labels if own else listing.labels or tuple(sorted(observed_labels(listing)))
+    names = wording.names_of(own.names if own else labels, aliases=known.aliases, where=place.path)
+    return _Worded(Classes(labels, names, place.path), wording.templates, wording.source, wording.is_clips)
+
+
+def _archives(known: KnownSet, data_root: str) -> Iterator[tuple[Place, str]]:
+    """Places of the original layout, each with the path that shows it."""
+    for marker in known.archive:
+        yield Place("archive", data_root), files.join(data_root, marker)
+    for folder in known.folders:
+        base = files.join(data_root, folder)
+        for marker in (*known.archive, *known.inner):
+            yield Place("archive", base), files.join(base, marker)
+
+
+def _webdatasets(known: KnownSet, data_root: str) -> Iterator[str]:
+    for name in known.webdataset:
+        yield from (files.join(data_root, form) for form in (f"wds/{name}", f"wds_{name}", f"wds/wds_{name}", name))
+
+
+def _own_folders(known: KnownSet, data_root: str) -> Iterator[str]:
+    return (files.join(data_root, folder) for folder in dict.fromkeys((known.name, *known.folders)))
+
+
+def _has_shards(path: str) -> bool:
+    folder = next((f for f in (files.join(path, "test"), path) if is_folder(f)), None)
+    return folder is not None and any(name.endswith(".tar") for name in list_folder(folder)[1])
+
+
+def _has_splits(path: str) -> bool:
+    return is_folder(path) and any(split_of(folder) for folder in list_folder(path)[0])

@@ -1,0 +1,192 @@
+"""A model card, written from the run's own records. What only a person can say is marked to be filled in."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from distilclip.export.records import Records, Stage
+
+Form = Literal["open_clip", "huggingface", "onnx"]
+FILL_IN = "**to be filled in**"
+_LIBRARY = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnx"}
+
+_USE = {
+    "open_clip": """\
+import open_clip
+{towers}
+model, _, preprocess = open_clip.create_model_and_transforms("local-dir:model")
+tokenizer = open_clip.get_tokenizer("local-dir:model")""",
+    "huggingface": """\
+from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+
+model = CLIPModel.from_pretrained("model")
+tokenizer = AutoTokenizer.from_pretrained("model")
+processor = CLIPImageProcessor.from_pretrained("model")""",
+    "onnx": """\
+from distilclip.export.runtime import open_onnx  # needs onnxruntime, tokenizers, numpy and Pillow; no torch
+
+model = open_onnx("model")
+similarity = model.encode_images(pictures) @ model.encode_texts(["a photo of a cat"]).T""",
+}
+
+
+def model_card(
+    name: str,
+    form: Form,
+    *,
+    digest: str,
+    num_parameters: int,
+    model_cfg: dict[str, Any] | None,
+    preprocess_cfg: dict[str, Any],
+    exported: dict[str, Any],
+    records: Records,
+) -> str:
+    """README.md of an exported model.
+
+    Args:
+        name: of the model.
+        form: what it was exported as.
+        digest: SHA-256 of its weights, as `evaluate` states it too.
+        num_parameters: of both towers.
+        model_cfg: open_clip's architecture; None where only the hub knows it.
+        preprocess_cfg: open_clip's preprocessing.
+        exported: what the export found: differences to torch, int8's loss.
+        records: of the run.
+    """
+    sections = {
+        "Model": _model(digest, num_parameters, model_cfg, preprocess_cfg),
+        "Data": _data(records),
+        "Teacher": _teacher(records),
+        "Recipe": _recipe(records.train),
+        "Evaluation": _evaluation(records.scores),
+        "This export": _exported(exported),
+        "Use": f"```python\n{_USE[form].format(towers=_towers(model_cfg))}\n```",
+        "Licence": _licence(),
+    }
+    body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
+    return f"{_front_matter(name, form)}\n# {name}\n\nA CLIP model made with distilclip.\n\n{body}\n"
+
+
+def _front_matter(name: str, form: Form) -> str:
+    return "\n".join(
+        [
+            "---",
+            "license: unknown # to be filled in",
+            f"library_name: {_LIBRARY[form]}",
+            f"model_name: {json.dumps(name)}",  # a JSON string is a YAML string, whatever is in it
+            "pipeline_tag: zero-shot-image-classification",
+            "tags: [clip, distillation]",
+            "---",
+        ]
+    )
+
+
+def _model(digest: str, num_parameters: int, model_cfg: dict[str, Any] | None, preprocess_cfg: dict[str, Any]) -> str:
+    lines = [("parameters", f"{num_parameters:,}"), ("SHA-256 of the weights", f"`{digest}`")]
+    lines += [(f"preprocessing, {key}", f"{value}") for key, value in preprocess_cfg.items()]
+    table = _table(("", ""), lines)
+    return table if model_cfg is None else f"{table}\n\n```json\n{json.dumps(model_cfg, indent=2)}\n```"
+
+
+def _data(records: Records) -> str:
+    lines: list[tuple[str, str]] = []
+    if records.train is not None:
+        # Names of files only: where they lay is nobody's business.
+        patterns = records.train.config["data"] or (records.embed.config["data"] if records.embed else [])
+        lines.append(("files", ", ".join(f"`{os.path.basename(p)}`" for p in patterns) or "not recorded"))
+        lines.append(("pairs trained on", f"{records.train.result['num_rows']:,}"))
+        lines.append(("pairs seen, with repetition", f"{records.train.result['num_samples_seen']:,}"))
+    if records.embed is not None:
+        found = records.embed.result
+        lines.append(("pairs embedded", f"{found['num_valid']:,} of {found['num_rows']:,}"))
+    if records.balance is not None:
+        found = records.balance.result
+        lines.append(
+            (
+                "semantic balance",
+                f"{found['num_kept']:,} of {found['num_valid']:,} images kept "
+                f"({found['metric']} distance under {found['threshold']:.4g})",
+            )
+        )
+    source = f"Source of the data, its licence, and consent: {FILL_IN}."
+    return f"{_table(('', ''), lines)}\n\n{source}" if lines else f"Not recorded. {source}"
+
+
+def _teacher(records: Records) -> str:
+    licence = f"Licence of the teacher's weights: {FILL_IN}."
+    if records.embed is not None:
+        teacher = records.embed.result["teacher"]
+        lines = [
+            ("name", f"`{os.path.basename(str(teacher['name']).rstrip('/'))}`"),
+            ("SHA-256 of the weights", f"`{teacher['digest']}`"),
+            ("embeddings", f"{records.embed.result['dim']} wide, computed in {teacher['precision']}"),
+        ]
+        return f"{_table(('', ''), lines)}\n\n{licence}"
+    live = records.train.config.get("live_teacher") if records.train else None
+    if live:
+        return f"`{os.path.basename(str(live).rstrip('/'))}`, run during training.\n\n{licence}"
+    return f"None recorded: if there was one, name it here ({FILL_IN})."
+
+
+def _recipe(train: Stage | None) -> str:
+    if train is None:
+        return f"Not recorded: the model is no train folder of distilclip. {FILL_IN}"
+    weights = {name: value for name, value in train.result["objective"].items() if value}
+    objective = ", ".join(f"{name} {value:g}" for name, value in weights.items())
+    names = ("num_steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "precision", "seed")
+    options = [(name, f"{train.config[name]}") for name in names]
+    return _table(("", ""), [("objective", f"{train.config['objective']}: {objective}"), *options])
+
+
+def _evaluation(scores: Sequence[dict[str, Any]]) -> str:
+    shown = [row for row in scores if row.get("headline") and row["value"] is not None]
+    if not shown:
+        return f"None in the records: run `distilclip evaluate` and export with --evaluation. {FILL_IN}"
+    lines = [
+        (
+            row["set"],
+            row["task"],
+            row["metric"],
+            f"{row['value']:.4f}",
+            f"{row['low']:.4f} to {row['high']:.4f}" if row.get("low") is not None else "",
+            f"{row['num_test']}",
+        )
+        for row in shown
+    ]
+    return _table(("set", "task", "metric", "value", "95 % interval", "samples"), lines)
+
+
+def _exported(exported: dict[str, Any]) -> str:
+    lines = []
+    for name, value in exported.items():
+        flat = _flatten(name, value) if isinstance(value, dict) else [(name, value)]
+        lines += [(key, f"{found:.4g}" if isinstance(found, float) else f"{found}") for key, found in flat]
+    return _table(("", ""), lines) if lines else ""
+
+
+def _flatten(prefix: str, values: dict[str, Any]) -> list[tuple[str, Any]]:
+    pairs = []
+    for name, value in values.items():
+        key = f"{prefix}, {name}"
+        pairs += _flatten(key, value) if isinstance(value, dict) else [(key, value)]
+    return pairs
+
+
+def _licence() -> str:
+    return (
+        f"Licence of these weights: {FILL_IN}, and the field `license` at the top of this page.\n\n"
+        f"Intended use, and uses that are out of place: {FILL_IN}.\n\nKnown weaknesses and biases: {FILL_IN}."
+    )
+
+
+def _towers(model_cfg: dict[str, Any] | None) -> str:
+    tower = ((model_cfg or {}).get("vision_cfg") or {}).get("timm_model_name") or ""
+    return "import distilclip.models.towers  # the image tower is one of distilclip's\n" if "cnn_w" in tower else ""
+
+
+def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    rows = [columns, ["---"] * len(columns), *lines]
+    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)

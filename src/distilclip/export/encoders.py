@@ -1,0 +1,163 @@
+"""Image and text encoder as ONNX files, checked against torch when they are written."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+import onnx
+import torch
+from jaxtyping import Float, Int
+from PIL import Image
+from torch import Tensor, nn
+
+from distilclip.data import files
+from distilclip.errors import InputError
+from distilclip.export.runtime import RECORD, TOKENIZER, OnnxClip, encoder_file, open_onnx, preprocess
+from distilclip.export.tokenizer import PROBES, build_tokenizer, require_clip_tokenizer
+from distilclip.models.clip import Clip
+
+OPSET = 18
+"""ONNX operator set of the files: read by ONNX Runtime 1.14 and later."""
+
+TOLERANCE = 1e-4
+"""Largest difference to torch in any component of a unit embedding."""
+
+MAX_BYTES = 2**31 - 2**20  # of a protobuf, less some room for the graph itself
+PICTURE_SIZES = ((97, 64), (64, 97), (640, 480), (31, 33))  # upright, lying, larger, smaller than the input
+
+
+class _ImageEncoder(nn.Module):
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.model = clip.model
+
+    def forward(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
+        return nn.functional.normalize(self.model.encode_image(pixels), dim=-1)
+
+
+class _TextEncoder(nn.Module):
+    def __init__(self, clip: Clip) -> None:
+        super().__init__()
+        self.model = clip.model
+
+    def forward(self, tokens: Int[Tensor, "n context"]) -> Float[Tensor, "n dim"]:
+        return nn.functional.normalize(self.model.encode_text(tokens), dim=-1)
+
+
+def write_onnx(clip: Clip, folder: str) -> dict[str, Any]:
+    """Write `image.onnx`, `text.onnx`, `tokenizer.json` and `clip.json`, and compare them with torch.
+
+    Both encoders take batches of any size and give unit embeddings in float32: `pixels` (n, 3, height, width) to
+    `image_embedding` (n, dim), `tokens` (n, context; int64) to `text_embedding` (n, dim).
+
+    Returns the opset, and the largest differences to torch that were found.
+
+    Raises:
+        InputError: the tokenizer or preprocessing cannot be expressed without torch, the model is larger than a
+            protobuf can be, torch cannot export it, or the difference exceeds `TOLERANCE`.
+    """
+    _check_expressible(clip)
+    tokenizer = build_tokenizer(clip)
+    for tower, module, example in (
+        ("image", _ImageEncoder(clip), torch.zeros(2, 3, clip.image_size, clip.image_size)),
+        ("text", _TextEncoder(clip), clip.tokenizer(["one", "two"])),
+    ):
+        content = _export(module.eval(), example, tower=tower, name=clip.name)
+        files.write_bytes(files.join(folder, encoder_file(tower, "fp32")), content)
+    files.write_bytes(files.join(folder, TOKENIZER), tokenizer.to_str(pretty=True).encode())
+    record = {
+        "name": clip.name,
+        "digest": clip.digest,
+        "dim": clip.dim,
+        "context_length": clip.context_length,
+        "scale": float(clip.scale.detach()),
+        "preprocessing": clip.preprocess_cfg,
+        "opset": OPSET,
+    }
+    files.write_bytes(files.join(folder, RECORD), (json.dumps(record, indent=2) + "\n").encode())
+    return {"opset": OPSET, "difference": _compare(clip, open_onnx(folder))}
+
+
+def _check_expressible(clip: Clip) -> None:
+    require_clip_tokenizer(clip)
+    mode, size = clip.preprocess_cfg["resize_mode"], clip.preprocess_cfg["size"]
+    square = isinstance(size, int) or size[0] == size[1]
+    if mode not in ("shortest", "squash") or (mode == "shortest" and not square):
+        raise InputError(
+            f"{clip.name}: its preprocessing (resize_mode {mode!r}, size {size}) has no form without torch; "
+            "'shortest' with a square size and 'squash' have."
+        )
+    num_bytes = sum(value.nbytes for value in clip.model.state_dict().values())
+    if num_bytes > MAX_BYTES:
+        raise InputError(f"{clip.name} has {num_bytes} bytes of weights; one ONNX file holds less than 2 GiB.")
+
+
+def _export(module: nn.Module, example: Tensor, *, tower: Literal["image", "text"], name: str) -> bytes:
+    log = logging.getLogger("torch.onnx")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            input_names=["pixels" if tower == "image" else "tokens"],
+            output_names=[f"{tower}_embedding"],
+            opset_version=OPSET,
+            verbose=False,
+        )
+    except torch.onnx.OnnxExporterError as error:
+        raise InputError(f"{name}: torch cannot export its {tower} tower to ONNX: {error}") from error
+    finally:
+        log.setLevel(level)
+    assert program is not None  # of the exporter with dynamo
+    return _without_traces(program.model_proto).SerializeToString(deterministic=True)
+
+
+def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The model without the exporter's stack traces: they name files of this machine and differ between machines."""
+    nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
+    for item in (model, model.graph, *nodes, *model.graph.value_info, *model.graph.input, *model.graph.output):
+        del item.metadata_props[:]
+        item.doc_string = ""
+    return model
+
+
+def _compare(clip: Clip, exported: OnnxClip) -> dict[str, float]:
+    """Largest differences to torch: of each encoder on equal input in batches of 1, 2 and 5, and of the pixels."""
+    generator = torch.Generator().manual_seed(0)
+    device = clip.device
+    found = {"image": 0.0, "text": 0.0, "pixels": 0.0}
+    with torch.no_grad():
+        for size in (1, 2, 5):
+            pixels = torch.randn(size, 3, clip.image_size, clip.image_size, generator=generator)
+            tokens = clip.tokenizer(list(PROBES[:size]))
+            pairs = {
+                "image": (clip.encode_image(pixels.to(device)), exported.image.run(None, {"pixels": pixels.numpy()})),
+                "text": (clip.encode_text(tokens.to(device)), exported.text.run(None, {"tokens": tokens.numpy()})),
+            }
+            for tower, (ours, theirs) in pairs.items():
+                found[tower] = max(found[tower], _difference(ours.cpu().numpy(), theirs[0]))
+    for picture in _pictures(PICTURE_SIZES):
+        ours = clip.preprocess(picture).numpy()
+        found["pixels"] = max(found["pixels"], _difference(ours, preprocess(picture, exported.preprocessing)))
+    wrong = {name: value for name, value in found.items() if not value <= TOLERANCE}  # not >, so that NaN is wrong
+    if wrong:
+        raise InputError(
+            f"{clip.name}: its ONNX form differs from torch by {wrong}, more than {TOLERANCE}; not usable."
+        )
+    return found
+
+
+def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    return float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("inf")
+
+
+def _pictures(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    generator = np.random.default_rng(0)
+    return [Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]

@@ -1,0 +1,112 @@
+"""Which rows of a store leave it: those that `balance` kept, those in a subset file, or every valid one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, UInt8, UInt32, UInt64
+
+from distilclip.data.groups import read_groups
+from distilclip.data.pairs import check_source, kept_rows
+from distilclip.data.store import Rows, Store
+from distilclip.errors import InputError
+from distilclip.export.uids import UidKind, in_subset, read_subset, read_uids
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The n rows of one shard that leave, ascending. `offset` and `size` are those of the shard's index."""
+
+    uri: str
+    row: UInt32[np.ndarray, " n"]
+    key: list[str]
+    offset: UInt64[np.ndarray, " n"]
+    size: UInt32[np.ndarray, " n"]
+    image_sha256: UInt8[np.ndarray, "n 32"]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def part(self, start: int, stop: int | None) -> Selected:
+        """The rows from `start` up to `stop`."""
+        here = slice(start, stop)
+        return Selected(
+            self.uri, self.row[here], self.key[here], self.offset[here], self.size[here], self.image_sha256[here]
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """A store, what chooses its rows, and where its shards lie now. Small and picklable: rows are read when asked for.
+
+    `groups` is a balance folder, `subset` a DataComp subset file; one of the two at most. `uid` says how samples are
+    named in that file.
+    """
+
+    store: Store
+    uris: tuple[str, ...]
+    groups: str | None = None
+    subset: str | None = None
+    uid: UidKind = "json"
+
+    def rows(self, shard: int) -> Selected:
+        """The selected rows of a shard, once its file has been found to be the one that was embedded.
+
+        Raises:
+            InputError: it is not, or the groups were made for another store.
+        """
+        rows = self.store.rows(shard)
+        check_source(self.store, shard, self.uris[shard], rows)
+        selected = _selected(self.uris[shard], rows, self.keep(shard, rows))
+        if self.subset is None:
+            return selected
+        uids = read_uids(selected.uri, selected.key, selected.offset, selected.size, kind=self.uid)
+        chosen = np.zeros(len(rows), bool)
+        chosen[selected.row[in_subset(uids, read_subset(self.subset))]] = True
+        return _selected(self.uris[shard], rows, chosen)
+
+    def keep(self, shard: int, rows: Rows) -> Bool[np.ndarray, " r"]:
+        """Which rows of a shard are valid and kept by `groups`; a subset file is not consulted."""
+        return kept_rows(self.store, shard, rows, self.groups)
+
+    def count(self, shard: int) -> int:
+        """How many rows of a shard are selected."""
+        if self.subset is not None:
+            return len(self.rows(shard))
+        if self.groups is not None:
+            return int(read_groups(self.groups, shard).keep.sum())
+        return int(self.store.rows(shard).valid.sum())
+
+
+def open_selection(
+    store: str, *, groups: str | None = None, subset: str | None = None, uid: UidKind = "json", data: Sequence[str] = ()
+) -> Selection:
+    """A selection of a finished store. `data` says where its shards lie now, in their order, if they have moved.
+
+    Raises:
+        InputError: there is no such store, the data are not as many files, or the subset file is none.
+    """
+    opened = Store.open(store)
+    uris = tuple(data) or tuple(shard.uri for shard in opened.shards)
+    if len(uris) != opened.num_shards:
+        raise InputError(
+            f"The data are {len(uris)} files, but the store {store} was made from {opened.num_shards}, "
+            f"{opened.shards[0].uri} first. Give the same files in the same order."
+        )
+    if subset is not None:
+        read_subset(subset)  # complain before any work
+    return Selection(store=opened, uris=uris, groups=groups, subset=subset, uid=uid)
+
+
+def _selected(uri: str, rows: Rows, keep: Bool[np.ndarray, " r"]) -> Selected:
+    row = np.flatnonzero(keep).astype(np.uint32)
+    return Selected(
+        uri=uri,
+        row=row,
+        key=[rows.key[r] for r in row],
+        offset=rows.offset[row],
+        size=rows.size[row],
+        image_sha256=rows.image_sha256[row],
+    )

@@ -1,0 +1,102 @@
+"""DataComp's names of samples, 128-bit `uid`s, and its subset files: sorted lists of them.
+
+Source: mlfoundations/datacomp, README ("Selecting samples in the filtering track") and resharder.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal, get_args
+
+import numpy as np
+from jaxtyping import Bool, UInt32, UInt64
+
+from distilclip.data import files
+from distilclip.errors import InputError
+from distilclip.export.texts import Text, read_texts
+
+UidKind = Literal["json", "md5"]
+UID_KINDS: tuple[UidKind, ...] = get_args(UidKind)
+UID = np.dtype("u8,u8")
+"""High and low 64 bits; numpy sorts by the first field, then the second."""
+
+
+def read_uids(
+    uri: str, key: Sequence[str], offset: UInt64[np.ndarray, " n"], size: UInt32[np.ndarray, " n"], *, kind: UidKind
+) -> np.ndarray:
+    """The uids of n samples of a shard, in order, as a structured array of `UID`.
+
+    Args:
+        uri: the shard.
+        key: the samples' keys.
+        offset: their places in the shard.
+        size: their sizes in the shard.
+        kind: `json` reads the field `uid` of the sample's metadata, as in DataComp's pools. `md5` is for data without:
+            MD5 over the UTF-8 of the field `url` (without one, the key), a line break, and the caption.
+
+    Raises:
+        InputError: a sample has no uid, or one that is no hexadecimal number of up to 128 bits.
+    """
+    uids = np.empty(len(key), UID)
+    for i, (name, text) in enumerate(zip(key, read_texts(uri, key, offset, size), strict=True)):
+        digits = _md5(name, text) if kind == "md5" else _uid(text.meta.get("uid"), where=f"{uri}: {name}")
+        uids[i] = divmod(int(digits, 16), 2**64)
+    return uids
+
+
+def write_subset(path: str, uids: np.ndarray) -> int:
+    """Write a subset file of these uids, sorted, each once; how many there are.
+
+    Each once, because DataComp's resharder writes a sample as often as its uid is listed.
+    """
+    unique = np.unique(uids)
+    with files.atomic_write(path) as file:
+        np.save(file, unique)
+    return len(unique)
+
+
+@lru_cache(maxsize=1)
+def read_subset(path: str) -> np.ndarray:
+    """The sorted uids of a subset file: `.npy`, or the bare memory of such an array. A local one stays on disk.
+
+    Raises:
+        InputError: the file is missing, has another dtype, or is not sorted.
+    """
+    if not files.exists(path):
+        raise InputError(f"The subset file {path} does not exist.")
+    with files.local_copy(path) as local:
+        with open(local, "rb") as file:
+            is_npy = file.read(6) == b"\x93NUMPY"
+        subset: Any = np.load(local, mmap_mode="r") if is_npy else np.memmap(local, UID, mode="r")
+        if files.is_url(path):
+            subset = np.array(subset)
+    if subset.dtype != UID or subset.ndim != 1:
+        raise InputError(f"{path} holds {subset.dtype} of shape {subset.shape}; a subset file holds (u8, u8) pairs.")
+    high, low = subset["f0"], subset["f1"]
+    if not ((high[:-1] < high[1:]) | ((high[:-1] == high[1:]) & (low[:-1] <= low[1:]))).all():
+        raise InputError(f"{path} is not sorted, as a subset file must be: sort it with numpy's `sort`.")
+    return subset
+
+
+def in_subset(uids: np.ndarray, subset: np.ndarray) -> Bool[np.ndarray, " n"]:
+    """Which of the uids are in a sorted subset."""
+    return np.searchsorted(subset, uids, side="right") > np.searchsorted(subset, uids, side="left")
+
+
+def _uid(value: object, *, where: str) -> str:
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-fA-F]{1,32}", value):
+        return value
+    found = "has no `uid`" if value is None else f"has the uid {value!r}, no hexadecimal number of 128 bits"
+    raise InputError(
+        f"{where}: its json {found}. DataComp's pools have them; for other data choose --uid md5, "
+        "which makes uids from url (or key) and caption."
+    )
+
+
+def _md5(key: str, text: Text) -> str:
+    url = text.meta.get("url")
+    name = f"{key if url is None else url}\n{text.caption or ''}"
+    return hashlib.md5(name.encode(), usedforsecurity=False).hexdigest()

@@ -1,0 +1,138 @@
+"""The center of largest inner product for every row: exact labels, on the CPU or an accelerator, from one definition.
+
+A label is that of the largest inner product in float64 of the stored row and the center, the first of equal ones. Fast
+products only say which centers can be it; so tiles, devices and number formats decide the time and nothing else.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import BFloat16, Bool, Float32, Float64, Int
+from torch import Tensor
+
+from distilclip.ops.centergroups import CenterGroups, CenterTiles
+from distilclip.ops.codes import SLACK
+from distilclip.ops.nearest import Nearest
+from distilclip.ops.points import Points
+
+ROWS = 8192  # rows and centers of a product on an accelerator: 256 MiB of float32
+RUN = 16  # neighbouring centers whose largest product is kept, and of which all are compared again if it comes close
+EXTRA = 8  # columns that add a center's offset to a product; 8 keeps rows aligned for tensor cores
+DECIDED = 1 << 24  # elements of centers in float64 at a time
+
+
+class Assignment:
+    """The centers of one round, ready to be compared with any rows."""
+
+    def __init__(
+        self,
+        centers: Float32[np.ndarray, "k dim"],
+        *,
+        groups: CenterGroups | None = None,
+        before: Float32[np.ndarray, "k dim"] | None = None,
+        device: str | torch.device | None = None,
+    ) -> None:
+        """`groups` and `before`, the centers that labels and bounds were found for, spare work on the CPU."""
+        self.centers = centers
+        self._device = torch.device(device or "cpu")
+        self._num_bounds = None if groups is None or self._device.type != "cpu" else groups.num_groups
+        self._tiles: CenterTiles | _DeviceCenters
+        if self._device.type == "cpu":
+            self._tiles = CenterTiles.of(centers, groups or CenterGroups.of(centers, near=False), before)
+        else:
+            self._tiles = _DeviceCenters(torch.from_numpy(centers).to(self._device))
+
+    def unknown(self, count: int) -> Nearest:
+        """What is known of `count` rows before their first round."""
+        return Nearest.unknown(count, num_groups=self._num_bounds)
+
+    def update(self, nearest: Nearest, points: Points, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
+        """Find the rows' labels, in place; the cosine distances to their centers."""
+        if isinstance(self._tiles, CenterTiles):
+            return nearest.update(points, rows, self._tiles)
+        return self._tiles.update(nearest.labels, points, rows)
+
+
+def assign(
+    points: Points,
+    centers: Float32[np.ndarray, "k dim"],
+    *,
+    rows: Int[np.ndarray, " n"] | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+    """The unit center of largest inner product for every row, and the cosine distance to it; ties to the first.
+
+    `device` is where products are computed; default the CPU.
+    """
+    rows = np.arange(len(points)) if rows is None else rows
+    assignment = Assignment(centers, device=device)
+    nearest = assignment.unknown(len(rows))
+    distance = assignment.update(nearest, points, rows)
+    return nearest.labels, distance
+
+
+class _DeviceCenters:
+    """Centers in bfloat16 on a device, measured from their mean, with their offsets in further columns.
+
+    Products in bfloat16, summed in float32, leave a few centers to be compared in float64.
+    """
+
+    def __init__(self, centers: Float32[Tensor, "k dim"]) -> None:
+        self.centers = centers
+        self.origin = centers.mean(dim=0)
+        centered = centers - self.origin
+        padded = -(-len(centers) // RUN) * RUN
+        self.code = centers.new_zeros((padded, centers.shape[1] + EXTRA), dtype=torch.bfloat16)
+        self.code[: len(centers), :-EXTRA] = centered
+        self.length = float(centered.norm(dim=1).max())
+        self.residual = float((centered - self.code[: len(centers), :-EXTRA].float()).norm(dim=1).max())
+        offset = centers.new_full((padded,), -4.0)  # below every inner product of unit vectors: no center there
+        offset[: len(centers)] = centered @ self.origin
+        for column in range(-EXTRA, -EXTRA + 3):  # 24 bits in three numbers of 8
+            self.code[:, column] = offset
+            offset = offset - self.code[:, column].float()
+
+    def nearest(self, values: Tensor, scale: Float64[Tensor, " m"]) -> tuple[Int[Tensor, " m"], Float64[Tensor, " m"]]:
+        """Label and exact inner product of a block of rows."""
+        row = values.float() * scale[:, None].float() - self.origin
+        code = row.new_zeros((len(row), self.code.shape[1]), dtype=torch.bfloat16)
+        code[:, :-EXTRA] = row
+        code[:, -EXTRA : -EXTRA + 3] = 1
+        length = row.norm(dim=1)
+        loss = (row - code[:, :-EXTRA].float()).norm(dim=1)
+        error = loss * self.length + (length + loss) * self.residual + SLACK
+        largest = row.new_empty((len(row), len(self.code) // RUN))
+        for start in range(0, len(self.code), ROWS):
+            tile = _product(code, self.code[start : start + ROWS])
+            torch.amax(tile.view(len(row), -1, RUN), dim=2, out=largest[:, start // RUN : (start + ROWS) // RUN])
+        near = largest >= (largest.amax(dim=1) - 2 * error)[:, None]
+        return self._decide(values, scale, near)
+
+    def _decide(
+        self, values: Tensor, scale: Float64[Tensor, " m"], near: Bool[Tensor, "m runs"]
+    ) -> tuple[Int[Tensor, " m"], Float64[Tensor, " m"]]:
+        """Compare a row in float64 with all centers of the runs that are near to it."""
+        row, run = near.nonzero(as_tuple=True)
+        step = max(1, DECIDED // (RUN * values.shape[1]))
+        found, label = [], []
+        for start in range(0, len(row), step):
+            center = run[start : start + step, None] * RUN + torch.arange(RUN, device=run.device)
+            here = self.centers[center.clamp(max=len(self.centers) - 1)].double()
+            product = torch.einsum("prd,pd->pr", here, values[row[start : start + step]].double())
+            product.masked_fill_(center >= len(self.centers), -torch.inf)
+            largest = product.amax(dim=1, keepdim=True)
+            found.append(largest[:, 0])
+            label.append(torch.where(product == largest, center, len(self.centers)).amin(dim=1))
+        product, center = torch.cat(found), torch.cat(label)
+        best = product.new_full((len(near),), -torch.inf).scatter_reduce_(0, row, product, "amax")
+        center = torch.where(product == best[row], center, len(self.centers))
+        first = center.new_full((len(near),), len(self.centers)).scatter_reduce_(0, row, center, "amin")
+        return first, best * scale
+
+
+def _product(left: BFloat16[Tensor, "n dim"], right: BFloat16[Tensor, "m dim"]) -> Float32[Tensor, "n m"]:
+    """bfloat16 times bfloat16, summed and given in float32; only CUDA has it as one product."""
+    if left.device.type == "cuda":
+        return torch.mm(left, right.T, out_dtype=torch.float32)
+    return torch.mm(left.float(), right.float().T)

@@ -1,0 +1,54 @@
+"""The first centers: rows drawn far from one another, from a sample (k-means++ in growing rounds)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Float32, Int
+
+from distilclip.ops.assignment import assign
+from distilclip.ops.points import Points
+
+ROWS_PER_CENTER = 8  # of the sample that first centers are drawn from
+
+
+def sample_rows(
+    num_rows: int, *, num_centers: int, points_per_center: int | None, random: np.random.Generator
+) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " m"]]:
+    """The rows that centers are fitted to, and those among them that the first centers are drawn from; ascending."""
+    rows = np.arange(num_rows)
+    if points_per_center is not None and points_per_center * num_centers < num_rows:
+        rows = np.sort(random.choice(num_rows, points_per_center * num_centers, replace=False))
+    first = rows
+    if ROWS_PER_CENTER * num_centers < len(rows):
+        first = np.sort(random.choice(rows, ROWS_PER_CENTER * num_centers, replace=False))
+    return rows, first
+
+
+def first_centers(
+    points: Points,
+    rows: Int[np.ndarray, " n"],
+    *,
+    num_centers: int,
+    random: np.random.Generator,
+    device: str | torch.device | None = None,
+) -> Float32[np.ndarray, "k dim"]:
+    """k-means++ in growing rounds: each draws up to a quarter as many rows as are chosen already, with probability
+    proportional to the squared distance (2 - 2cos) to the nearest chosen one, without replacement.
+
+    One row at a time for the first few, about log k rounds over the rows afterwards (after k-means||, Bahmani et al.
+    2012, whose oversampled candidates are kept as they are): n x k inner products in all.
+    """
+    chosen = np.empty(0, np.int64)
+    nearest = np.full(len(rows), 2.0, np.float32)
+    while len(chosen) < num_centers:
+        count = min(max(1, len(chosen) // 4), num_centers - len(chosen))
+        # The `count` smallest of Exponential / weight are a weighted draw without replacement. Weight 0 comes last.
+        keys = random.exponential(size=len(rows)) / np.maximum(nearest.astype(np.float64), 1e-12)
+        keys[chosen] = np.inf
+        drawn = np.argpartition(keys, count - 1)[:count]
+        drawn = drawn[np.argsort(keys[drawn], kind="stable")]
+        _, distance = assign(points, points.block(rows[drawn]).numpy(), rows=rows, device=device)
+        nearest = np.minimum(nearest, distance)
+        chosen = np.concatenate([chosen, drawn])
+    return points.block(rows[chosen]).numpy()

@@ -1,0 +1,271 @@
+"""Kept data as tars, keys, a DataComp subset or clip-retrieval's layout; models for open_clip, transformers, ONNX.
+
+`--what` says which; flags that have no meaning for it are refused.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+
+from distilclip import run
+from distilclip.data import files
+from distilclip.data.store import stem
+from distilclip.engine import Engine, map_parts
+from distilclip.errors import InputError
+from distilclip.export.clip_retrieval import PartitionWriter
+from distilclip.export.keys import write_keys
+from distilclip.export.selection import Selection, open_selection
+from distilclip.export.tars import TarWriter, plan_tars
+from distilclip.export.uids import UidKind, read_uids, write_subset
+from distilclip.progress import progress
+
+What = Literal["tars", "keys", "subset", "clip-retrieval", "open_clip", "huggingface", "onnx"]
+Part = TypeVar("Part")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip export`."""
+
+    what: What
+    """tars (a curated copy), keys (as text), subset (DataComp's .npy), clip-retrieval (npy and Parquet) of a store;
+    open_clip, huggingface (transformers' CLIPModel), onnx (two encoders and a tokenizer) of a model"""
+    out: str
+    """folder to write: the export, result.json; a model goes into its subfolder `model`"""
+    store: str | None = None
+    """folder of `embed` that the data belong to"""
+    groups: str | None = None
+    """folder of `balance`: only rows that it keeps (default: every valid row)"""
+    subset: str | None = None
+    """DataComp subset file: only samples whose uid it lists"""
+    uid: UidKind = "json"
+    """where uids come from: the field `uid` of a sample's json, or MD5 of url (or key) and caption"""
+    data: tuple[str, ...] = ()
+    """of a store: where its files lie now, if they have moved. With onnx: pairs to measure int8 on"""
+    samples_per_tar: int | None = None
+    """write tars of so many samples (default: one tar for each source tar, of the same number)"""
+    model: str | None = None
+    """train folder, checkpoint, open_clip folder or name, hf-hub:ORG/NAME"""
+    weights: str | None = None
+    """weights file of a model given as an open_clip name"""
+    name: str | None = None
+    """what to call the model (default: the last part of --model)"""
+    evaluation: str | None = None
+    """folder of `evaluate`, for the table in the model card"""
+    quantize: Literal["none", "int8"] = "none"
+    """write int8 encoders too, and measure on --data what they lose"""
+    num_samples: int = 1000
+    """of --data, the first so many usable pairs are measured on"""
+    batch_size: int = run.execution(32)
+    """pairs at once while measuring"""
+    engine: Literal["local", "processes", "ray"] = run.execution("local")
+    """where parts are written: here, in processes, or on a Ray cluster; the files are the same"""
+    engine_address: str | None = run.execution(None)
+    """of a running Ray cluster (default: one is started on this machine)"""
+    engine_workers: int | None = run.execution(None)
+    """parts written at the same time (default: one per core)"""
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_packages(self.what)
+        if self.groups and self.subset:
+            raise InputError("--groups and --subset both choose the rows: give one of them.")
+        if self.uid != "json" and self.what != "subset" and not self.subset:
+            raise InputError("--uid says how samples are named in a subset file: it needs --what subset or --subset.")
+        if self.quantize == "int8" and not self.data:
+            raise InputError("--quantize int8 needs --data: what it loses is measured on real pairs, a few hundred do.")
+        if self.quantize == "none" and self.what == "onnx" and self.data:
+            raise InputError("--data is what int8 is measured on: give --quantize int8 too, or leave it out.")
+        for field in ("samples_per_tar", "num_samples", "batch_size"):
+            value = getattr(self, field)
+            if value is not None and value < 1:
+                raise InputError(f"{field} is {value}; it must be at least 1.")
+        _engine(self)
+
+
+_ENGINE = {"engine", "engine_address", "engine_workers"}
+_ROWS = {"store", "groups", "data", "uid"}
+_MODEL = {"model", "weights", "name", "evaluation"}
+MEANINGFUL: dict[What, set[str]] = {
+    "tars": _ROWS | _ENGINE | {"subset", "samples_per_tar"},
+    "keys": _ROWS | {"subset"},
+    "subset": _ROWS | _ENGINE,
+    "clip-retrieval": _ROWS | _ENGINE | {"subset"},
+    "open_clip": _MODEL,
+    "huggingface": _MODEL,
+    "onnx": _MODEL | {"quantize", "data", "num_samples", "batch_size"},
+}
+"""Which flags each `what` reads, besides `what` and `out`."""
+
+_PACKAGES: dict[What, Sequence[str]] = {
+    "huggingface": ("transformers",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime", "tokenizers"),
+}
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Write the export, or what is missing of it; the folder's result."""
+    inputs = [(path, stage) for path, stage in ((config.store, "embed"), (config.groups, "balance")) if path]
+    if config.model:
+        inputs += run.folders_of("train", [config.model])
+    if config.evaluation:
+        inputs.append((config.evaluation, "evaluate"))
+    folder = run.open_folder(config.out, stage="export", config=config, inputs=inputs)
+    if folder.finished:
+        return folder.result()
+    write = _write_data if config.store else _write_model
+    return folder.finish({"what": config.what, **write(config, folder.path)})
+
+
+def _write_data(config: Config, folder: str) -> dict[str, Any]:
+    assert config.store is not None  # `_check_fields` asked for it
+    if config.groups:
+        run.require(config.groups, stage="balance", store=config.store)
+    selection = open_selection(
+        config.store,
+        groups=config.groups,
+        subset=config.subset,
+        uid=config.uid,
+        data=files.expand(list(config.data)) if config.data else (),
+    )
+    engine = _engine(config)
+    shards = range(selection.store.num_shards)
+    if config.what == "tars":
+        found = _write_tars(selection, folder, samples_per_tar=config.samples_per_tar, engine=engine)
+    elif config.what == "keys":
+        found = dataclasses.asdict(write_keys(selection, folder))
+    elif config.what == "subset":
+        found = _write_subset(selection, folder, engine=engine)
+    else:
+        found = {"num_samples": sum(_all(PartitionWriter(selection, folder), shards, engine=engine))}
+    return {"num_rows": selection.store.num_rows, **found}
+
+
+def _write_tars(selection: Selection, folder: str, *, samples_per_tar: int | None, engine: Engine) -> dict[str, Any]:
+    parts = plan_tars(selection, samples_per_tar=samples_per_tar)
+    written = _all(TarWriter(selection, folder), parts, engine=engine)
+    return {
+        "num_tars": sum(tar.num_samples > 0 for tar in written),
+        "num_samples": sum(tar.num_samples for tar in written),
+        "num_bytes": sum(tar.num_bytes for tar in written),
+        "num_renamed": sum(tar.num_renamed for tar in written),
+    }
+
+
+def _write_subset(selection: Selection, folder: str, *, engine: Engine) -> dict[str, Any]:
+    shards = range(selection.store.num_shards)
+    counts = _all(_UidWriter(selection, folder), shards, engine=engine)
+    uids = np.concatenate([np.load(files.open_read(_uids_path(folder, shard))) for shard in shards])
+    num_uids = write_subset(files.join(folder, "subset.npy"), uids)
+    return {"num_samples": sum(counts), "num_uids": num_uids}
+
+
+@dataclass(frozen=True)
+class _UidWriter:
+    """Writes the uids of a shard's selected rows beside the subset, where a later run finds them."""
+
+    selection: Selection
+    folder: str
+
+    def __call__(self, shard: int) -> int:
+        path = _uids_path(self.folder, shard)
+        if not files.exists(path):
+            rows = self.selection.rows(shard)
+            uids = read_uids(rows.uri, rows.key, rows.offset, rows.size, kind=self.selection.uid)
+            with files.atomic_write(path) as file:
+                np.save(file, uids)
+            return len(uids)
+        with files.open_read(path) as file:
+            return len(np.load(file))
+
+
+def _uids_path(folder: str, shard: int) -> str:
+    return files.join(folder, "uids", f"{stem(shard)}.npy")
+
+
+def _all(function: Callable[[Part], Result], parts: Sequence[Part], *, engine: Engine) -> list[Result]:
+    """The results of all parts, in no order."""
+    found = map_parts(functools.partial(_itself, function), parts, engine=engine)
+    results = []
+    with progress("export", len(parts)) as advance:
+        for _, result in found:
+            results.append(result)
+            advance(1, 0)
+    return results
+
+
+def _itself(function: Callable[[Part], Result]) -> Callable[[Part], Result]:
+    return function
+
+
+def _write_model(config: Config, folder: str) -> dict[str, Any]:
+    from distilclip.export.card import model_card
+    from distilclip.export.records import find_records
+    from distilclip.models.clip import load_clip
+
+    assert config.model is not None  # `_check_fields` asked for it
+    clip = load_clip(config.model, weights=config.weights)
+    clip = dataclasses.replace(clip, name=config.name or config.model.rstrip("/").split("/")[-1])
+    target, digest = files.join(folder, "model"), clip.digest
+    exported: dict[str, Any] = {}
+    if config.what == "open_clip":
+        clip.save(target)
+    elif config.what == "huggingface":
+        from distilclip.export.huggingface import write_huggingface
+
+        exported = {"difference": write_huggingface(clip, target)}
+    else:
+        from distilclip.export.encoders import write_onnx
+
+        exported = write_onnx(clip, target)
+        if config.quantize == "int8":
+            from distilclip.export.quantize import measure_int8, write_int8
+
+            sizes = write_int8(target)
+            data = files.expand(list(config.data))
+            lost = measure_int8(target, data, num_samples=config.num_samples, batch_size=config.batch_size)
+            exported |= {"bytes": sizes, "int8": lost}
+    card = model_card(
+        clip.name,
+        config.what,
+        digest=digest,
+        num_parameters=clip.num_parameters,
+        model_cfg=clip.model_cfg,
+        preprocess_cfg=clip.preprocess_cfg,
+        exported=exported,
+        records=find_records(config.model, digest=digest, evaluation=config.evaluation),
+    )
+    files.write_bytes(files.join(target, "README.md"), card.encode())
+    return {"name": clip.name, "digest": digest, "model": "model", **exported}
+
+
+def _engine(config: Config) -> Engine:
+    return Engine(kind=config.engine, address=config.engine_address, num_workers=config.engine_workers)
+
+
+def _check_fields(config: Config) -> None:
+    """Raise `InputError` for a flag that `what` does not read, and for the one that it cannot do without."""
+    meaningful = MEANINGFUL[config.what] | {"what", "out"}
+    for field in dataclasses.fields(config):
+        if field.name not in meaningful and getattr(config, field.name) != field.default:
+            raise InputError(
+                f"--{field.name.replace('_', '-')} has no meaning with --what {config.what}: leave it out."
+            )
+    needed = "store" if "store" in meaningful else "model"
+    if not getattr(config, needed):
+        raise InputError(f"--what {config.what} needs --{needed}.")
+
+
+def _check_packages(what: What) -> None:
+    for package in _PACKAGES.get(what, ()):
+        if importlib.util.find_spec(package) is None:
+            extra = "onnx" if what == "onnx" else "huggingface"
+            raise InputError(f"{package} is not installed: pip install 'distilclip[{extra}]'.")

@@ -1,0 +1,144 @@
+"""The pictures of a folder that fit some words best, found by an exported ONNX model; no torch is loaded."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+
+from distilclip import run
+from distilclip.data import files
+from distilclip.data.samples import IMAGE_EXTENSIONS, BadSample, Entry, decode_image
+from distilclip.data.shards import Shard, open_shard
+from distilclip.errors import InputError
+from distilclip.export.sheet import contact_sheet
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip search MODEL PICTURES QUERY`."""
+
+    model: str = field(metadata={"positional": True})
+    """folder of `export --what onnx`, or its `model` folder"""
+    pictures: str = field(metadata={"positional": True})
+    """folder of pictures, with all that is below it; or tars, Parquet, CSV (braces and globs)"""
+    query: str = field(metadata={"positional": True})
+    """what to look for, in words"""
+    out: str = ""
+    """folder to write: matches.png, result.json. Without it the matches are only listed"""
+    num_matches: int = 12
+    """how many pictures, the best first"""
+    precision: Literal["fp32", "int8"] = "fp32"
+    """which of the exported encoders"""
+    thumbnail_size: int = 160
+    """longer side of a picture on the sheet, in pixels"""
+    columns: int = 4
+    """pictures beside each other on the sheet"""
+    batch_size: int = run.execution(32)
+    """pictures at once"""
+
+    def __post_init__(self) -> None:
+        for package in ("onnxruntime", "tokenizers"):
+            if importlib.util.find_spec(package) is None:
+                raise InputError(f"search needs {package}, which is not installed: pip install 'distilclip[onnx]'.")
+        if not self.query.strip():
+            raise InputError("The query is empty: say in words what to look for.")
+        for name in ("num_matches", "columns", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 16 <= self.thumbnail_size <= 1024:
+            raise InputError(f"thumbnail_size is {self.thumbnail_size}; it is a side in pixels, from 16 to 1024.")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Embed the pictures and the words; list the best matches, and draw them on a sheet where there is an `out`."""
+    from distilclip.export.runtime import batched, open_onnx  # of the extra `onnx`, which Config has asked for
+
+    folder = run.open_folder(config.out, stage="search", config=config) if config.out else None
+    if folder is not None and folder.finished:
+        _print(folder.result())
+        return folder.result()
+    model = open_onnx(config.model, precision=config.precision)
+    unreadable: list[dict[str, str]] = []
+    best: list[tuple[float, str, Image.Image]] = []
+    num_pictures = 0
+    words = model.encode_texts([config.query])[0]
+    for batch in batched(_pictures(config.pictures, unreadable), config.batch_size):
+        names, pictures = zip(*batch, strict=True)
+        similarity = model.encode_images(pictures) @ words
+        num_pictures += len(batch)
+        for i in np.argsort(-similarity, kind="stable")[: config.num_matches]:
+            small = pictures[i].copy()
+            small.thumbnail((config.thumbnail_size, config.thumbnail_size))
+            best.append((float(similarity[i]), names[i], small))
+        best = sorted(best, key=lambda match: (-match[0], match[1]))[: config.num_matches]
+    if not best:
+        raise InputError(f"{config.pictures} holds no readable picture ({len(unreadable)} unreadable ones).")
+    matches = [{"picture": name, "similarity": round(similarity, 6)} for similarity, name, _ in best]
+    result = {"query": config.query, "num_pictures": num_pictures, "unreadable": unreadable, "matches": matches}
+    _print(result)
+    if folder is None:
+        return {"stage": "search", **result}
+    lines = [f"{similarity:.3f} {os.path.basename(name)}" for similarity, name, _ in best]
+    sheet = contact_sheet(
+        [picture for _, _, picture in best],
+        lines,
+        heading=f"{model.name}: {config.query}",
+        size=config.thumbnail_size,
+        columns=config.columns,
+    )
+    files.write_bytes(folder.child("matches.png"), sheet)
+    return folder.finish(result)
+
+
+def _pictures(source: str, unreadable: list[dict[str, str]]) -> Iterator[tuple[str, Image.Image]]:
+    """Name and picture of all there are, in the order of their names; the others are added to `unreadable`."""
+    for name, read in _files(source) if not files.is_url(source) and os.path.isdir(source) else _samples(source):
+        try:
+            yield name, decode_image(read(), where=name)
+        except BadSample as error:
+            unreadable.append({"picture": name, "reason": error.error})
+
+
+def _files(folder: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(names):
+            if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
+                path = os.path.join(parent, name)
+                yield os.path.relpath(path, folder), partial(files.read_bytes, path)
+
+
+def _samples(pattern: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    for uri in files.expand(pattern):
+        with contextlib.closing(open_shard(uri)) as shard:
+            for entry in shard.index():
+                yield f"{os.path.basename(uri)}/{entry.key}", partial(_image, shard, entry)
+
+
+def _image(shard: Shard, entry: Entry) -> bytes:
+    if entry.error:
+        raise BadSample(entry.error)
+    image = shard.read(entry.offset, entry.size).image
+    if image is None:
+        raise BadSample("no image")
+    return image
+
+
+def _print(result: dict[str, Any]) -> None:
+    table = Table("similarity", "picture", title=f"{result['query']} in {result['num_pictures']} pictures")
+    for match in result["matches"]:
+        table.add_row(f"{match['similarity']:.3f}", match["picture"])
+    console = Console(highlight=False, markup=False)
+    console.print(table)
+    if result["unreadable"]:
+        console.print(f"{len(result['unreadable'])} pictures could not be read.")

@@ -1,0 +1,215 @@
+"""How the towers run: in one process or many (DDP, FSDP2), compiled, with activations kept or computed again.
+
+Losses are sums over processes (train.terms), so gradients are added up over processes, never averaged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import get_total_norm
+
+from distilclip import distributed, run
+from distilclip.errors import InputError
+from distilclip.models.clip import Clip
+
+OWNED = ("logit_scale", "logit_bias")
+"""Parameters of a model that the objective uses directly: they stay outside DDP and FSDP and are summed by us."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Execution:
+    """How the towers run; what they compute differs by rounding only."""
+
+    strategy: Literal["ddp", "fsdp"] = run.execution("ddp")
+    """with several processes: every one has all weights (DDP), or a part (FSDP2)"""
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = run.execution("no")
+    """torch.compile's mode for the towers"""
+    activations: Literal["keep", "recompute"] = run.execution("keep")
+    """recompute: each block's activations again in the backward pass, for memory"""
+
+
+class Towers(nn.Module):
+    """Both towers as one forward pass, so that DDP, FSDP2 and torch.compile have one module to wrap."""
+
+    def __init__(self, clip: Clip, precision: torch.dtype) -> None:
+        super().__init__()
+        self.model = clip.model
+        self._clip, self._precision = clip, precision
+
+    def forward(
+        self,
+        pixels: Float[Tensor, "n 3 h w"],
+        tokens: Int[Tensor, "n context"],
+        masked: Float[Tensor, "n 3 h w"] | None = None,
+    ) -> list[Float[Tensor, "n dim"]]:
+        """Unit image and text embeddings and, if given, those of masked images; float32, the towers under autocast."""
+        with torch.autocast(pixels.device.type, self._precision, enabled=self._precision != torch.float32):
+            features = [self._clip.encode_image(pixels), self._clip.encode_text(tokens)]
+            if masked is not None:
+                with _fixed_statistics(self.model):
+                    features.append(self._clip.encode_image(masked))
+        return features
+
+
+@contextlib.contextmanager
+def _fixed_statistics(model: nn.Module) -> Iterator[None]:
+    """A block in which batch norms normalise as in training but leave their running statistics alone."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution) -> nn.Module:
+    """The towers as `execution` asks; FSDP2 replaces the model's parameters, so optimizers are built after it.
+
+    Raises `InputError` for a model that cannot recompute activations, and for batch norm on several CPU processes.
+    """
+    if execution.activations == "recompute":
+        _recompute_activations(clip)
+    if distributed.world() > 1:
+        _synchronise_batch_norm(clip)
+    towers: nn.Module = Towers(clip, precision)
+    if execution.compile != "no":
+        towers.compile(mode=execution.compile)
+    if distributed.world() == 1:
+        return towers
+    owned = {name: p for name, p in clip.model.named_parameters() if name in OWNED}
+    for parameter in owned.values():
+        distributed.broadcast_(parameter.data)
+    if execution.strategy == "fsdp":
+        return _fully_sharded(towers, ignored=set(owned.values()))
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(towers, [f"model.{name}" for name in owned])
+    replicated = DistributedDataParallel(towers, broadcast_buffers=False)
+    replicated.register_comm_hook(  # DDP itself would average
+        None,
+        lambda _, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0]),
+    )
+    return replicated
+
+
+def _fully_sharded(towers: nn.Module, *, ignored: set[nn.Parameter]) -> nn.Module:
+    """FSDP2 over every block of every tower, then over what is left."""
+    for block in _blocks(towers):
+        fully_shard(block)
+    fully_shard(towers, ignored_params=ignored)
+    for module in towers.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    return towers
+
+
+def _blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The members of the outermost lists and sequences of modules: a transformer's blocks, a network's stages."""
+    for child in module.children():
+        if isinstance(child, nn.ModuleList | nn.Sequential):
+            yield from (block for block in child if any(True for _ in block.parameters()))
+        else:
+            yield from _blocks(child)
+
+
+def _recompute_activations(clip: Clip) -> None:
+    try:
+        clip.model.set_grad_checkpointing(True)
+    except (AttributeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"{clip.name} cannot recompute its activations ({error}). Use --activations keep.") from error
+
+
+def _synchronise_batch_norm(clip: Clip) -> None:
+    norms = [name for name, m in clip.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    if norms and clip.device.type != "cuda":
+        raise InputError(
+            f"{clip.name} normalises over the batch ({norms[0]}), which processes can share on CUDA only. Train it in "
+            "one process, or choose a student with layer norm."
+        )
+    nn.SyncBatchNorm.convert_sync_batchnorm(clip.model)
+
+
+@contextlib.contextmanager
+def gradient_sync(towers: nn.Module, *, now: bool) -> Iterator[None]:
+    """Forward and backward of one micro-batch; gradients are summed over processes in the last of them only."""
+    if isinstance(towers, FSDPModule):
+        towers.set_requires_gradient_sync(now)
+    with towers.no_sync() if isinstance(towers, DistributedDataParallel) and not now else contextlib.nullcontext():
+        yield
+
+
+def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
+    """Add up over processes the gradients of parameters that every process has, in one message."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if distributed.world() == 1 or not gradients:
+        return
+    packed = distributed.reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
+    for gradient, summed in zip(gradients, packed.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(summed.view_as(gradient))
+
+
+def clip_gradients_(parameters: Sequence[Tensor], *, sharded: Sequence[Tensor], max_norm: float) -> Float[Tensor, ""]:
+    """Scale all gradients so that their norm is at most `max_norm` (0: leave them); the norm there was.
+
+    `parameters` have the same gradient on every process, or are FSDP2's; `sharded` are parameters of this process.
+    """
+    with_gradient = [(p, p.grad) for p in parameters if p.grad is not None]
+    replicated = [g for _, g in with_gradient if not isinstance(g, DTensor)]
+    parts = [g.to_local() for _, g in with_gradient if isinstance(g, DTensor)]
+    parts += [p.grad for p in sharded if p.grad is not None]
+    if distributed.world() == 1:
+        norm = get_total_norm([*replicated, *parts])
+    else:
+        device = parameters[0].device
+        square = distributed.reduce_(get_total_norm(parts).to(device).square())
+        norm = (get_total_norm(replicated).to(device).square() + square).sqrt()
+    if max_norm:
+        torch._foreach_mul_([*replicated, *parts], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole copies in host memory, on rank 0; elsewhere nothing. Every process must call it for the same tensors."""
+    found = {}
+    for name, tensor in tensors.items():
+        full = tensor.detach()
+        full = full.full_tensor() if isinstance(full, DTensor) else full
+        if distributed.rank() == 0:
+            found[name] = full.cpu().contiguous()
+    return found
+
+
+def place_(target: Tensor, value: Tensor) -> None:
+    """Copy a whole tensor, which every process has, into `target`, or this process's part of it."""
+    with torch.no_grad():
+        target.copy_(like(target, value))
+
+
+def like(target: Tensor, value: Tensor) -> Tensor:
+    """`value` on the device of `target`, and distributed as it is; no message is sent."""
+    value = value.to(target.device)
+    if isinstance(target, DTensor) and value.ndim:
+        return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
+    return value
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def non_finite_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of parameters whose gradient on this process holds a NaN or an infinity."""
+    return [n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]
