@@ -1,8 +1,8 @@
 """Images decoded, augmented, tokenised and collated from tars with 2 workers, against open_clip's own pipeline.
 
 Both sides read the same tars of 512 x 384 JPEGs (52 KB each, photograph-like: gradients, blobs and noise), crop 0.9 to
-1 of the area to 224 pixels, bicubic, and tokenise. Ours joins the teacher's embeddings from a store as well. open_clip's
-is `open_clip_train.data.get_wds_dataset`. Where balance dropped 44 % of the rows, ours reads the kept ones; the peer reads
+1 of the area to 224 pixels, bicubic, and tokenise. Ours joins the teacher's embeddings from a store as well; the peer is
+`open_clip_train.data.get_wds_dataset`. Where balance dropped 44 % of the rows, ours reads the kept ones; the peer reads
 all and drops, before it decodes, through its own filter for samples without a caption.
 """
 
@@ -179,7 +179,7 @@ def case(num_images: int, dropped: float) -> Case:
 
 
 def main() -> None:
-    num_images = 1024 if is_quick(__doc__ or "") else 6144
+    num_images = 512 if is_quick(__doc__ or "") else 6144
     compare("data", [case(num_images, 0.0), case(num_images, DROPPED)])
 
 

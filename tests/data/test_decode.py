@@ -16,7 +16,7 @@ WHOLE = Crop(0.0, 0.0, 1.0, 1.0)
 
 
 def decoded(data: bytes, size: int, crop: Crop = WHOLE, **options: Any) -> np.ndarray:
-    return decode_crop(data, [size], draw=lambda width, height: crop, **options)[0].numpy()
+    return decode_crop(data, [size], draw=lambda width, height: crop, **options)[0].permute(1, 2, 0).numpy()
 
 
 def by_pillow(image: Image.Image, size: int, crop: Crop = WHOLE) -> np.ndarray:
@@ -57,9 +57,11 @@ def test_several_sizes_show_one_crop() -> None:
 
     small, large = decode_crop(encoded(picture(1, (80, 64))), [16, 32], draw=draw)
     assert draws == [(80, 64)]
-    assert small.shape == (16, 16, 3)
-    halved = np.asarray(Image.fromarray(large.numpy()).resize((16, 16), Image.Resampling.BOX)).astype(int)
-    assert np.abs(small.numpy() - halved).mean() < 8
+    assert small.shape == (3, 16, 16)
+    halved = np.asarray(Image.fromarray(large.permute(1, 2, 0).numpy()).resize((16, 16), Image.Resampling.BOX)).astype(
+        int
+    )
+    assert np.abs(small.permute(1, 2, 0).numpy() - halved).mean() < 8
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -76,7 +78,7 @@ def test_the_crop_is_of_the_upright_picture(orientation: int) -> None:
         seen.append((width, height))
         return Crop(0.0, 0.0, 0.5, 0.5)
 
-    shown = decode_crop(buffer.getvalue(), [20], draw=draw)[0].numpy()
+    shown = decode_crop(buffer.getvalue(), [20], draw=draw)[0].permute(1, 2, 0).numpy()
     assert seen == [upright.size]
     assert np.abs(shown - by_pillow(upright, 20, Crop(0.0, 0.0, 0.5, 0.5))).max() <= 1
 

@@ -46,13 +46,3 @@ def test_scales_start_at_the_papers_temperature() -> None:
     heads = Heads(8, 8)
     for term in ("instance", "interactive", "augmented"):
         assert torch.isclose(heads.scale(term), torch.tensor(1 / 0.07))
-
-
-def test_centers_are_a_trainable_copy() -> None:
-    centers = torch.eye(3)
-    heads = Heads(3, 3, centers=centers)
-    assert heads.centers is not None
-    with torch.no_grad():
-        heads.centers.zero_()
-    assert torch.equal(centers, torch.eye(3))
-    assert "centers" in heads.state_dict()

@@ -44,12 +44,12 @@ def test_rounds_equal_a_naive_reference(k: int) -> None:
 
 def test_agrees_with_scikit_learn() -> None:
     cluster = pytest.importorskip("sklearn.cluster")
-    x, _ = blobs()
+    x, truth = blobs()
     unit = first_rows(x, len(x))
-    # Far inside a ball around the origin's antipode, Euclidean k-means of unit rows assigns as spherical k-means does
-    # where all means are of one length: well separated blobs.
-    theirs = cluster.KMeans(6, init=unit[[0, 5, 9, 11, 14, 20]], n_init=1, tol=0).fit(unit)
-    ours = kmeans(x, num_centers=6, initial=theirs.cluster_centers_)
+    initial = unit[np.unique(truth, return_index=True)[1]]
+    # Its means are shorter than unit vectors, which moves no row between blobs as far apart as these.
+    theirs = cluster.KMeans(6, init=initial, n_init=1, tol=0).fit(unit)
+    ours = kmeans(x, num_centers=6, initial=initial)
     np.testing.assert_array_equal(ours.labels, theirs.labels_)
     means = theirs.cluster_centers_ / np.linalg.norm(theirs.cluster_centers_, axis=1, keepdims=True)
     np.testing.assert_allclose(ours.centers, means, atol=1e-6)

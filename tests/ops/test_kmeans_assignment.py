@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from distilclip.ops import assignment as module
-from distilclip.ops import centergroups
+from distilclip.ops import centergroups, seeding
 from distilclip.ops.assignment import Assignment, assign
 from distilclip.ops.centergroups import CenterGroups, CenterTiles
 from distilclip.ops.codes import Codes, encode, fastest_code
@@ -62,14 +62,14 @@ def test_of_equal_centers_the_first_wins_and_near_ones_are_told_apart(
 
 
 def test_bounds_never_change_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(centergroups, "WIDTH", 16)
+    monkeypatch.setattr(centergroups, "WIDTH", 32)
     x, random = rows(1200), np.random.default_rng(0)
     points, everyone = Points.of(x, metric="cosine"), np.arange(1200)
     centers = unit(rows(100, seed=1)).astype(np.float32)
     groups, before = CenterGroups.of(centers), None
-    assert groups.num_groups > 1
+    assert groups.num_groups == len(groups.order) == 4
     known = Assignment(centers, groups=groups).unknown(1200)
-    compared = []
+    slack = []
     for size in (0.3, 0.1, 0.0, 0.01, 0.003, 0.001):
         round_ = Assignment(centers, groups=groups, before=before)
         distance = round_.update(known, points, everyone)
@@ -79,12 +79,12 @@ def test_bounds_never_change_a_label(monkeypatch: pytest.MonkeyPatch) -> None:
         assert known.bounds is not None
         largest = np.stack([product[:, tile[tile >= 0]].max(axis=1) for tile in groups.order], axis=1)
         assert (known.bounds / 2**14 >= largest).all()
-        compared.append(float((known.bounds / 2**14 - largest < 0.01).mean()))
+        slack.append((known.bounds / 2**14 - largest).max())
         before = centers
         moved = random.random((100, 1)) < 0.5
         centers = unit(centers + moved * size * random.standard_normal(centers.shape)).astype(np.float32)
-    assert compared[0] == 1  # all groups were compared in the first round
-    assert min(compared) < 0.9  # and some were skipped in later ones, whose bounds have grown since
+    assert slack[0] < 0.05  # all groups were compared in the first round,
+    assert max(slack) > 0.05  # some were skipped later: their bounds have grown since
 
 
 def test_half_the_bounds_may_be_unknown() -> None:
@@ -143,7 +143,8 @@ def test_first_centers_are_rows_and_far_apart() -> None:
     assert len(np.unique(many, axis=0)) == 400
 
 
-def test_samples_ascend_and_lie_in_one_another() -> None:
+def test_samples_ascend_and_lie_in_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(seeding, "LEAST_ROWS", 70)
     fit, first = sample_rows(1000, num_centers=10, points_per_center=30, random=np.random.default_rng(0))
     assert len(fit) == len(np.unique(fit)) == 300
     assert len(first) == 80

@@ -151,6 +151,12 @@ def write_balance(folder: Path, store: Path) -> None:
         "removed_ratio": 8 / 22,
         "largest_group": 4,
         "curve": curve,
+        "chained": 2,
+        "borderline": {
+            "under": [{"left": int(sample_id(0, 5)), "right": int(sample_id(0, 6)), "distance": 0.0699}],
+            "over": [{"left": int(sample_id(0, 7)), "right": int(sample_id(1, 8)), "distance": 0.0701}],
+        },
+        "largest_groups": [{"group": int(sample_id(0, 0)), "num_images": 4, "farthest": 0.045}],
     }
     write_stage(folder, "balance", result, store=str(store), threshold=0.07, metric="sqeuclidean")
 

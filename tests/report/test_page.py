@@ -95,6 +95,16 @@ def test_the_page_tells_the_whole_story(page: Page) -> None:
     assert {"standings.svg", "threshold.svg", "cluster-sizes.svg", "training-loss.svg"} <= set(page.figures)
 
 
+def test_pairs_on_either_side_of_the_threshold_are_shown_with_their_distance(tmp_path: Path) -> None:
+    html = page_of(write_run(tmp_path)).html
+    under = html.index("Just under the threshold")
+    over = html.index("Just over it")
+    assert "0.0699" in html[under:over]
+    assert "0.0701" in html[over : html.index("The representatives that stand for most others")]
+    assert html[under:over].count("<img") == 2
+    assert "of the removed lie over the threshold from the kept one" in html
+
+
 def test_what_is_missing_is_named_with_the_stage_that_would_fill_it(tmp_path: Path) -> None:
     write_evaluate(tmp_path / "evaluate")
     write_stage(tmp_path / "cluster", "cluster", None)

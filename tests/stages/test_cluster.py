@@ -1,4 +1,8 @@
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,9 +11,12 @@ import pytest
 
 from distilclip.data.groups import read_centers, read_labels
 from distilclip.errors import InputError
+from distilclip.ops.kmeans import kmeans
 from distilclip.stages import balance
 from distilclip.stages.cluster import Config, main
 from tests.stages.conftest import contents, write_store
+
+SHARDS = [("one", 120, 1), ("three", 40, 3), ("twelve", 10, 12)]  # name, rows of a shard, shards: the same rows
 
 
 def balanced(tmp_path: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
@@ -66,6 +73,52 @@ def test_a_kill_after_any_file_leaves_the_same_bytes(tmp_path: Path) -> None:
             (cut / path.relative_to(whole)).unlink()
         assert main(Config(out=str(cut), **config)) == result
         assert contents(cut) == contents(whole)
+
+
+def test_centers_are_those_of_kmeans_whatever_the_shards_and_the_engine(tmp_path: Path) -> None:
+    stores = [write_store(tmp_path / name, rows=rows, shards=shards) for name, rows, shards in SHARDS]
+    _, x, valid = stores[0]
+    whole = kmeans(x[valid], num_centers=6, num_iterations=5, seed=3)
+    for number, (store, _, _) in enumerate(stores):
+        for engine in ("local", "processes") if number == 1 else ("local",):
+            out = str(tmp_path / f"{number}{engine}")
+            result = main(
+                Config(store=store, out=out, num_centers=6, num_iterations=5, seed=3, device="cpu", engine=engine)
+            )
+            assert read_centers(out).tobytes() == whole.centers.tobytes()
+            labels = np.concatenate([read_labels(out, shard).cluster for shard in range(SHARDS[number][2])])
+            np.testing.assert_array_equal(labels, whole.labels)
+            assert result["objective"] == pytest.approx(whole.objective)
+            assert len(result["objectives"]) <= 6
+            assert not (Path(out) / "rounds").exists()
+
+
+def test_a_kill_in_the_middle_of_a_round_leaves_the_same_bytes(tmp_path: Path) -> None:
+    store, groups, _, _ = balanced(tmp_path)
+    config = {"store": store, "groups": groups, "num_centers": 6, "points_per_center": 12, "device": "cpu"}
+    result = main(Config(out=str(tmp_path / "whole"), **config))
+    assert len(result["objectives"]) > 3
+    begun = """
+import os, signal, sys
+from distilclip.data import rounds
+from distilclip.stages.cluster import Config, main
+write, kill_at, calls = rounds.write_tensors, int(sys.argv[1]), []
+def write_or_die(*arguments):
+    calls.append(arguments)
+    if len(calls) == kill_at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+rounds.write_tensors = write_or_die
+main(Config(**eval(sys.argv[2])))
+"""
+    for kill_at in (3, 6, 13):  # before the first round, in its middle, in a later one
+        cut = tmp_path / f"cut{kill_at}"
+        arguments = [str(kill_at), repr({"out": str(cut), **config})]
+        died = subprocess.run([sys.executable, "-c", begun, *arguments], env=dict(os.environ), check=False)
+        assert died.returncode == -signal.SIGKILL
+        assert not (cut / "centers.safetensors").exists()
+        assert main(Config(out=str(cut), **config)) == result
+        assert contents(cut) == contents(tmp_path / "whole")
 
 
 def test_groups_of_another_store_are_refused(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ Draw = Callable[[int, int], Crop]
 
 def decode_crop(
     data: bytes, sizes: Sequence[int], *, draw: Draw, max_pixels: int = MAX_PIXELS, where: str = ""
-) -> list[UInt8[Tensor, "_ _ 3"]]:
+) -> list[UInt8[Tensor, "3 _ _"]]:
     """The crop that `draw` chooses for the upright picture's width and height, at each of `sizes` pixels square.
 
     Bicubic with antialiasing, as Pillow's to within one level. Raises `BadSample` as `decode_image` does.
@@ -41,12 +41,12 @@ def decode_crop(
     return [resize_crop(pixels, crop, size) for size in sizes]
 
 
-def resize_crop(pixels: UInt8[np.ndarray, "h w 3"], crop: Crop, size: int) -> UInt8[Tensor, "size size 3"]:
+def resize_crop(pixels: UInt8[np.ndarray, "h w 3"], crop: Crop, size: int) -> UInt8[Tensor, "3 size size"]:
     """A crop, its edges rounded to whole pixels, resized to `size` pixels square."""
     height, width, _ = pixels.shape
     part = torch.from_numpy(pixels[_span(crop.top, crop.bottom, height), _span(crop.left, crop.right, width)])
     view = F.interpolate(part.permute(2, 0, 1)[None], size=(size, size), mode="bicubic", antialias=True)[0]
-    return (view.flip(-1) if crop.flip else view).permute(1, 2, 0)
+    return view.flip(-1) if crop.flip else view
 
 
 _SIDEWAYS = {

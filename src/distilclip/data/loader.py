@@ -94,7 +94,7 @@ class _Drawn:
 
     index: int
     caption: str
-    pixels: list[UInt8[Tensor, "_ _ 3"]]
+    pixels: list[UInt8[Tensor, "3 _ _"]]
     view: int
     caption_number: int
 
@@ -137,10 +137,7 @@ class PairLoader(Dataset):
         drawn = [self._usable(epoch, index, bad) for index in self._read_ahead(wanted)]
         rows = np.array([sample.index for sample in drawn])
         captions = [sample.caption for sample in drawn]
-        # Stacked as the decoder leaves them: no pixel moves twice, and convolutions like their channels last.
-        pixels = [
-            torch.stack(same_size).permute(0, 3, 1, 2) for same_size in zip(*(s.pixels for s in drawn), strict=True)
-        ]
+        pixels = [torch.stack(of_one_size) for of_one_size in zip(*(sample.pixels for sample in drawn), strict=True)]
         shard, row = self.table.shard[rows], self.table.row[rows]
         view = caption = None
         if self.views is not None:

@@ -192,12 +192,12 @@ class _Decoder(Dataset):
     def _view_pixels(self, rows: list[_Row | None]) -> UInt8[Tensor, "m n 3 size size"]:
         """The first view of every row, then the second, and so on; zeros in place of unusable rows."""
         num_views = 0 if self.views is None else self.views.num
-        pixels = torch.zeros(num_views, len(rows), self.view_size, self.view_size, 3, dtype=torch.uint8)
+        pixels = torch.zeros(num_views, len(rows), 3, self.view_size, self.view_size, dtype=torch.uint8)
         for place, row in enumerate(rows):
             for view in range(num_views if row is not None else 0):
                 assert row is not None
                 pixels[view, place] = row.views[view]
-        return pixels.permute(0, 1, 4, 2, 3)
+        return pixels
 
     def _row(self, task: _Task, entry: Entry, row: int, digest: np.ndarray) -> tuple[_Row | None, str]:
         """The row, or None and the reason why there is none; fills in the digest of its image file."""

@@ -25,7 +25,7 @@ class KnownSet:
     folders: tuple[str, ...]
     archive: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
-    webdataset: tuple[str, ...]
+    webdataset: tuple[str, ...] = ()
     num_test: int
     size: str
     source: str

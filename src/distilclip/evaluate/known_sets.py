@@ -86,13 +86,15 @@ def load_known_set(
 ) -> LabelledSet | PairSet | MissingSet:
     """Read a published set from a data root; `prompts` is openai/CLIP's prompts.md, for its names and templates.
 
-    A set that is not there is a `MissingSet`, with the places it was looked for. Raises `InputError` for one that is
+    A set that is not there is a `MissingSet`. Raises `InputError` for one that is
     there and does not hold together.
     """
     place = locate(known, data_root)
     if place is None:
-        looked = ", ".join(places_looked_at(known, data_root)[:4])
-        reason = f"not found under {data_root} (looked for {looked} and the like). Get it: {known.source}"
+        reason = (
+            f"not found under {data_root}: `distilclip evaluate --list --data-root {data_root}` says what was looked "
+            "for, and how to get it"
+        )
         kind: Literal["pairs", "labelled"] = "pairs" if known.group == "retrieval" else "labelled"
         return MissingSet(name=known.name, reason=reason, kind=kind, has_train=known.num_train > 0)
     record = {"layout": place.layout, "published_num_test": known.num_test}

@@ -20,9 +20,8 @@ def _paragraph(known: KnownSet, data_root: str | None) -> str:
         return "\n".join(lines)
     if data_root:
         lines.append(f"    not found; looked for {', '.join(places_looked_at(known, data_root))}")
-    lines.append(
-        f"    get it: {known.source}; or clip-benchmark/wds_{known.webdataset[-1]} into wds_{known.webdataset[-1]}"
-    )
+    shards = f"; or the webdataset wds_{known.webdataset[-1]} of clip-benchmark" if known.webdataset else ""
+    lines.append(f"    get it: {known.source}{shards}")
     return "\n".join(lines)
 
 

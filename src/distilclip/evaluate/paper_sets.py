@@ -88,7 +88,6 @@ PAPER_SETS = (
         group="paper",
         folders=("birdsnap", "Birdsnap"),
         inner=("species.txt",),
-        webdataset=("birdsnap",),
         num_classes=500,
         num_train=42_283,
         num_test=2_149,

@@ -137,7 +137,7 @@ def _recipe(train: Stage | None) -> str:
     weights = {name: value for name, value in train.result["objective"].items() if value}
     objective = ", ".join(f"{name} {value:g}" for name, value in weights.items())
     names = ("num_steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "precision", "seed")
-    options = [(name, f"{train.config[name]}") for name in names]
+    options = [(name, f"{train.config[name]}") for name in names if name in train.config]
     return _table(("", ""), [("objective", f"{train.config['objective']}: {objective}"), *options])
 
 

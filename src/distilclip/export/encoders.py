@@ -112,7 +112,8 @@ def _export(module: nn.Module, example: Tensor, *, tower: Literal["image", "text
             verbose=False,
         )
     except torch.onnx.OnnxExporterError as error:
-        raise InputError(f"{name}: torch cannot export its {tower} tower to ONNX: {error}") from error
+        reason = error.__cause__ or error  # the exporter's own message is a page of advice to programmers
+        raise InputError(f"{name}: torch cannot export its {tower} tower to ONNX: {reason}") from error
     finally:
         log.setLevel(level)
     assert program is not None  # of the exporter with dynamo

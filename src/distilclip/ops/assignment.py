@@ -93,6 +93,21 @@ class _DeviceCenters:
             self.code[:, column] = offset
             offset = offset - self.code[:, column].float()
 
+    @torch.no_grad()
+    def update(
+        self, labels: Int[np.ndarray, " n"], points: Points, rows: Int[np.ndarray, " n"]
+    ) -> Float32[np.ndarray, " n"]:
+        """Write the rows' labels; the cosine distances. Rows travel as they are stored."""
+        distance = np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), ROWS):
+            here = slice(start, min(start + ROWS, len(rows)))
+            values = torch.from_numpy(points.values[rows[here]]).to(self.centers.device)
+            scale = torch.from_numpy(points.scale[rows[here]]).to(self.centers.device)
+            label, best = self.nearest(values, scale)
+            labels[here] = label.cpu().numpy()
+            distance[here] = (1 - best).clamp_(min=0).cpu().numpy()
+        return distance
+
     def nearest(self, values: Tensor, scale: Float64[Tensor, " m"]) -> tuple[Int[Tensor, " m"], Float64[Tensor, " m"]]:
         """Label and exact inner product of a block of rows."""
         row = values.float() * scale[:, None].float() - self.origin

@@ -10,6 +10,7 @@ from distilclip.ops.assignment import assign
 from distilclip.ops.points import Points
 
 ROWS_PER_CENTER = 8  # of the sample that first centers are drawn from
+LEAST_ROWS = 1 << 14  # of that sample, where there are so many
 
 
 def sample_rows(
@@ -20,8 +21,9 @@ def sample_rows(
     if points_per_center is not None and points_per_center * num_centers < num_rows:
         rows = np.sort(random.choice(num_rows, points_per_center * num_centers, replace=False))
     first = rows
-    if ROWS_PER_CENTER * num_centers < len(rows):
-        first = np.sort(random.choice(rows, ROWS_PER_CENTER * num_centers, replace=False))
+    num_first = max(ROWS_PER_CENTER * num_centers, LEAST_ROWS)
+    if num_first < len(rows):
+        first = np.sort(random.choice(rows, num_first, replace=False))
     return rows, first
 
 

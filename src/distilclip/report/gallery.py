@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Integer, UInt64
 
 from distilclip.report.pictures import Picture, PictureReader
 
+SIDES = {
+    "under": "Just under the threshold: these were joined",
+    "over": "Just over it: these were not",
+}
 KINDS = {
     "largest": "The representatives that stand for most others",
     "random": "Drawn at random from the other groups",
@@ -52,6 +57,14 @@ class Group:
     kept: Shown
     removed: list[Shown]
     num_removed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two pictures next to the threshold; the second carries their distance."""
+
+    left: Shown
+    right: Shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,6 +163,17 @@ def picture_group(removal: Removal, reader: PictureReader) -> Group:
         removed=_shown(removal.removed, removal.distance, reader),
         num_removed=removal.num_removed,
     )
+
+
+def picture_pairs(pairs: Sequence[Mapping[str, Any]], reader: PictureReader, *, number: int) -> list[Pair]:
+    """The pictures of the first few of the pairs that `balance` lists: sample ids and their distance."""
+    return [
+        Pair(
+            left=Shown(picture=reader.picture(pair["left"])),
+            right=Shown(picture=reader.picture(pair["right"]), distance=pair["distance"]),
+        )
+        for pair in pairs[:number]
+    ]
 
 
 def picture_cluster(strip: Strip, reader: PictureReader) -> Cluster:

@@ -12,7 +12,7 @@ from distilclip.report import wording
 from distilclip.report.charts import Chart, standings_chart, training_charts
 from distilclip.report.comparison import Model, Table, compare, models, title
 from distilclip.report.figures import PALETTE
-from distilclip.report.gallery import KINDS
+from distilclip.report.gallery import KINDS, SIDES
 from distilclip.report.load import Results, Score
 from distilclip.report.sections import balances, clusterings, embeddings
 
@@ -73,6 +73,7 @@ def build(
         unfinished=results.unfinished,
         absent=absent,
         kinds=KINDS,
+        sides=SIDES,
         palette=PALETTE,
     )
     charts: list[Chart | None] = [standings, *curves, *(b.chart for b in balanced), *(c.chart for c in clustered)]

@@ -14,12 +14,15 @@ from distilclip.errors import InputError
 from distilclip.ops.metric import equivalents
 from distilclip.report.charts import Chart, cluster_chart, threshold_chart
 from distilclip.report.gallery import (
+    SIDES,
     Cluster,
     Group,
+    Pair,
     choose_removals,
     choose_strips,
     picture_cluster,
     picture_group,
+    picture_pairs,
 )
 from distilclip.report.load import Results, StageFolder
 from distilclip.report.pictures import PictureReader
@@ -47,6 +50,7 @@ class Gallery:
     """Pictures by kind. `problem` says why there are none."""
 
     groups: dict[str, list[Group]]
+    pairs: dict[str, list[Pair]]  # next to the threshold, by side
     problem: str = ""
 
 
@@ -77,6 +81,11 @@ class Balance:
     def largest_share(self) -> float:
         """The share of the valid images that the largest group holds: a large one is a sign of chaining."""
         return self.result["largest_group"] / max(self.result["num_valid"], 1)
+
+    @property
+    def chained_share(self) -> float:
+        """The share of the removed images that lie over the threshold from the image kept for them."""
+        return self.result["chained"] / max(self.result["num_valid"] - self.result["num_kept"], 1)
 
     @property
     def thresholds(self) -> dict[str, float]:
@@ -131,11 +140,13 @@ def balances(results: Results, *, num_groups: int, num_pictures: int, thumbnail_
             )
             reader = PictureReader(store, size=thumbnail_size)
             groups = {kind: [picture_group(r, reader) for r in chosen] for kind, chosen in removals.items()}
+            borderline = result["borderline"]
+            pairs = {side: picture_pairs(borderline[side], reader, number=2 * num_groups) for side in SIDES}
             reader.close()
             every = [shown for kind in groups.values() for g in kind for shown in (g.kept, *g.removed)]
-            gallery = Gallery(groups=groups, problem=_shared_problem([shown.picture.problem for shown in every]))
+            gallery = Gallery(groups=groups, pairs=pairs, problem=_shared_problem([shown.picture.problem for shown in every]))
         except InputError as error:
-            gallery = Gallery(groups={}, problem=str(error))
+            gallery = Gallery(groups={}, pairs={}, problem=str(error))
         found.append(
             Balance(
                 path=folder.path,

@@ -4,21 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from distilclip.errors import InputError
 
 Tracker = Literal["tensorboard", "wandb"]
-
-
-class Writer(Protocol):
-    """Takes the lines of metrics.jsonl."""
-
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        """One line."""
-
-    def close(self) -> None:
-        """Flush what is buffered."""
 
 
 class TensorBoard:
@@ -59,6 +49,10 @@ class WeightsAndBiases:
     def close(self) -> None:
         """Finish the run."""
         self._run.finish()
+
+
+Writer = TensorBoard | WeightsAndBiases
+"""Takes the lines of metrics.jsonl."""
 
 
 def open_trackers(names: Sequence[Tracker], folder: str, *, config: Mapping[str, Any], start: int) -> list[Writer]:

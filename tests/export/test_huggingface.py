@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from distilclip.errors import InputError
+from distilclip.export.huggingface import huggingface_config, inexpressible, write_huggingface
+from distilclip.models.clip import Clip, create_clip
+from tests.conftest import TINY_CLIP, picture
+
+transformers = pytest.importorskip("transformers")
+UNIT = torch.nn.functional.normalize
+
+
+def changed(**sections: dict[str, Any]) -> dict[str, Any]:
+    """The tiny config with some values replaced."""
+    config = copy.deepcopy(TINY_CLIP)
+    for section, values in sections.items():
+        config[section].update(values)  # type: ignore[attr-defined]
+    return config
+
+
+def random_everywhere(clip: Clip) -> Clip:
+    """Biases, norms and the scale start at round numbers, which would hide that they are swapped or lost."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in clip.model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return clip
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TINY_CLIP,
+        {**TINY_CLIP, "quick_gelu": True},
+        {**TINY_CLIP, "custom_text": True},
+        changed(vision_cfg={"mlp_ratio": 2.0, "norm_kwargs": {"eps": 1e-3}}, text_cfg={"mlp_ratio": 3.0, "heads": 4}),
+    ],
+    ids=["plain", "quick_gelu", "custom_text", "varied"],
+)
+def test_transformers_loads_the_folder_and_gives_the_same_embeddings(config: dict[str, Any], tmp_path: Path) -> None:
+    clip = random_everywhere(create_clip(json.dumps(config), seed=1))
+    assert all(value < 1e-5 for value in write_huggingface(clip, str(tmp_path)).values())
+    model = transformers.CLIPModel.from_pretrained(tmp_path).eval()
+    pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    captions = ["a photo of a cat", "Two DOGS, running!", "it's " + "very " * 40 + "long"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        image = UNIT(model.get_image_features(pixel_values=pixels).pooler_output, dim=-1)
+        text = UNIT(model.get_text_features(**tokens).pooler_output, dim=-1)
+        torch.testing.assert_close(image, clip.encode_image(pixels), atol=1e-5, rtol=0)
+        torch.testing.assert_close(text, clip.encode_text(clip.tokenizer(captions)), atol=1e-5, rtol=0)
+        logits = model(pixel_values=pixels, **tokens).logits_per_image
+        torch.testing.assert_close(logits, clip.scale * image @ text.T, atol=1e-3, rtol=0)
+
+
+def test_the_image_processor_takes_the_same_steps(tiny_clip: Clip, tmp_path: Path) -> None:
+    write_huggingface(tiny_clip, str(tmp_path))
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
+    smooth = Image.fromarray(np.add.outer(np.arange(96), np.arange(64)).astype(np.uint8)).convert("RGB")
+    for image in (smooth, picture(1, (64, 48))):
+        pixels = processor(images=[image], return_tensors="pt")["pixel_values"][0]
+        level = 1 / 255 / min(tiny_clip.preprocess_cfg["std"])
+        assert (
+            float((pixels - tiny_clip.preprocess(image)).abs().max()) < 1.01 * level
+        )  # Pillow rounds, torchvision too
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (changed(vision_cfg={"timm_model_name": "cnn_w8"}), "timm's 'cnn_w8'"),
+        (changed(vision_cfg={"layers": [1, 1, 1, 1]}), "ResNet"),
+        (changed(vision_cfg={"no_ln_pre": True}), "vision_cfg.no_ln_pre=True"),
+        (changed(vision_cfg={"ls_init_value": 0.1}), "vision_cfg.ls_init_value=0.1"),
+        (changed(text_cfg={"no_causal_mask": True}), "text_cfg.no_causal_mask=True"),
+        (changed(text_cfg={"pool_type": "last"}), "text_cfg.pool_type='last'"),
+        (changed(text_cfg={"hf_model_name": "roberta-base"}), "'roberta-base'"),
+        (changed(text_cfg={"norm_kwargs": {"elementwise_affine": False}}), "text_cfg.norm_kwargs"),
+        ({**TINY_CLIP, "init_logit_bias": -10}, "model_cfg.init_logit_bias=-10"),
+    ],
+)
+def test_what_transformers_has_no_word_for_is_named(config: dict[str, Any], reason: str) -> None:
+    (found,) = inexpressible(config, {"resize_mode": "shortest"})
+    assert reason in found
+
+
+def test_all_reasons_are_given_at_once(tiny_clip: Clip) -> None:
+    config = changed(vision_cfg={"timm_model_name": "cnn_w8"}, text_cfg={"embed_cls": True})
+    clip = dataclasses.replace(
+        tiny_clip, model_cfg=config, preprocess_cfg={**tiny_clip.preprocess_cfg, "resize_mode": "longest"}
+    )
+    with pytest.raises(InputError, match=r"timm's 'cnn_w8'.*embed_cls=True.*'longest'.*--what open_clip"):
+        huggingface_config(clip)
+
+
+def test_hub_models_and_other_tokenizers_are_refused(tiny_clip: Clip) -> None:
+    with pytest.raises(InputError, match="comes from the hub"):
+        huggingface_config(dataclasses.replace(tiny_clip, model_cfg=None))
+    tokenizer = open_clip.SimpleTokenizer(context_length=12, clean="canonicalize")
+    with pytest.raises(InputError, match="byte-pair"):
+        huggingface_config(dataclasses.replace(tiny_clip, tokenizer=tokenizer))
+
+
+def test_a_model_that_comes_out_otherwise_is_not_written(
+    tiny_clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("distilclip.export.huggingface.TOLERANCE", -1.0)
+    with pytest.raises(InputError, match="differs from open_clip"):
+        write_huggingface(tiny_clip, str(tmp_path))
+    assert not list(tmp_path.iterdir())
