@@ -1,7 +1,7 @@
 """Images decoded, augmented, tokenised and collated from tars with 2 workers, against open_clip's own pipeline.
 
-Both sides read the same tars of 512 x 384 JPEGs (52 KB each, photograph-like: gradients, blobs and noise), crop 0.9 to
-1 of the area to 224 pixels, bicubic, and tokenise. Ours joins the teacher's embeddings from a store as well; the peer is
+Both sides read the same tars of 512 x 384 JPEGs (52 KB each, photograph-like: gradients, blobs and noise), crop 0.9
+to 1 of the area to 224 pixels, bicubic, and tokenise. Ours joins the teacher's embeddings as well; the peer is
 `open_clip_train.data.get_wds_dataset`. Where balance dropped 44 % of the rows, ours reads the kept ones; the peer reads
 all and drops, before it decodes, through its own filter for samples without a caption.
 """

@@ -36,7 +36,8 @@ ALLOWED = {
         "losses",
         "progress",
     }
-    | {"config", "run", "engine", "distributed"},
+    | {"config", "run", "engine", "distributed", "plan"},
+    "plan": {"plan"},
     "cli": {"stages", "config"},
     "config": set(),
     "run": set(),

@@ -16,6 +16,7 @@ STAGES = {
     "export": "kept data as tars, keys or a subset; models for open_clip, transformers and ONNX Runtime",
     "search": "pictures that fit some words, by an exported ONNX model, without torch",
     "report": "one self-contained HTML page from any of these folders",
+    "plan": "time, memory, disk and cost of every stage on a cluster, before anything runs",
     "run": "every step of one recipe in one folder; finished steps are skipped",
     "demo": "the whole story on a made-up corpus, in minutes, on two CPU cores",
 }

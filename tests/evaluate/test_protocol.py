@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 
 from distilclip.errors import InputError
-from distilclip.evaluate.encode import Output, encode_images, encode_texts
-from distilclip.evaluate.protocol import Protocol
+from distilclip.evaluate.dataset import EvaluationSet, LabelledSet, MissingSet, PairSet
+from distilclip.evaluate.embedders import ModelEmbedder
+from distilclip.evaluate.encode import Encoding, Output, encode_images, encode_texts
+from distilclip.evaluate.protocol import Protocol, View
 from distilclip.evaluate.scores import Score
 from distilclip.evaluate.sets import load_set
-from distilclip.evaluate.table import build_tables, write_csv
 from distilclip.models.clip import Clip, load_clip
 from distilclip.ops.probe import linear_probe
 from tests.conftest import encoded, picture, write_tar
@@ -37,14 +40,26 @@ def colours(tmp_path: Path) -> str:
     return f"tar:{tmp_path}/colours"
 
 
+def measure(clip: Clip, dataset: EvaluationSet, *, teacher: View | None = None, **options: Any) -> list[Score]:
+    """Scores by a protocol with these options."""
+    return Protocol(**options).measure(embedder(clip), dataset, teacher=teacher).scores
+
+
+def view(clip: Clip, dataset: LabelledSet | PairSet) -> View:
+    return Protocol().view(embedder(clip), dataset)
+
+
+def embedder(clip: Clip) -> ModelEmbedder:
+    return ModelEmbedder(clip, Encoding())
+
+
 def by_metric(scores: list[Score]) -> dict[tuple[str, str], Score]:
     return {(score.task, score.metric): score for score in scores}
 
 
 def test_a_labelled_set_has_all_its_tasks(clip: Clip, colours: str) -> None:
     dataset = labelled(colours)
-    protocol = Protocol()
-    found = by_metric(protocol.measure(clip, dataset, teacher=protocol.view(clip, dataset)))
+    found = by_metric(measure(clip, dataset, teacher=view(clip, dataset)))
     assert found["linear-probe", "top1"].value == 1.0
     assert found["linear-probe", "top1"].details["features"] == "backbone"
     assert found["linear-probe", "top1"].details["l2"] in [
@@ -74,32 +89,31 @@ def test_probe_equals_one_fitted_on_features_taken_by_hand(
         encode_images(clip, s.images, outputs=(output,)).features[output] for s in (dataset.train, dataset.test)
     )
     by_hand = linear_probe(train, torch.from_numpy(dataset.train.labels), test, torch.from_numpy(dataset.test.labels))
-    found = by_metric(Protocol(tasks=("linear-probe",), probe_features=features).measure(clip, dataset))
+    found = by_metric(measure(clip, dataset, tasks=("linear-probe",), probe_features=features))
     assert found["linear-probe", "top1"].details["l2"] == by_hand.l2
     assert found["linear-probe", "top1"].value == by_hand.accuracy
 
 
 def test_a_given_penalty_is_used_without_a_sweep(clip: Clip, colours: str) -> None:
-    found = by_metric(Protocol(tasks=("linear-probe",), probe_l2=0.5).measure(clip, labelled(colours)))
+    found = by_metric(measure(clip, labelled(colours), tasks=("linear-probe",), probe_l2=0.5))
     assert found["linear-probe", "top1"].details["l2"] == 0.5
     assert found["linear-probe", "top1"].details["sweep"] == []
 
 
 def test_a_probe_that_cannot_be_is_a_row_with_a_reason(clip: Clip, tmp_path: Path) -> None:
     write_labelled_tar(tmp_path / "a" / "test-0.tar", ["cat", "dog"])
-    (probe,) = Protocol(tasks=("linear-probe",)).measure(clip, labelled(f"tar:{tmp_path}/a"))
+    (probe,) = measure(clip, labelled(f"tar:{tmp_path}/a"), tasks=("linear-probe",))
     assert probe.value is None
     assert probe.reason == "the set has no training images"
     write_labelled_tar(tmp_path / "a" / "train-0.tar", ["cat", "dog"])
-    (probe,) = Protocol(tasks=("linear-probe",)).measure(clip, labelled(f"tar:{tmp_path}/a"))
+    (probe,) = measure(clip, labelled(f"tar:{tmp_path}/a"), tasks=("linear-probe",))
     assert probe.value is None
     assert "give --probe-l2" in probe.reason
 
 
 def test_unnamed_classes_have_no_zero_shot_but_a_reason(clip: Clip, tmp_path: Path) -> None:
     dataset = labelled(f"tar:{write_labelled_tar(tmp_path / 'test-0.tar', ['0', '1', '1'])}")
-    protocol = Protocol(tasks=("zero-shot", "agreement"))
-    found = by_metric(protocol.measure(clip, dataset, teacher=protocol.view(clip, dataset)))
+    found = by_metric(measure(clip, dataset, tasks=("zero-shot", "agreement"), teacher=view(clip, dataset)))
     assert found["zero-shot", "top1"].value is None
     assert "classnames.txt" in found["zero-shot", "top1"].reason
     assert found["agreement", "top1_agreement"].value is None
@@ -113,7 +127,7 @@ def test_retrieval_of_a_pair_set_equals_ranks_by_hand(clip: Clip, tmp_path: Path
         members += [(f"{number}.jpg", encoded(picture(number)))]
         members += [(f"{number}.json", json.dumps({"captions": captions}).encode())]
     dataset = paired(f"pairs:{write_tar(tmp_path / 'a.tar', members)}")
-    found = by_metric(Protocol().measure(clip, dataset))
+    found = by_metric(measure(clip, dataset))
     scores = encode_images(clip, dataset.images).embedding @ encode_texts(clip, dataset.captions).T
     hits = [dataset.image_of_text[scores[i].argmax()] == i for i in range(6)]
     assert found["retrieval", "image_to_text_r1"].value == pytest.approx(sum(hits) / 6)
@@ -132,18 +146,18 @@ def test_unreadable_images_leave_with_their_captions_and_are_counted(clip: Clip,
         members += [(f"{number}.jpg", image), (f"{number}.txt", f"picture {number}".encode())]
     dataset = paired(f"pairs:{write_tar(tmp_path / 'a.tar', members)}")
     with pytest.raises(InputError, match=r"a\.tar: 1: not an image"):
-        Protocol().measure(clip, dataset)
-    found = by_metric(Protocol(on_error="skip", max_bad_ratio=0.3).measure(clip, dataset))
+        measure(clip, dataset)
+    found = by_metric(measure(clip, dataset, on_error="skip", max_bad_ratio=0.3))
     for metric in ("image_to_text_r1", "text_to_image_r1"):
         assert found["retrieval", metric].num_test == 3
         assert found["retrieval", metric].num_unreadable == 1
     readable = paired(f"pairs:{write_tar(tmp_path / 'b.tar', members[:2] + members[4:])}")
-    alone = by_metric(Protocol().measure(clip, readable))
+    alone = by_metric(measure(clip, readable))
     assert {key: score.value for key, score in found.items()} == {key: score.value for key, score in alone.items()}
 
 
 def test_only_the_asked_tasks_are_measured(clip: Clip, colours: str) -> None:
-    assert {score.task for score in Protocol(tasks=("zero-shot",)).measure(clip, load_set(colours))} == {"zero-shot"}
+    assert {score.task for score in measure(clip, load_set(colours), tasks=("zero-shot",))} == {"zero-shot"}
 
 
 def test_templates_replace_the_sets_own_and_are_recorded(clip: Clip, tmp_path: Path) -> None:
@@ -151,38 +165,65 @@ def test_templates_replace_the_sets_own_and_are_recorded(clip: Clip, tmp_path: P
     write_images(tmp_path / "dog", ["0.jpg"])
     dataset = labelled(f"folder:{tmp_path}")
     own, other = (
-        Protocol(tasks=("zero-shot",), templates=templates).measure(clip, dataset)[0].details["templates_digest"]
+        measure(clip, dataset, tasks=("zero-shot",), templates=templates)[0].details["templates_digest"]
         for templates in (None, ("{}",))
     )
     assert own != other
 
 
-# Tables
+def test_all_probes_are_measured_on_one_encoding(clip: Clip, colours: str) -> None:
+    found = by_metric(measure(clip, labelled(colours), tasks=("linear-probe", "knn-probe", "few-shot")))
+    assert found["knn-probe", "top1"].value == 1.0
+    assert found["knn-probe", "top1"].details["num_neighbours"] == 20
+    assert [metric for task, metric in found if task == "few-shot"] == [
+        "1_shot",
+        "2_shot",
+        "4_shot",
+        "8_shot",
+        "16_shot",
+    ]
+    assert found["few-shot", "16_shot"].value == 1.0
+    assert [found["few-shot", f"{k}_shot"].headline for k in (1, 16)] == [False, True]
+    assert len(found["few-shot", "1_shot"].details["values"]) == 5
 
 
-def rows_of(*scores: Score, model: str = "tiny") -> list[dict[str, object]]:
-    return [score.row(model=model, digest="d") for score in scores]
+def test_several_folds_are_averaged(clip: Clip, colours: str) -> None:
+    dataset = labelled(colours)
+    folds = (np.arange(0, 8), np.arange(4, 12), np.arange(8, 16))
+    found = by_metric(measure(clip, dataclasses.replace(dataset, folds=folds), tasks=("linear-probe",)))
+    score = found["linear-probe", "top1"]
+    assert len(score.details["values"]) == len(score.details["l2"]) == 3
+    assert score.value == pytest.approx(np.mean(score.details["values"]))
+    assert score.low is not None
+    assert score.high is not None
+    assert score.low <= score.value <= score.high
 
 
-def test_table_shows_headlines_in_percent_and_says_what_is_missing() -> None:
-    top1 = Score(set="pets", task="zero-shot", metric="top1", value=0.4567, headline=True, num_unreadable=2)
-    top5 = Score(set="pets", task="zero-shot", metric="top5", value=0.9)
-    absent = Score(set="food|2", task="linear-probe", metric="top1", value=None).missing(
-        "the set has no training images"
-    )
-    zero_shot, probe = build_tables([*rows_of(top1, top5, absent), *rows_of(absent, model="other")])
-    assert zero_shot.columns == ["model", "pets"]
-    assert zero_shot.rows == [["tiny", "45.7"]]
-    assert zero_shot.notes == ["pets: 2 images could not be read and are left out."]
-    assert probe.rows == [["tiny", "-"], ["other", "-"]]
-    assert probe.markdown() == (
-        "## Linear probe\n\n| model | food\\|2 |\n| --- | ---: |\n| tiny | - |\n| other | - |\n\n"
-        "food|2: the set has no training images.\n"
-    )
+def test_one_caption_an_image_is_a_protocol_of_its_own(clip: Clip, tmp_path: Path) -> None:
+    members = []
+    for number in range(4):
+        members += [(f"{number}.jpg", encoded(picture(number)))]
+        members += [(f"{number}.json", json.dumps({"captions": [f"first {number}", f"second {number}"]}).encode())]
+    dataset = paired(f"pairs:{write_tar(tmp_path / 'a.tar', members)}")
+    found = by_metric(measure(clip, dataset, captions="first", caption_prefix="a photo of "))
+    assert found["retrieval", "text_to_image_r1"].num_test == 4
+    assert found["retrieval", "text_to_image_r1"].details == {
+        "captions": "first",
+        "caption_prefix": "a photo of ",
+        "num_captions": 4,
+    }
+    image = encode_images(clip, dataset.images).embedding
+    text = encode_texts(clip, [f"a photo of first {number}" for number in range(4)])
+    hits = (text @ image.T).argmax(dim=1) == torch.arange(4)
+    assert found["retrieval", "text_to_image_r1"].value == pytest.approx(hits.double().mean().item())
 
 
-def test_csv_holds_every_score_as_a_fraction() -> None:
-    score = Score(set="pets", task="zero-shot", metric="top1", value=0.25, low=0.2, high=0.3, num_test=8)
-    lines = write_csv(rows_of(score)).splitlines()
-    assert lines[0].startswith("model,set,task,metric,value,low,high")
-    assert lines[1].startswith("tiny,pets,zero-shot,top1,0.25,0.2,0.3,")
+def test_a_set_that_is_missing_keeps_its_rows(clip: Clip) -> None:
+    missing = MissingSet(name="pets", reason="not found under data", kind="labelled", has_train=True)
+    found = measure(clip, missing)
+    assert [(s.task, s.value, s.reason, s.headline) for s in found] == [
+        ("zero-shot", None, "not found under data", True),
+        ("linear-probe", None, "not found under data", True),
+    ]
+    assert [s.task for s in measure(clip, dataclasses.replace(missing, has_train=False))] == ["zero-shot"]
+    assert [s.task for s in measure(clip, dataclasses.replace(missing, kind="pairs", has_train=False))] == ["retrieval"]

@@ -14,7 +14,7 @@ def unit(num_rows: int, dim: int, seed: int) -> torch.Tensor:
 
 
 def classifier(weight: torch.Tensor, scale: float = 5.0) -> TextClassifier:
-    return TextClassifier(weight=weight, scale=scale, templates_digest="")
+    return TextClassifier(weight=weight, scale=scale)
 
 
 def test_matching_pairs_are_all_found() -> None:

@@ -120,22 +120,27 @@ class Made:
         return [(shard, row) for shard in range(3) for row in range(7) if row not in (*DROPPED, INVALID)]
 
 
-@pytest.fixture
-def made(tmp_path: Path) -> Made:
+def make(folder: Path) -> Made:
     """Tars in three formats, two of them with the same keys, and the folders over them."""
     starts, formats = (0, 0, 100), (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT)
     tars = [
         write_tar(
-            tmp_path / "data" / f"{shard}.tar",
+            folder / "data" / f"{shard}.tar",
             [f"{starts[shard] + row:05d}" for row in range(7)],
             first=100 * shard,
             format=formats[shard],
         )
         for shard in range(3)
     ]
-    store = write_store(str(tmp_path / "store"), tars)
-    write_balance(str(tmp_path / "groups"), store)
-    return Made(tars, store.path, str(tmp_path / "groups"))
+    store = write_store(str(folder / "store"), tars)
+    write_balance(str(folder / "groups"), store)
+    return Made(tars, store.path, str(folder / "groups"))
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    """See `make`."""
+    return make(tmp_path)
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
-from PIL import Image
 
 from distilclip.errors import InputError
 from distilclip.export.huggingface import huggingface_config, inexpressible, write_huggingface
@@ -66,15 +64,15 @@ def test_transformers_loads_the_folder_and_gives_the_same_embeddings(config: dic
 
 
 def test_the_image_processor_takes_the_same_steps(tiny_clip: Clip, tmp_path: Path) -> None:
+    """transformers resizes with torchvision, which rounds otherwise than Pillow, by two levels of 255 at hard edges."""
     write_huggingface(tiny_clip, str(tmp_path))
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-    smooth = Image.fromarray(np.add.outer(np.arange(96), np.arange(64)).astype(np.uint8)).convert("RGB")
-    for image in (smooth, picture(1, (64, 48))):
+    level = 1 / 255 / min(tiny_clip.preprocess_cfg["std"])
+    for image in (picture(0, (96, 64)), picture(1, (64, 48)), picture(2, (32, 96))):
         pixels = processor(images=[image], return_tensors="pt")["pixel_values"][0]
-        level = 1 / 255 / min(tiny_clip.preprocess_cfg["std"])
-        assert (
-            float((pixels - tiny_clip.preprocess(image)).abs().max()) < 1.01 * level
-        )  # Pillow rounds, torchvision too
+        difference = (pixels - tiny_clip.preprocess(image)).abs()
+        assert difference.max() < 2.1 * level
+        assert difference.mean() < 0.3 * level
 
 
 @pytest.mark.parametrize(

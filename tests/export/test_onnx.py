@@ -129,7 +129,7 @@ def test_what_cannot_be_written_is_named_before_anything_is_exported(
 
 
 def test_a_missing_model_and_a_missing_precision_are_named(onnx_folder: str, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no clip.json"):
+    with pytest.raises(InputError, match=r"no clip\.json"):
         open_onnx(str(tmp_path))
     with pytest.raises(InputError, match="--quantize int8"):
         open_onnx(onnx_folder, precision="int8")

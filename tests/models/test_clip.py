@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from distilclip.errors import InputError
-from distilclip.models.clip import create_clip, load_clip, model_config, normalise_pixels
+from distilclip.models.architectures import model_config
+from distilclip.models.clip import create_clip, load_clip, normalise_pixels
 from tests.conftest import TINY_CLIP, picture
 
 

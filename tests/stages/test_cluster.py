@@ -78,18 +78,18 @@ def test_a_kill_after_any_file_leaves_the_same_bytes(tmp_path: Path) -> None:
 def test_centers_are_those_of_kmeans_whatever_the_shards_and_the_engine(tmp_path: Path) -> None:
     stores = [write_store(tmp_path / name, rows=rows, shards=shards) for name, rows, shards in SHARDS]
     _, x, valid = stores[0]
-    whole = kmeans(x[valid], num_centers=6, num_iterations=5, seed=3)
+    whole = kmeans(x[valid], num_centers=6, num_iterations=2, seed=3)
     for number, (store, _, _) in enumerate(stores):
         for engine in ("local", "processes") if number == 1 else ("local",):
             out = str(tmp_path / f"{number}{engine}")
             result = main(
-                Config(store=store, out=out, num_centers=6, num_iterations=5, seed=3, device="cpu", engine=engine)
+                Config(store=store, out=out, num_centers=6, num_iterations=2, seed=3, device="cpu", engine=engine)
             )
             assert read_centers(out).tobytes() == whole.centers.tobytes()
             labels = np.concatenate([read_labels(out, shard).cluster for shard in range(SHARDS[number][2])])
             np.testing.assert_array_equal(labels, whole.labels)
             assert result["objective"] == pytest.approx(whole.objective)
-            assert len(result["objectives"]) <= 6
+            assert len(result["objectives"]) == 3
             assert not (Path(out) / "rounds").exists()
 
 
@@ -111,7 +111,7 @@ def write_or_die(*arguments):
 rounds.write_tensors = write_or_die
 main(Config(**eval(sys.argv[2])))
 """
-    for kill_at in (3, 6, 13):  # before the first round, in its middle, in a later one
+    for kill_at in (6, 13):  # in the middle of the first round, and of a later one
         cut = tmp_path / f"cut{kill_at}"
         arguments = [str(kill_at), repr({"out": str(cut), **config})]
         died = subprocess.run([sys.executable, "-c", begun, *arguments], env=dict(os.environ), check=False)

@@ -58,7 +58,7 @@ class LabelledSet:
     train: Split | None = None
     validation: Split | None = None
     metric: Metric = "top1"
-    folds: tuple[Int[np.ndarray, " f"], ...] = ()
+    folds: tuple[Int[np.ndarray, " _"], ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
 

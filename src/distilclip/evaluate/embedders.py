@@ -7,7 +7,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from distilclip.evaluate.zero_shot import TextClassifier, text_classifier
 from distilclip.models.clip import Clip
 
 
+@runtime_checkable
 class Embedder(Protocol):
     """Anything with a name and weights that turns a set's images and texts into features on the CPU."""
 

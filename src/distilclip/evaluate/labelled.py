@@ -40,7 +40,7 @@ class Listing:
 
     splits: Mapping[SplitName, Labelled]
     labels: tuple[str, ...] = ()
-    folds: tuple[Int[np.ndarray, " f"], ...] = ()
+    folds: tuple[Int[np.ndarray, " _"], ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
 

@@ -14,8 +14,8 @@ from distilclip.evaluate.knn_probe import NUM_NEIGHBOURS, TEMPERATURE, knn_predi
 from distilclip.evaluate.scores import Score, Task, few_shot_scores, knn_scores, probe_scores
 from distilclip.ops.probe import Probe, linear_probe
 
-Features = tuple[Float[Tensor, "n dim"], Int[Tensor, " n"]]
-"""Features with their labels, on the device where probes are computed."""
+Examples = tuple[Float[Tensor, "_ dim"], Int[Tensor, " _"]]
+"""Examples with their labels, on the device where probes are computed."""
 
 _ONE_EACH = "one training image a class leaves none to choose the penalty on: give --probe-l2"
 
@@ -24,13 +24,13 @@ _ONE_EACH = "one training image a class leaves none to choose the penalty on: gi
 class ProbeInputs:
     """A set's splits as features. `folds` are rows of `train`, of which each makes a training set of its own."""
 
-    train: Features
-    test: Features
-    validation: Features | None = None
-    folds: Sequence[Int[Tensor, " f"]] = field(default_factory=tuple)
+    train: Examples
+    test: Examples
+    validation: Examples | None = None
+    folds: Sequence[Int[Tensor, " _"]] = field(default_factory=tuple)
 
     @property
-    def pool(self) -> Features:
+    def pool(self) -> Examples:
         """Everything that is not tested."""
         if self.validation is None:
             return self.train

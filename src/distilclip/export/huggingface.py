@@ -208,7 +208,7 @@ def _tokenizer(clip: Clip) -> CLIPTokenizer:
 
 
 def _image_processor(preprocess_cfg: dict[str, Any]) -> CLIPImageProcessor:
-    """The same steps. transformers resizes with torchvision by default, which rounds a level otherwise than Pillow."""
+    """The same steps. transformers resizes with torchvision by default, which rounds otherwise than Pillow."""
     height, width = _size(preprocess_cfg)
     squash = preprocess_cfg["resize_mode"] == "squash"
     return CLIPImageProcessor(

@@ -7,7 +7,6 @@ open_clip builds every network. A distilclip checkpoint is a folder that open_cl
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import logging
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
 from distilclip.models import towers  # noqa: F401 - registers image towers with timm
+from distilclip.models.architectures import model_config
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 CONFIG_FILE = "open_clip_config.json"
@@ -167,7 +167,7 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
 
 
 def create_clip(architecture: str, *, seed: int | None = None, device: str | torch.device = "cpu") -> Clip:
-    """An untrained model: an open_clip name, a JSON file with an open_clip model config, or that JSON itself.
+    """An untrained model of an architecture that `model_config` knows.
 
     `seed` fixes the initial weights without touching the caller's random state.
     """
@@ -179,27 +179,6 @@ def create_clip(architecture: str, *, seed: int | None = None, device: str | tor
         with open(os.path.join(folder, CONFIG_FILE), "w") as file:
             json.dump({"model_cfg": config}, file)
         return _build(f"local-dir:{folder}", name, config, load_weights=False, device=device)
-
-
-def model_config(architecture: str) -> dict[str, Any]:
-    """The open_clip model config that `architecture` names; `InputError` with near names where none is found."""
-    text = architecture.strip()
-    if text.endswith(".json"):
-        if not files.exists(text):
-            raise InputError(f"The model config {text!r} does not exist.")
-        text = files.read_bytes(text).decode()
-    if text.startswith("{"):
-        try:
-            config = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"The model config is not valid JSON: {error}") from error
-        missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
-        if missing:
-            raise InputError(f"The model config lacks {sorted(missing)}; see open_clip's model_configs for examples.")
-        return config
-    if text not in open_clip.list_models():
-        raise InputError(f"{text!r} is no open_clip architecture. {did_you_mean(text, open_clip.list_models())}")
-    return copy.deepcopy(open_clip.get_model_config(text))
 
 
 def normalise_pixels(pixels: Tensor, preprocess_cfg: dict[str, Any]) -> Float[Tensor, "n 3 h w"]:

@@ -1,7 +1,7 @@
-"""Image towers for small pictures, registered with timm, so that an open_clip model config can name them.
+"""Image towers registered with timm, so that an open_clip model config can name them as `timm_model_name`.
 
 ImageNet networks begin with a stride of four or more: of a picture of 64 pixels little is left to tell shapes apart.
-These keep the full resolution in their first layer. `timm_model_name = "cnn_w24"` in a model config builds one.
+`cnn_w8`, `cnn_w12` and `cnn_w24` keep the full resolution in their first layer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from timm.models import register_model
+from timm.models.mobilenetv3 import MobileNetV3, mobilenetv3_small_100
 from torch import Tensor, nn
 
 
@@ -65,3 +66,23 @@ def cnn_w12(pretrained: bool = False, **unused: Any) -> SmallCnn:
 def cnn_w24(pretrained: bool = False, **unused: Any) -> SmallCnn:
     """0.2 M parameters."""
     return _build(24, pretrained)
+
+
+class ClipMobileNetV3(MobileNetV3):
+    """timm's MobileNetV3 whose `num_features`, from which open_clip builds the projection, is what it returns.
+
+    timm names the width before the last convolution there (576), and returns the one after it (1,024).
+    """
+
+    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+        """timm's interface, called once by open_clip with `num_classes` 0."""
+        super().reset_classifier(num_classes, global_pool)
+        self.num_features = self.head_hidden_size
+
+
+@register_model
+def mobilenetv3_small_clip(pretrained: bool = False, **options: Any) -> ClipMobileNetV3:
+    """mobilenetv3_small_100, its keys unchanged; 1.5 M parameters."""
+    tower = mobilenetv3_small_100(pretrained=pretrained, **options)
+    tower.__class__ = ClipMobileNetV3  # timm's builder knows no other class
+    return tower

@@ -63,7 +63,10 @@ def main(config: Config) -> dict[str, Any]:
     """Embed the pictures and the words; list the best matches, and draw them on a sheet where there is an `out`."""
     from distilclip.export.runtime import batched, open_onnx  # of the extra `onnx`, which Config has asked for
 
-    folder = run.open_folder(config.out, stage="search", config=config) if config.out else None
+    folder = None
+    if config.out:
+        inputs = run.folders_of("export", [config.model])
+        folder = run.open_folder(config.out, stage="search", config=config, inputs=inputs)
     if folder is not None and folder.finished:
         _print(folder.result())
         return folder.result()

@@ -96,7 +96,8 @@ def fit(
                 signals.save = False
                 after = Progress(step=step + 1, log=log.state())
                 path = folder.child(folder_name(after.step))
-                save_checkpoint(path, training, after, scheduled=scheduled, metrics=values)
+                measures = checkpoints.measures(values)
+                save_checkpoint(path, training, after, scheduled=scheduled, metrics=measures)
                 if distributed.rank() == 0:
                     checkpoints.prune(folder.path)
                 saved_at = time.monotonic()

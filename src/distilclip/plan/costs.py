@@ -1,0 +1,149 @@
+"""The cost of every stage from sizes and constants: arithmetic, memory of one GPU, disk, images and bytes to read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distilclip.plan.flops import Cost
+from distilclip.plan.hardware import Gpu, constant
+
+BYTES_PER_EDGE = 20  # of a forest, before compression
+GROUP_BYTES = 25  # of a row of the groups, before compression
+FORWARD_AND_BACKWARD = 3  # passes' worth of arithmetic; the backward pass costs two forward passes
+ADAM_BYTES = 16  # of a parameter in training: weight, gradient, two moments in float32
+CLUSTER_PRODUCTS = 6  # n x k x d products of the cluster term: student's and teacher's logits, twice, and two gradients
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What there is to read."""
+
+    num_pairs: float
+    bytes_per_pair: float
+    removed_ratio: float
+
+    @property
+    def num_kept(self) -> float:
+        """Pairs that balance leaves."""
+        return self.num_pairs * (1 - self.removed_ratio)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machines:
+    """GPUs of one kind, and what an hour of one costs; None where nobody asked."""
+
+    gpu: Gpu
+    num_gpus: int
+    price: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageCost:
+    """One line of a plan. `because` says how the seconds came about.
+
+    `gpu_bytes` is what must lie in each GPU whatever the batch; activations come on top.
+    """
+
+    stage: str
+    gpu_seconds: float
+    gpu_bytes: float
+    disk_bytes: float
+    read_bytes: float
+    decoded: float
+    because: str
+
+    def seconds(self, machines: Machines) -> float:
+        """On all GPUs at once."""
+        return self.gpu_seconds / machines.num_gpus
+
+    def price(self, machines: Machines) -> float | None:
+        """In the currency of an hour's price."""
+        return None if machines.price is None else self.gpu_seconds / 3600 * machines.price
+
+    def fits(self, machines: Machines) -> bool:
+        """Whether one GPU's memory is enough."""
+        return self.gpu_bytes <= machines.gpu.memory_bytes
+
+
+def embed(data: Data, gpu: Gpu, teacher: Cost) -> StageCost:
+    """The teacher's forward pass over every pair; two embeddings in half precision and a row each."""
+    rate = gpu.peak_flops * constant("embed_utilisation") / teacher.flops
+    return StageCost(
+        stage="embed",
+        gpu_seconds=data.num_pairs / rate,
+        gpu_bytes=2.0 * teacher.num_parameters,
+        disk_bytes=data.num_pairs * (2 * 2 * teacher.dim + constant("row_table_bytes")),
+        read_bytes=data.num_pairs * data.bytes_per_pair,
+        decoded=data.num_pairs,
+        because=f"{teacher.flops / 1e9:,.0f} GFLOP a pair, {rate:,.0f} pairs/s a GPU",
+    )
+
+
+def balance(data: Data, gpu: Gpu, *, dim: int, block_rows: float) -> StageCost:
+    """Every pair of rows once, in tiles; each pair of blocks is read from the store by the worker that compares it."""
+    products = data.num_pairs**2 / 2 * constant("rounds_of_search")
+    rate = gpu.peak_flops * constant("tile_utilisation")
+    num_blocks = data.num_pairs / block_rows
+    return StageCost(
+        stage="balance",
+        gpu_seconds=products * 2 * dim / rate,
+        gpu_bytes=2.0 * block_rows * dim * 2,
+        disk_bytes=data.num_pairs * (BYTES_PER_EDGE + GROUP_BYTES),
+        read_bytes=num_blocks * data.num_pairs * dim * 2,
+        decoded=0.0,
+        because=f"{products:.2g} pairs of {dim} dimensions at {rate / 1e12:,.0f} TFLOP/s a GPU",
+    )
+
+
+def cluster(
+    data: Data, gpu: Gpu, *, dim: int, num_centers: int, num_iterations: int, points_per_center: int | None
+) -> StageCost:
+    """Assignment of the fitted points in every round, and of every kept row at the end."""
+    fitted = data.num_kept if points_per_center is None else min(data.num_kept, points_per_center * num_centers)
+    products = (num_iterations * fitted + data.num_kept) * num_centers
+    rate = gpu.peak_flops * constant("tile_utilisation")
+    return StageCost(
+        stage="cluster",
+        gpu_seconds=products * 2 * dim / rate,
+        gpu_bytes=float(num_centers * dim * (2 + 4 + 8)),
+        disk_bytes=num_centers * dim * 4 + data.num_kept * 12,
+        read_bytes=(num_iterations * fitted + data.num_kept) * dim * 2,
+        decoded=0.0,
+        because=f"{num_iterations} rounds over {fitted:.3g} rows and one over all, {num_centers:,} centers",
+    )
+
+
+def train(
+    data: Data,
+    machines: Machines,
+    student: Cost,
+    *,
+    teacher_dim: int,
+    epochs: float,
+    global_batch: int,
+    num_centers: int,
+    sample_rate: float,
+) -> StageCost:
+    """The student forward and backward, and the cluster term over its share of the classes."""
+    samples = epochs * data.num_kept
+    towers = FORWARD_AND_BACKWARD * student.flops
+    head = CLUSTER_PRODUCTS * 2 * teacher_dim * num_centers * sample_rate
+    gpu = machines.gpu
+    seconds = towers / (gpu.peak_flops * constant("train_utilisation"))
+    head_seconds = head / (gpu.peak_flops * constant("head_utilisation"))
+    return StageCost(
+        stage="train",
+        gpu_seconds=samples * (seconds + head_seconds),
+        gpu_bytes=ADAM_BYTES * student.num_parameters
+        + head_bytes(num_centers, teacher_dim, sample_rate=sample_rate, num_ranks=machines.num_gpus)
+        + global_batch * (student.dim + teacher_dim) * 2 * 4,
+        disk_bytes=12.0 * (student.num_parameters + num_centers * teacher_dim),
+        read_bytes=samples * (data.bytes_per_pair + 4 * teacher_dim),
+        decoded=samples,
+        because=f"{samples:.3g} samples of {towers / 1e9:,.0f} GFLOP, the cluster term {head / 1e9:,.0f} GFLOP more",
+    )
+
+
+def head_bytes(num_centers: int, dim: int, *, sample_rate: float, num_ranks: int) -> float:
+    """A rank's share of the class head: weight and two moments of its rows, the gradient of the sampled ones."""
+    return num_centers / num_ranks * dim * 4 * (3 + sample_rate)

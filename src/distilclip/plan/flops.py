@@ -1,0 +1,66 @@
+"""Arithmetic of a model's towers, counted on a model without weights."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import open_clip
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from distilclip.errors import InputError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Of one pair through a model: multiplications and additions of a forward pass, and what the model holds."""
+
+    image_flops: float
+    text_flops: float
+    num_parameters: int
+    dim: int
+
+    @property
+    def flops(self) -> float:
+        """Both towers."""
+        return self.image_flops + self.text_flops
+
+
+def cost_of(architecture: str) -> Cost:
+    """Count an open_clip architecture's forward pass for one image and one text.
+
+    Raises:
+        InputError: open_clip does not know the architecture.
+    """
+    known = open_clip.list_models()
+    if architecture not in known:
+        raise InputError(f"open_clip knows no architecture {architecture!r}. {did_you_mean(architecture, known)}")
+    logging.disable(logging.WARNING)  # open_clip's word that there are no weights
+    try:
+        model = _without_weights(architecture)
+    finally:
+        logging.disable(logging.NOTSET)
+    with torch.device("meta"):
+        size = model.visual.image_size
+        height, width = size if isinstance(size, tuple) else (size, size)
+        length = getattr(model, "context_length", None) or model.text.context_length
+        image, text = torch.zeros(1, 3, height, width), torch.zeros(1, length, dtype=torch.long)
+    counts = []
+    with torch.inference_mode():
+        for encode, given in ((model.encode_image, image), (model.encode_text, text)):
+            with FlopCounterMode(display=False) as counter:
+                embedding = encode(given)
+            counts.append(float(counter.get_total_flops()))
+    return Cost(
+        image_flops=counts[0],
+        text_flops=counts[1],
+        num_parameters=sum(p.numel() for p in model.parameters()),
+        dim=embedding.shape[-1],
+    )
+
+
+def _without_weights(architecture: str) -> Any:
+    with torch.device("meta"):
+        return open_clip.create_model(architecture, device="meta").eval()

@@ -1,0 +1,138 @@
+"""What a run would take on a cluster: time, memory, disk and cost of every stage, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from distilclip import run
+from distilclip.errors import InputError
+from distilclip.plan import costs
+from distilclip.plan.flops import cost_of
+from distilclip.plan.hardware import CONSTANTS, GPUS, constant
+from distilclip.progress import duration
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip plan`. The defaults are the paper's: CLIP-CID on LAION-400M."""
+
+    gpu: Literal["a100", "h100", "h200"] = "h100"
+    """kind of accelerator"""
+    num_gpus: int = 8
+    """how many of them"""
+    price_per_gpu_hour: float | None = None
+    """adds a column with the cost, in the same currency"""
+    num_pairs: int = 400_000_000
+    """image-text pairs"""
+    bytes_per_pair: int = 25_000
+    """of the tars (LAION-400M at 256 pixels: 10 TB)"""
+    teacher: str = "ViT-bigG-14"
+    """open_clip architecture"""
+    student: str = "ViT-B-32"
+    """open_clip architecture"""
+    removed_ratio: float = 0.437
+    """share of the pairs that balance removes"""
+    block_rows: int = 2_000_000
+    """rows of a block that a worker of balance compares with another"""
+    num_centers: int = 1_000_000
+    """clusters"""
+    num_iterations: int = 20
+    """rounds of k-means"""
+    points_per_center: int | None = 64
+    """fit on this many rows a center (default 64; all of them with a number that is large enough)"""
+    epochs: float = 32.0
+    """passes over the kept pairs"""
+    global_batch: int = 32_768
+    """pairs of a step"""
+    sample_rate: float = 0.1
+    """share of the classes in the cluster term at a step"""
+    out: str | None = None
+    """write the plan as JSON to this file too"""
+
+    def __post_init__(self) -> None:
+        for name in ("num_gpus", "num_pairs", "bytes_per_pair", "block_rows", "num_centers", "num_iterations"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if not 0 <= self.removed_ratio < 1:
+            raise InputError(f"removed_ratio is {self.removed_ratio}; it must lie in [0, 1).")
+        if not 0 < self.sample_rate <= 1:
+            raise InputError(f"sample_rate is {self.sample_rate}; it must lie in (0, 1].")
+        if self.epochs <= 0:
+            raise InputError(f"epochs is {self.epochs}; it must be positive.")
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Print the plan; what `--out` holds."""
+    machines = costs.Machines(gpu=GPUS[config.gpu], num_gpus=config.num_gpus, price=config.price_per_gpu_hour)
+    data = costs.Data(
+        num_pairs=config.num_pairs, bytes_per_pair=config.bytes_per_pair, removed_ratio=config.removed_ratio
+    )
+    teacher, student = cost_of(config.teacher), cost_of(config.student)
+    stages = [
+        costs.embed(data, machines.gpu, teacher),
+        costs.balance(data, machines.gpu, dim=teacher.dim, block_rows=config.block_rows),
+        costs.cluster(
+            data,
+            machines.gpu,
+            dim=teacher.dim,
+            num_centers=config.num_centers,
+            num_iterations=config.num_iterations,
+            points_per_center=config.points_per_center,
+        ),
+        costs.train(
+            data,
+            machines,
+            student,
+            teacher_dim=teacher.dim,
+            epochs=config.epochs,
+            global_batch=config.global_batch,
+            num_centers=config.num_centers,
+            sample_rate=config.sample_rate,
+        ),
+    ]
+    result = {
+        "gpu": machines.gpu.name,
+        "num_gpus": config.num_gpus,
+        "stages": [asdict(stage) | {"seconds": stage.seconds(machines)} for stage in stages],
+        "constants": {name: asdict(value) for name, value in CONSTANTS.items()},
+    }
+    print(_page(config, machines, stages))
+    if config.out is not None:
+        run.write_json(config.out, result)
+    return result
+
+
+def _page(config: Config, machines: costs.Machines, stages: list[costs.StageCost]) -> str:
+    header = ["stage", "GPU-hours", "time", "GPU memory, without activations", "disk", "read", "decoding"]
+    rows = [header + (["cost"] if machines.price is not None else [])]
+    for stage in stages:
+        seconds = stage.seconds(machines)
+        cores = stage.decoded / seconds / constant("decode_per_core")
+        price = stage.price(machines)
+        rows.append(
+            [
+                stage.stage,
+                f"{stage.gpu_seconds / 3600:,.0f}",
+                duration(seconds),
+                f"{stage.gpu_bytes / 1e9:,.1f} GB" + ("" if stage.fits(machines) else " (too much)"),
+                f"{stage.disk_bytes / 1e9:,.0f} GB",
+                f"{stage.read_bytes / seconds / 1e9:,.2f} GB/s",
+                f"{cores:,.0f} cores" if stage.decoded else "-",
+            ]
+            + ([] if price is None else [f"{price:,.0f}"])
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        f"{config.num_pairs:,} pairs, teacher {config.teacher}, student {config.student}, "
+        f"{config.num_gpus} x {machines.gpu.name}",
+        "",
+        *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
+        "",
+        *(f"{stage.stage}: {stage.because}" for stage in stages),
+        "",
+        f"{machines.gpu.peak_flops / 1e12:,.0f} TFLOP/s, {machines.gpu.memory_bytes / 1e9:,.0f} GB: "
+        f"{machines.gpu.source}",
+        *(f"{value.value:g}: {value.meaning} ({value.source})" for value in CONSTANTS.values()),
+    ]
+    return "\n".join(lines)

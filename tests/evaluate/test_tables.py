@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+from typing import Any
+
+import pytest
+
+from distilclip.evaluate.catalogue import GROUPS
+from distilclip.evaluate.records import clip_benchmark_records, write_csv
+from distilclip.evaluate.references import LINEAR_PROBE, REFERENCE_MODEL, ZERO_SHOT
+from distilclip.evaluate.scores import Score
+from distilclip.evaluate.tables import build_tables
+
+
+def row(set_name: str, value: float | None, *, model: str = "tiny", task: Any = "zero-shot", **more: Any) -> dict:
+    values = {"metric": "top1", "headline": True, **more}
+    return Score(set=set_name, task=task, value=value, **values).row(model=model, digest="0123456789abcdef")
+
+
+def test_a_table_shows_headlines_in_percent_and_says_what_is_missing() -> None:
+    rows = [
+        row("mine", 0.4567, num_unreadable=2),
+        row("mine", 0.9, metric="top5", headline=False),
+        row("food|2", None, task="linear-probe", reason="the set has no training images"),
+        row("food|2", None, task="linear-probe", reason="the set has no training images", model="other"),
+    ]
+    zero_shot, probe = build_tables(rows)
+    assert zero_shot.columns == ["model", "mine"]
+    assert zero_shot.rows == [["tiny", "45.7"]]
+    assert zero_shot.notes == ["mine: 2 images could not be read and are left out."]
+    assert probe.markdown() == (
+        "## Linear probe\n\n| model | food\\|2 |\n| --- | ---: |\n| tiny | - |\n| other | - |\n\n"
+        "food|2: the set has no training images.\n"
+    )
+
+
+def test_an_average_says_over_how_many_sets_it_is() -> None:
+    rows = [row("food101", 0.8), row("dtd", 0.4), row("pets", None, reason="not found")]
+    (table,) = build_tables(rows)
+    assert table.columns == ["model", "mean of 2 of 14 papers' sets", "food101", "dtd", "pets"]
+    assert table.rows[0] == ["tiny", "60.0", "80.0", "40.0", "-"]
+    assert table.rows[1] == [REFERENCE_MODEL, "64.5", "84.4", "44.5", "87.0"]
+    assert table.notes == ["pets: not found."]
+
+
+def test_a_model_that_lacks_a_set_has_no_average() -> None:
+    rows = [row("food101", 0.8), row("dtd", 0.4), row("food101", 0.9, model="other")]
+    (table,) = build_tables(rows)
+    assert [line[:2] for line in table.rows[:2]] == [["tiny", "60.0"], ["other", "-"]]
+
+
+def test_all_fourteen_have_the_papers_average_and_stand_in_rows() -> None:
+    rows = [row(name, 0.5) for name in (*GROUPS["paper"], *GROUPS["robustness"])]
+    (table,) = build_tables(rows)
+    assert table.columns == ["set", "tiny", REFERENCE_MODEL]
+    assert [line[0] for line in table.rows[:3]] == ["mean of 14 papers' sets", "mean of 5 robustness sets", "food101"]
+    assert len(table.rows) == 2 + 14 + 5
+    assert table.rows[0][1] == "50.0"
+
+
+def test_ones_own_sets_are_averaged_among_themselves_and_with_the_others() -> None:
+    (table,) = build_tables([row("mine", 0.2), row("yours", 0.4)])
+    assert table.columns == ["model", "mean of 2 sets", "mine", "yours"]
+    assert table.rows == [["tiny", "30.0", "20.0", "40.0"]]
+
+
+def test_references_are_those_of_the_papers_sets() -> None:
+    assert set(LINEAR_PROBE) == set(GROUPS["paper"])
+    assert set(ZERO_SHOT) == {*GROUPS["paper"], *GROUPS["robustness"]}
+
+
+def test_sizes_and_prompts_that_differ_from_the_published_are_said() -> None:
+    details = {"published_num_test": 1880, "clips_prompts": False}
+    (table,) = build_tables([row("dtd", 0.5, num_test=10, details=details)])
+    assert table.notes[0] == "dtd: 10 test images; the published set has 1,880."
+    assert "not CLIP's prompts" in table.notes[1]
+
+
+def test_latex_has_its_special_characters_escaped() -> None:
+    (table,) = build_tables([row("a_b & 50%", 0.5)])
+    assert table.latex() == (
+        "% Zero-shot\n\\begin{tabular}{lr}\n\\toprule\nmodel & a\\_b \\& 50\\% \\\\\n\\midrule\n"
+        "tiny & 50.0 \\\\\n\\bottomrule\n\\end{tabular}\n"
+    )
+
+
+def test_csv_holds_every_score_as_a_fraction() -> None:
+    rows = [row("pets", 0.25, low=0.2, high=0.3, num_test=8), row("pets", 0.5, metric="top5", headline=False)]
+    read = list(csv.DictReader(io.StringIO(write_csv(rows))))
+    assert [(r["metric"], r["value"], r["headline"]) for r in read] == [
+        ("top1", "0.25", "True"),
+        ("top5", "0.5", "False"),
+    ]
+    assert read[0]["high"] == "0.3"
+
+
+def test_clip_benchmark_can_build_its_table_from_our_records(tmp_path: Any) -> None:
+    rows = [
+        row("pets", 0.25),
+        row("pets", 0.3, metric="mean_per_class"),
+        row("pets", 0.7, task="linear-probe"),
+        row("coco", 0.1, metric="text_to_image_r5", task="retrieval"),
+        row("coco", None, metric="image_to_text_r5", task="retrieval"),
+        row("pets", 0.9, metric="cka", task="agreement"),
+    ]
+    records = clip_benchmark_records(rows)
+    assert list(records) == ["tiny_pets_zero-shot.json", "tiny_pets_linear-probe.json", "tiny_coco_retrieval.json"]
+    assert records["tiny_pets_zero-shot.json"] == {
+        "dataset": "pets",
+        "model": "tiny",
+        "pretrained": "0123456789ab",
+        "task": "zeroshot_classification",
+        "metrics": {"acc1": 0.25, "mean_per_class_recall": 0.3},
+        "language": "en",
+    }
+    assert records["tiny_pets_linear-probe.json"]["metrics"] == {"lp_acc1": 0.7}
+    assert records["tiny_coco_retrieval.json"]["metrics"] == {"image_retrieval_recall@5": 0.1}
+    assert json.loads(json.dumps(records)) == records
+
+
+@pytest.mark.parametrize("task", ["retrieval", "agreement"])
+def test_recalls_and_agreements_are_not_averaged(task: str) -> None:
+    (table,) = build_tables([row("a", 0.2, task=task), row("b", 0.4, task=task)])
+    assert table.columns == ["model", "a", "b"]

@@ -1,0 +1,243 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+
+from distilclip import run
+from distilclip.config import build
+from distilclip.errors import InputError
+from distilclip.export.selection import open_selection
+from distilclip.export.tars import tar_path
+from distilclip.models.clip import load_clip
+from distilclip.stages.export import MEANINGFUL, Config, main
+from tests.conftest import TINY_CLIP, encoded, picture, write_tar
+from tests.export.conftest import Made, make, write_balance
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> Made:
+    """A small store with groups; see `make`."""
+    return make(tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file that says what was found."""
+    found = {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+    return {name: content for name, content in found.items() if name not in ("config.json", "env.json")}
+
+
+def test_tars_are_curated_and_counted(made: Made, tmp_path: Path) -> None:
+    result = main(Config(what="tars", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
+    assert result == {
+        "stage": "export",
+        "what": "tars",
+        "num_rows": 21,
+        "num_tars": 3,
+        "num_samples": 12,
+        "num_bytes": sum(os.path.getsize(tar_path(str(tmp_path / "out"), shard)) for shard in range(3)),
+        "num_renamed": 0,
+    }
+    again = main(Config(what="tars", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
+    assert again == result
+
+
+def test_processes_write_the_same_bytes(made: Made, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"what": "tars", "store": made.store, "groups": made.groups, "samples_per_tar": 5}
+    main(Config(**shared, out=str(tmp_path / "here")))
+    main(Config(**shared, out=str(tmp_path / "there"), engine="processes", engine_workers=2))
+    assert contents(tmp_path / "there") == contents(tmp_path / "here")
+
+
+def test_a_killed_export_goes_on_to_the_same_bytes(made: Made, tmp_path: Path) -> None:
+    """The process is killed while it writes its second tar; a store of pipes could not be killed more precisely."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    main(Config(what="tars", store=made.store, groups=made.groups, out=str(whole)))
+    code = (
+        "import sys, time\n"
+        "from distilclip.export import tars\n"
+        "from distilclip.stages.export import Config, main\n"
+        "check = tars._check\n"
+        "def slow(span, key, digest, *, uri, row):\n"
+        "    check(span, key, digest, uri=uri, row=row)\n"
+        "    if uri.endswith('1.tar') and row == 5:\n"
+        "        print('now', flush=True)\n"
+        "        time.sleep(60)\n"
+        "tars._check = slow\n"
+        f"main(Config(what='tars', store={made.store!r}, groups={made.groups!r}, out={str(cut)!r}))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "now\n"
+        process.send_signal(signal.SIGKILL)
+    assert len(list((cut / "tars").glob("*.tmp"))) == 1  # the half-written one
+    assert not (cut / "result.json").exists()
+    finished = (cut / "tars/00000.tar").stat().st_mtime_ns
+    main(Config(what="tars", store=made.store, groups=made.groups, out=str(cut)))
+    assert contents(cut) == contents(whole)
+    assert (cut / "tars/00000.tar").stat().st_mtime_ns == finished
+
+
+def test_keys_subset_and_clip_retrieval_are_of_the_kept_rows(made: Made, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"store": made.store, "groups": made.groups}
+    keys = main(Config(what="keys", out=str(tmp_path / "keys"), **shared))
+    assert (keys["num_keys"], keys["num_ambiguous"], keys["plain"]) == (12, 8, False)
+    subset = main(Config(what="subset", out=str(tmp_path / "subset"), **shared))
+    assert (subset["num_samples"], subset["num_uids"]) == (12, 12)
+    retrieval = main(Config(what="clip-retrieval", out=str(tmp_path / "npy"), **shared))
+    assert retrieval["num_samples"] == 12
+    assert np.load(tmp_path / "npy/img_emb/img_emb_2.npy").shape == (4, 4)
+
+
+def test_a_subset_file_selects_what_it_was_written_from(made: Made, tmp_path: Path) -> None:
+    main(Config(what="subset", out=str(tmp_path / "subset"), store=made.store, groups=made.groups))
+    uids = np.load(tmp_path / "subset/subset.npy")
+    assert (uids == np.sort(uids)).all()
+    subset = str(tmp_path / "subset/subset.npy")
+    main(Config(what="tars", out=str(tmp_path / "by_uid"), store=made.store, subset=subset))
+    main(Config(what="tars", out=str(tmp_path / "by_groups"), store=made.store, groups=made.groups))
+    by_uid, by_groups = contents(tmp_path / "by_uid"), contents(tmp_path / "by_groups")
+    assert {n: c for n, c in by_uid.items() if n != "inputs.json"} == {
+        n: c for n, c in by_groups.items() if n != "inputs.json"
+    }
+
+
+def test_moved_data_are_found(made: Made, tmp_path: Path) -> None:
+    (tmp_path / "data").rename(tmp_path / "moved")
+    config: dict[str, Any] = {"what": "tars", "store": made.store}
+    with pytest.raises(InputError, match="is missing"):
+        main(Config(**config, out=str(tmp_path / "a")))
+    result = main(Config(**config, out=str(tmp_path / "b"), data=(str(tmp_path / "moved/*.tar"),)))
+    assert result["num_samples"] == 18  # without groups, every valid row
+
+
+def test_groups_of_another_store_are_refused(made: Made, tmp_path: Path) -> None:
+    other = make(tmp_path / "other")
+    write_balance(made.groups, open_selection(other.store).store)
+    run.write_json(f"{made.groups}/inputs.json", {"embed": "another"})
+    with pytest.raises(InputError, match="another store"):
+        main(Config(what="keys", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
+
+
+def test_every_flag_belongs_to_some_export() -> None:
+    fields = set(Config.__dataclass_fields__)
+    assert len(fields) <= 25
+    assert set().union(*MEANINGFUL.values()) | {"what", "out"} == fields
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"what": "keys", "store": "s", "samples_per_tar": 5}, "--samples-per-tar has no meaning with --what keys"),
+        ({"what": "tars", "store": "s", "model": "m"}, "--model has no meaning with --what tars"),
+        ({"what": "onnx", "model": "m", "groups": "g"}, "--groups has no meaning with --what onnx"),
+        ({"what": "huggingface", "model": "m", "quantize": "int8"}, "--quantize has no meaning"),
+        ({"what": "keys", "store": "s", "engine": "ray"}, "--engine has no meaning with --what keys"),
+        ({"what": "tars"}, "needs --store"),
+        ({"what": "onnx"}, "needs --model"),
+        ({"what": "keys", "store": "s", "groups": "g", "subset": "n"}, "give one of them"),
+        ({"what": "tars", "store": "s", "uid": "md5"}, "needs --what subset or --subset"),
+        ({"what": "onnx", "model": "m", "quantize": "int8"}, "needs --data"),
+        ({"what": "onnx", "model": "m", "data": ("d",)}, "give --quantize int8"),
+        ({"what": "tars", "store": "s", "samples_per_tar": 0}, "samples_per_tar is 0"),
+        ({"what": "tars", "store": "s", "engine_workers": 0}, "engine_workers=0"),
+    ],
+)
+def test_flags_without_meaning_are_refused(flags: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Config(out="out", **flags)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"transformers is not installed: pip install 'distilclip\[huggingface\]'"):
+        Config(what="huggingface", model="m", out="out")
+    with pytest.raises(InputError, match=r"distilclip\[onnx\]"):
+        Config(what="onnx", model="m", out="out")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tiny_clip_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A train folder as far as export reads it, with the tiny model as its checkpoint."""
+    folder = tmp_path_factory.mktemp("train")
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints/step-000010").symlink_to(tiny_clip_folder)
+    config = {"data": ["x/*.tar"], "objective": "clip", "num_steps": 10, "batch_size": 4, "learning_rate": 1e-3}
+    config |= {"weight_decay": 0.1, "warmup_steps": 1, "precision": "fp32", "seed": 0}
+    result = {
+        "checkpoint": "checkpoints/step-000010",
+        "num_rows": 9,
+        "num_samples_seen": 40,
+        "objective": {"task": 1.0},
+    }
+    run.write_json(f"{folder}/config.json", {"stage": "train", **config})
+    run.write_json(f"{folder}/result.json", {"stage": "train", **result})
+    return str(folder)
+
+
+def test_an_open_clip_folder_loads_in_open_clip_itself(checkpoint: str, tmp_path: Path) -> None:
+    result = main(Config(what="open_clip", model=checkpoint, name="small", out=str(tmp_path / "out")))
+    clip = load_clip(checkpoint)
+    assert (result["name"], result["digest"]) == ("small", clip.digest)
+    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/out/model")
+    pixels = preprocess(picture(1))[None]
+    with torch.no_grad():
+        found = model.eval().encode_image(pixels, normalize=True)
+        torch.testing.assert_close(found, clip.encode_image(pixels))
+    card = (tmp_path / "out/model/README.md").read_text()
+    assert "| pairs trained on | 9 |" in card
+    assert clip.digest in card
+    assert load_clip(str(tmp_path / "out/model")).digest == clip.digest
+
+
+def test_a_hugging_face_folder_is_complete(checkpoint: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    result = main(Config(what="huggingface", model=checkpoint, out=str(tmp_path / "out")))
+    assert max(result["difference"].values()) < 1e-5
+    names = {path.name for path in (tmp_path / "out/model").iterdir()}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "README.md"}
+
+
+def test_a_tower_that_transformers_lacks_is_refused(tmp_path: Path) -> None:
+    from distilclip.models.clip import create_clip
+
+    vision = {"timm_model_name": "cnn_w8", "timm_pool": "max", "timm_proj": "linear", "image_size": 32}
+    create_clip(json.dumps({**TINY_CLIP, "vision_cfg": vision}), seed=0).save(str(tmp_path / "cnn"))
+    with pytest.raises(InputError, match=r"timm's 'cnn_w8'.*--what onnx"):
+        main(Config(what="huggingface", model=str(tmp_path / "cnn"), out=str(tmp_path / "out")))
+
+
+def test_onnx_with_int8_reports_its_loss(checkpoint: str, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    members = [
+        (f"{row}.{kind}", content)
+        for row in range(6)
+        for kind, content in (("jpg", encoded(picture(row))), ("txt", f"number {row}".encode()))
+    ]
+    tar = write_tar(tmp_path / "0.tar", members)
+    flags = {"what": "onnx", "model": checkpoint, "quantize": "int8", "data": [tar], "out": str(tmp_path / "out")}
+    result = main(build(Config, flags, stage="export"))
+    assert result["opset"] == 18
+    assert max(result["difference"].values()) < 1e-4
+    assert result["int8"]["num_samples"] == 6
+    assert 0.98 < result["int8"]["cosine"]["text"]["mean"] < 1
+    assert set(result["int8"]["same_nearest"]) == {"image_to_text", "text_to_image"}
+    assert "| int8, cosine, text, mean |" in (tmp_path / "out/model/README.md").read_text()
+
+
+def test_times_are_not_part_of_a_result(made: Made, tmp_path: Path) -> None:
+    config: dict[str, Any] = {"what": "clip-retrieval", "store": made.store, "groups": made.groups}
+    main(Config(**config, out=str(tmp_path / "a")))
+    time.sleep(1.1)
+    main(Config(**config, out=str(tmp_path / "b")))
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")

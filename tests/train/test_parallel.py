@@ -1,0 +1,112 @@
+"""Two and three processes equal one: loss and every gradient, for every term, under DDP and FSDP2."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from distilclip import distributed
+from distilclip.errors import InputError
+from distilclip.train.averaging import Average
+from distilclip.train.checkpoint import whole
+from distilclip.train.objective import TERMS, Objective
+from distilclip.train.optimizer import build_optimizer
+from distilclip.train.parallel import Execution, clip_gradients_
+from distilclip.train.step import Student, compute_gradients
+from tests.ranks import run_ranks
+from tests.train.made import make_inputs, make_student
+
+N = 12
+EVERYTHING = Objective(**dict.fromkeys(TERMS, 1.0), sample_rate=0.8)
+OBJECTIVES = {term: Objective(**{"task": 0.0, term: 3.0}, sample_rate=0.8) for term in TERMS} | {"all": EVERYTHING}
+
+
+@dataclass
+class Outcome:
+    """What one step gave: sums over processes, whole tensors (on rank 0)."""
+
+    loss: float
+    terms: dict[str, float]
+    cosines: dict[str, float]
+    gradients: dict[str, Tensor]
+    centers: list[Tensor]
+    norm: float
+    agreement: float | None
+    gradient_norms: dict[str, float]
+
+
+def one_step(student: Student, objective: Objective, *, micro_batch: int) -> Outcome:
+    for parameter in student.parameters():
+        parameter.grad = None
+    result = compute_gradients(
+        student,
+        objective,
+        make_inputs(N),
+        micro_batch=micro_batch,
+        generator=torch.Generator().manual_seed(3),
+        diagnosing=True,
+    )
+    centers = [] if result.classes is None else [result.classes.centers]
+    gradients = {name: p.grad.clone() for name, p in student.named_parameters().items() if p.grad is not None}
+    held = [c.grad.clone() for c in centers if c.grad is not None]
+    norm = clip_gradients_(student.parameters(), sharded=centers, max_norm=0.5)
+    assert result.diagnosis is not None
+    return Outcome(
+        loss=summed(result.loss),
+        terms={name: summed(value) for name, value in result.terms.items()},
+        cosines={name: summed(value) for name, value in result.cosines.items()},
+        gradients=whole(gradients),
+        centers=[rows for part in distributed.gather_objects(held) for rows in part],
+        norm=float(norm),
+        agreement=result.diagnosis.agreement,
+        gradient_norms=result.diagnosis.gradient_norms,
+    )
+
+
+def summed(value: Tensor) -> float:
+    return float(distributed.reduce_(value.detach().clone()))
+
+
+def on_a_rank(architecture: str, strategy: str, micro_batches: tuple[int, ...]) -> dict[tuple[str, int], Outcome]:
+    with distributed.job("cpu"):
+        student = make_student(architecture, execution=Execution(strategy=strategy))
+        return {
+            (name, micro_batch): one_step(student, objective, micro_batch=micro_batch)
+            for name, objective in OBJECTIVES.items()
+            for micro_batch in (micro_batches if name == "all" else micro_batches[:1])
+        }
+
+
+def assert_equal(found: Outcome, expected: Outcome) -> None:
+    assert found.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert found.terms == pytest.approx(expected.terms, rel=1e-5)
+    assert found.cosines == pytest.approx(expected.cosines, rel=1e-5, abs=1e-6)
+    assert found.norm == pytest.approx(expected.norm, rel=1e-5)
+    assert found.agreement == pytest.approx(expected.agreement, abs=1e-5)
+    assert found.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-4)
+    assert set(found.gradients) == set(expected.gradients)
+    for name, gradient in expected.gradients.items():
+        assert (found.gradients[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-7, name
+    torch.testing.assert_close(
+        torch.cat([*found.centers, torch.zeros(0, 10)]),
+        torch.cat([*expected.centers, torch.zeros(0, 10)]),
+        rtol=1e-4,
+        atol=1e-7,
+    )
+
+
+@pytest.mark.parametrize(("strategy", "world"), [("ddp", 2), ("fsdp", 2), ("ddp", 3)])
+def test_several_processes_give_the_loss_and_gradients_of_one(strategy: str, world: int, tiny_clip_json: str) -> None:
+    local = N // world
+    outcomes = run_ranks(world, on_a_rank, tiny_clip_json, strategy, (local, local // 2))[0]
+    alone = make_student(tiny_clip_json)
+    for (name, micro_batch), found in outcomes.items():
+        expected = one_step(alone, OBJECTIVES[name], micro_batch=N)
+        assert len(expected.gradients) > 20
+        assert_equal(found, expected)
+        assert micro_batch in (local, local // 2)
+    assert len(outcomes) == len(OBJECTIVES) + 1
