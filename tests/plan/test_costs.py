@@ -10,7 +10,7 @@ from distilclip.plan.hardware import GPUS, Gpu, constant
 from distilclip.stages.plan import Config, main
 
 GPU = Gpu(name="made up", peak_flops=1e15, memory_bytes=1e11, source="here")
-DATA = costs.Data(num_pairs=1e6, bytes_per_pair=1e4, removed_ratio=0.25)
+DATA = costs.Data(num_pairs=1_000_000, bytes_per_pair=10_000, removed_ratio=0.25)
 TOWERS = Cost(image_flops=8e9, text_flops=2e9, num_parameters=10**8, dim=512)
 
 
@@ -28,7 +28,7 @@ def test_every_stage_by_hand() -> None:
     embed = costs.embed(DATA, GPU, TOWERS)
     assert embed.gpu_seconds == pytest.approx(1e6 * 10e9 / (1e15 * constant("embed_utilisation")))
     assert embed.disk_bytes == pytest.approx(1e6 * (2 * 512 * 2 + constant("row_table_bytes")))
-    balance = costs.balance(DATA, GPU, dim=512, block_rows=1e5)
+    balance = costs.balance(DATA, GPU, dim=512, block_rows=100_000)
     assert balance.gpu_seconds == pytest.approx(0.5e12 * 1024 / (1e15 * constant("tile_utilisation")))
     assert balance.read_bytes == pytest.approx(10 * 1e6 * 1024)
     fit = costs.cluster(DATA, GPU, dim=512, num_centers=1000, num_iterations=10, points_per_center=100)

@@ -18,8 +18,8 @@ CLUSTER_PRODUCTS = 6  # n x k x d products of the cluster term: student's and te
 class Data:
     """What there is to read."""
 
-    num_pairs: float
-    bytes_per_pair: float
+    num_pairs: int
+    bytes_per_pair: int
     removed_ratio: float
 
     @property
@@ -73,13 +73,13 @@ def embed(data: Data, gpu: Gpu, teacher: Cost) -> StageCost:
         gpu_seconds=data.num_pairs / rate,
         gpu_bytes=2.0 * teacher.num_parameters,
         disk_bytes=data.num_pairs * (2 * 2 * teacher.dim + constant("row_table_bytes")),
-        read_bytes=data.num_pairs * data.bytes_per_pair,
-        decoded=data.num_pairs,
+        read_bytes=float(data.num_pairs * data.bytes_per_pair),
+        decoded=float(data.num_pairs),
         because=f"{teacher.flops / 1e9:,.0f} GFLOP a pair, {rate:,.0f} pairs/s a GPU",
     )
 
 
-def balance(data: Data, gpu: Gpu, *, dim: int, block_rows: float) -> StageCost:
+def balance(data: Data, gpu: Gpu, *, dim: int, block_rows: int) -> StageCost:
     """Every pair of rows once, in tiles; each pair of blocks is read from the store by the worker that compares it."""
     products = data.num_pairs**2 / 2 * constant("rounds_of_search")
     rate = gpu.peak_flops * constant("tile_utilisation")
@@ -88,7 +88,7 @@ def balance(data: Data, gpu: Gpu, *, dim: int, block_rows: float) -> StageCost:
         stage="balance",
         gpu_seconds=products * 2 * dim / rate,
         gpu_bytes=2.0 * block_rows * dim * 2,
-        disk_bytes=data.num_pairs * (BYTES_PER_EDGE + GROUP_BYTES),
+        disk_bytes=float(data.num_pairs * (BYTES_PER_EDGE + GROUP_BYTES)),
         read_bytes=num_blocks * data.num_pairs * dim * 2,
         decoded=0.0,
         because=f"{products:.2g} pairs of {dim} dimensions at {rate / 1e12:,.0f} TFLOP/s a GPU",

@@ -94,8 +94,10 @@ def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution) ->
         distributed.broadcast_(parameter.data)
     if execution.strategy == "fsdp":
         return _fully_sharded(towers, ignored=set(owned.values()))
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(towers, [f"model.{name}" for name in owned])
-    replicated = DistributedDataParallel(towers, broadcast_buffers=False)
+    buffers = [name for name, _ in towers.named_buffers()]  # the same everywhere: batch norms are synchronised
+    ignored = [*buffers, *(f"model.{name}" for name in owned)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(towers, ignored)
+    replicated = DistributedDataParallel(towers)
     replicated.register_comm_hook(  # DDP itself would average
         None,
         lambda _, bucket: dist.all_reduce(bucket.buffer(), async_op=True).get_future().then(lambda f: f.value()[0]),
