@@ -48,6 +48,12 @@ def is_quick(description: str) -> bool:
     return bool(_arguments(description).quick)
 
 
+def given_store() -> str | None:
+    """The folder of `embed` that `--store` names, for benchmarks that can take real embeddings."""
+    store: str | None = _arguments("").store
+    return store
+
+
 def compare(name: str, cases: Sequence[Case], notes: Mapping[str, Callable[[], list[str]]] | None = None) -> None:
     """Measure the cases that `--only` names and print the table and the JSON line.
 
@@ -74,6 +80,7 @@ def _arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--quick", action="store_true", help="small sizes, under 60 s in all")
     parser.add_argument("--only", default="", help="regular expression: cases and notes to run")
+    parser.add_argument("--store", help="folder of `embed` with embeddings to measure on too, where that makes sense")
     return parser.parse_args()
 
 

@@ -7,14 +7,17 @@ SemDeDup does it, would have found.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 
 import faiss
 import numpy as np
 from _embeddings import clip_like, many_equal, on_the_sphere, one_group
-from _harness import Case, compare, is_quick
+from _harness import Case, compare, given_store, is_quick
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
+from distilclip.data.images import Images
+from distilclip.data.store import Store
 from distilclip.ops.balance import Balance, balance
 from distilclip.ops.metric import squared_threshold
 from distilclip.ops.neighbours import pairs_within
@@ -117,6 +120,13 @@ def case(name: str, make, num_rows: int, dim: int, metric: str, *, with_peer: bo
     )
 
 
+def stored(folder: str, metric: str) -> Case:
+    """The valid image embeddings of a store."""
+    images = Images(Store.open(folder))
+    rows = images.take(np.flatnonzero(images.valid()))
+    return case(f"{Path(folder).parent.name} (a store)", lambda *_: rows, len(rows), rows.shape[1], metric)
+
+
 def main() -> None:
     if is_quick(__doc__ or ""):
         cases = [case("clip-like", clip_like, 20_000, 512, metric) for metric in METRICS]
@@ -136,6 +146,8 @@ def main() -> None:
         ("three in ten equal", many_equal, 20_000, 512),
     ):
         cases.append(case(name, make, num_rows, dim, "cosine"))
+    if (store := given_store()) is not None:
+        cases += [stored(store, metric) for metric in METRICS]
     notes = {
         "growth": lambda: growth((100_000, 1_000_000)),
         "recall": lambda: recall_within_clusters(200_000),

@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("names", nargs="*", help="benchmarks to run (default: all)")
     parser.add_argument("--quick", action="store_true", help="small sizes, under 60 s each")
     parser.add_argument("--only", default="", help="regular expression: cases to run; the page keeps the others")
+    parser.add_argument("--store", default="", help="folder of `embed` for benchmarks that can take one")
     arguments = parser.parse_args()
     known = [p.stem for p in sorted(FOLDER.glob("*.py")) if not p.stem.startswith("_") and p.stem != "run_all"]
     unknown = set(arguments.names) - set(known)
@@ -32,7 +33,8 @@ def main() -> int:
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     failed = []
     for name in arguments.names or known:
-        options = (["--quick"] if arguments.quick else []) + (["--only", arguments.only] if arguments.only else [])
+        options = ["--quick"] if arguments.quick else []
+        options += [f"--{flag}={value}" for flag in ("only", "store") if (value := getattr(arguments, flag))]
         command = [sys.executable, str(FOLDER / f"{name}.py"), *options]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
         print(done.stdout, flush=True)

@@ -38,6 +38,7 @@ ALLOWED = {
     }
     | {"config", "run", "engine", "distributed", "plan"},
     "plan": {"plan"},
+    "__main__": {"cli"},
     "cli": {"stages", "config"},
     "config": set(),
     "run": set(),

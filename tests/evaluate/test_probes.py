@@ -57,7 +57,7 @@ def test_few_shot_is_the_same_for_the_same_seed_and_another_for_another() -> Non
 def test_classes_with_few_images_give_what_they_have() -> None:
     x, y = blobs(30, 6, 3)  # ten of each
     found = few_shot(x, y, x, y, shots=(16,), num_draws=1)
-    assert found.probes[16][0].accuracy > 0.9
+    assert found.probes[16][0].accuracy > 0.8
     with pytest.raises(ValueError, match="single training row"):
         few_shot(x[:3], y[:3], x, y, shots=(1,), num_draws=1)
     assert few_shot(x[:3], y[:3], x, y, shots=(1,), num_draws=1, l2=1.0).probes[1][0].l2 == 1.0

@@ -9,12 +9,13 @@ import pytest
 
 from distilclip import config as recipes
 from distilclip.errors import InputError
-from distilclip.evaluate.dataset import LabelledSet, PairSet
-from distilclip.evaluate.protocol import Protocol, View
-from distilclip.evaluate.scores import Score
-from distilclip.models.clip import Clip, create_clip
+from distilclip.evaluate.dataset import EvaluationSet
+from distilclip.evaluate.embedders import Embedder
+from distilclip.evaluate.protocol import Measurement, Protocol, View
+from distilclip.models.clip import create_clip
 from distilclip.stages.evaluate import Config, main, split_model, weights_by_name
 from tests.conftest import encoded, picture, write_tar
+from tests.evaluate import made_sets
 from tests.evaluate.test_sets import write_labelled_tar
 
 
@@ -95,9 +96,9 @@ def test_an_interrupted_run_measures_only_what_is_missing(
     measured = []
     measure = Protocol.measure
 
-    def counted(self: Protocol, clip: Clip, dataset: LabelledSet | PairSet, *, teacher: View | None) -> list[Score]:
-        measured.append((clip.name, dataset.name))
-        return measure(self, clip, dataset, teacher=teacher)
+    def counted(self: Protocol, model: Embedder, dataset: EvaluationSet, *, teacher: View | None) -> Measurement:
+        measured.append((model.name, dataset.name))
+        return measure(self, model, dataset, teacher=teacher)
 
     monkeypatch.setattr(Protocol, "measure", counted)
     for part in sorted((tmp_path / "out" / "parts").iterdir()):
@@ -187,7 +188,11 @@ def test_weights_belong_to_models_by_name() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"models": ()}, "--models is empty"),
+        ({"models": ()}, "--models is missing"),
+        ({"sets": ()}, "--sets is missing"),
+        ({"tasks": ()}, "--tasks is empty"),
+        ({"sets": ("pets",)}, "The set pets needs --data-root"),
+        ({"sets": ("pests",)}, "Did you mean 'pets'"),
         ({"models": ("a/x", "b/x")}, "two entries called 'x'"),
         ({"sets": ("tar:a/x", "folder:b/x")}, "two entries called 'x'"),
         ({"sets": ("a/x",)}, "does not say of what kind"),
@@ -211,6 +216,63 @@ def test_flags_parse_from_the_command_line(tmp_path: Path) -> None:
     assert config.models == ("a", "b=c")
     assert config.tasks == ("zero-shot", "retrieval")
     assert config.probe_features == "projected"
+
+
+def test_a_published_set_that_is_missing_is_a_row_and_its_group_a_counted_average(
+    tmp_path: Path, models: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("pets", "dtd"):
+        made_sets.write_webdataset(tmp_path / "data" / f"wds_{name}", ["cat", "dog"], ["a {c}."], count=4)
+    config = config_of(tmp_path / "out", models[:1], ("paper",), data_root=str(tmp_path / "data"), tasks=("zero-shot",))
+    result = main(config)
+    headline = {row["set"]: row for row in result["rows"] if row["headline"]}
+    assert len(headline) == 14
+    assert {name for name, row in headline.items() if row["value"] is not None} == {"pets", "dtd"}
+    assert headline["pets"]["metric"] == "mean_per_class"
+    assert "--list" in headline["food101"]["reason"]
+    assert headline["pets"]["details"]["layout"] == "webdataset"
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "mean of 2 of 14 papers' sets" in table
+    assert "| food101 | - | 84.4 |" in table
+    assert (tmp_path / "out" / "table.tex").read_text().startswith("% Zero-shot")
+    record = json.loads((tmp_path / "out" / "clip_benchmark" / "small_pets_zero-shot.json").read_text())
+    assert record["metrics"]["mean_per_class_recall"] == headline["pets"]["value"]
+
+
+def test_a_second_evaluation_reads_the_features_of_the_first(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = str(tmp_path / "cache")
+    first = main(config_of(tmp_path / "a", models[:1], sets, cache=cache))
+    monkeypatch.setattr("distilclip.evaluate.embedders.encode_images", None)  # a forward would fail
+    monkeypatch.setattr("distilclip.evaluate.embedders.encode_texts", None)
+    again = main(config_of(tmp_path / "b", (f"renamed={models[0]}",), sets, cache=cache))
+    assert [row["value"] for row in again["rows"]] == [row["value"] for row in first["rows"]]
+    assert not (tmp_path / "a" / "cache").exists()
+
+
+def test_classes_and_confusion_are_written_when_asked(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]
+) -> None:
+    main(config_of(tmp_path / "out", models[:1], sets, tasks=("zero-shot", "retrieval"), per_class=True))
+    lines = (tmp_path / "out" / "classes" / "00-00.csv").read_text().splitlines()
+    assert [line.split(",")[:3] for line in lines[1:]] == [
+        ["circle", "circle", "2"],
+        ["square", "square", "2"],
+        ["star", "star", "2"],
+    ]
+    confusion = (tmp_path / "out" / "confusion" / "00-00.csv").read_text().splitlines()[1:]
+    assert sum(int(line.rpartition(",")[2]) for line in confusion) == 6
+    assert not (tmp_path / "out" / "classes" / "00-01.csv").exists()  # pairs have no classes
+
+
+def test_the_list_needs_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = recipes.parse(Config, ["--list", "--data-root", str(tmp_path)], stage="evaluate")
+    assert main(config) == {}
+    printed = capsys.readouterr().out
+    assert "flowers102" in printed
+    assert f"not found; looked for {tmp_path}/food-101/meta" in printed
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_set_stops_before_any_model_is_loaded(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from distilclip.evaluate.scores import Score, Task, few_shot_scores, knn_scores,
 from distilclip.ops.probe import Probe, linear_probe
 
 Examples = tuple[Float[Tensor, "_ dim"], Int[Tensor, " _"]]
-"""Examples with their labels, on the device where probes are computed."""
+"""Features with their labels, on the device where probes are computed."""
 
 _ONE_EACH = "one training image a class leaves none to choose the penalty on: give --probe-l2"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from distilclip.data import files
 from distilclip.errors import InputError
-from distilclip.export.runtime import RECORD, TOKENIZER, OnnxClip, encoder_file, open_onnx, preprocess
+from distilclip.export.runtime import RECORD, TOKENIZER, OnnxClip, Tower, encoder_file, open_onnx, preprocess
 from distilclip.export.tokenizer import PROBES, build_tokenizer, require_clip_tokenizer
 from distilclip.models.clip import Clip
 
@@ -62,10 +62,11 @@ def write_onnx(clip: Clip, folder: str) -> dict[str, Any]:
     """
     _check_expressible(clip)
     tokenizer = build_tokenizer(clip)
-    for tower, module, example in (
-        ("image", _ImageEncoder(clip), torch.zeros(2, 3, clip.image_size, clip.image_size)),
-        ("text", _TextEncoder(clip), clip.tokenizer(["one", "two"])),
-    ):
+    modules: dict[Tower, tuple[nn.Module, Tensor]] = {
+        "image": (_ImageEncoder(clip), torch.zeros(2, 3, clip.image_size, clip.image_size, device=clip.device)),
+        "text": (_TextEncoder(clip), clip.tokenizer(["one", "two"]).to(clip.device)),
+    }
+    for tower, (module, example) in modules.items():
         content = _export(module.eval(), example, tower=tower, name=clip.name)
         files.write_bytes(files.join(folder, encoder_file(tower, "fp32")), content)
     files.write_bytes(files.join(folder, TOKENIZER), tokenizer.to_str(pretty=True).encode())
@@ -96,7 +97,7 @@ def _check_expressible(clip: Clip) -> None:
         raise InputError(f"{clip.name} has {num_bytes} bytes of weights; one ONNX file holds less than 2 GiB.")
 
 
-def _export(module: nn.Module, example: Tensor, *, tower: Literal["image", "text"], name: str) -> bytes:
+def _export(module: nn.Module, example: Tensor, *, tower: Tower, name: str) -> bytes:
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -145,8 +146,8 @@ def _compare(clip: Clip, exported: OnnxClip) -> dict[str, float]:
             for tower, (ours, theirs) in pairs.items():
                 found[tower] = max(found[tower], _difference(ours.cpu().numpy(), theirs[0]))
     for picture in _pictures(PICTURE_SIZES):
-        ours = clip.preprocess(picture).numpy()
-        found["pixels"] = max(found["pixels"], _difference(ours, preprocess(picture, exported.preprocessing)))
+        pixels = clip.preprocess(picture)
+        found["pixels"] = max(found["pixels"], _difference(pixels.numpy(), preprocess(picture, exported.preprocessing)))
     wrong = {name: value for name, value in found.items() if not value <= TOLERANCE}  # not >, so that NaN is wrong
     if wrong:
         raise InputError(

@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 from jaxtyping import Float32
@@ -20,9 +20,9 @@ from distilclip.data import files
 from distilclip.data.samples import BadSample, Entry, decode_image
 from distilclip.data.shards import Shard, open_shard
 from distilclip.errors import InputError
-from distilclip.export.runtime import Precision, batched, encoder_file, open_onnx
+from distilclip.export.runtime import Precision, Tower, batched, encoder_file, open_onnx
 
-PRECISIONS: tuple[Precision, ...] = ("fp32", "int8")
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 QUANTIZED = ["MatMul", "Gemm", "Gather"]
 """Operators with 8-bit weights. Convolutions stay float32: as dynamic int8 they would take a quarter of the bytes, but
 0.7 to 6 times as long (one core with VNNI, ONNX Runtime 1.32; depthwise ones fare worst)."""
@@ -43,8 +43,7 @@ def write_int8(folder: str) -> dict[str, dict[str, int]]:
     unsigned: with signed ones, AVX2 without VNNI saturates the 16-bit sums of products.
     """
     sizes: dict[str, dict[str, int]] = {}
-    towers: tuple[Literal["image", "text"], ...] = ("image", "text")
-    for tower in towers:
+    for tower in get_args(Tower):
         source, target = (files.join(folder, encoder_file(tower, precision)) for precision in ("fp32", "int8"))
         with tempfile.TemporaryDirectory() as temporary, files.local_copy(source) as local:
             prepared, written = (os.path.join(temporary, name) for name in ("prepared.onnx", "int8.onnx"))

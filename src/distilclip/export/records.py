@@ -63,7 +63,7 @@ def _stage(folder: str | None, stage: str) -> Stage | None:
 
 def _first(value: str | list[str] | None) -> str | None:
     """Of several stores, the first: groups and clusters are of that one."""
-    return (value or [None])[0] if isinstance(value, list) else value
+    return next(iter(value), None) if isinstance(value, list) else value
 
 
 def _read(path: str) -> dict[str, Any]:

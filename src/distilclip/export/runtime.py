@@ -23,10 +23,11 @@ from distilclip.errors import InputError
 RECORD = "clip.json"
 TOKENIZER = "tokenizer.json"
 Precision = Literal["fp32", "int8"]
+Tower = Literal["image", "text"]
 _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 
-def encoder_file(tower: Literal["image", "text"], precision: Precision) -> str:
+def encoder_file(tower: Tower, precision: Precision) -> str:
     """The file of an encoder."""
     return f"{tower}.onnx" if precision == "fp32" else f"{tower}.{precision}.onnx"
 
@@ -70,7 +71,7 @@ def open_onnx(folder: str, *, precision: Precision = "fp32", num_threads: int = 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = num_threads
 
-    def session(tower: Literal["image", "text"]) -> onnxruntime.InferenceSession:
+    def session(tower: Tower) -> onnxruntime.InferenceSession:
         content = files.read_bytes(files.join(folder, encoder_file(tower, precision)))
         return onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 

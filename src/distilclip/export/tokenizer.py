@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import open_clip
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
@@ -28,7 +29,7 @@ _STRAIGHT = {"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": 
 
 def require_clip_tokenizer(clip: Clip) -> open_clip.SimpleTokenizer:
     """The model's tokenizer, if it is CLIP's byte-pair encoding of lower-cased text; `InputError` otherwise."""
-    tokenizer = clip.tokenizer
+    tokenizer: Any = clip.tokenizer
     plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
     if not plain or tokenizer.clean_fn("A  B.") != "a b.":
         raise InputError(

@@ -30,8 +30,8 @@ STUDENTS = {
     "ResNet-18": _timm("resnet18"),
     "MobileNetV3-S": _timm("mobilenetv3_small_clip"),
 }
-"""Students of CLIP-KD (Yang et al. 2024, section 4.1) that open_clip has no name for; millions of parameters of the image
-tower in this order: 5.6, 5.3, 27.9, 4.7, 11.4, 2.1."""
+"""Students of CLIP-KD (Yang et al. 2024, section 4.1) that open_clip has no name for. Their image towers have 5.6, 5.3,
+27.9, 4.7, 11.4 and 2.0 million parameters, in this order."""
 
 
 def architectures() -> list[str]:
@@ -43,8 +43,8 @@ def model_config(architecture: str) -> dict[str, Any]:
     """The open_clip model config that `architecture` stands for.
 
     A name (`architectures()`), a JSON file with an open_clip model config, or that JSON itself. In JSON, `"base": NAME`
-    begins with the config of that name and replaces what else is given: `{"base": "ViT-B-32", "vision_cfg": {"layers":
-    6}}`. Raises `InputError`, with near names, where none is found, and where the JSON is incomplete.
+    begins with the config of that name, in which the other values replace its own:
+    `{"base": "ViT-B-32", "vision_cfg": {"layers": 6}}`. Raises `InputError`, with near names, where none is found, and where the JSON is incomplete.
     """
     text = architecture.strip()
     if text.endswith(".json"):
@@ -76,7 +76,9 @@ def _own_config(text: str) -> dict[str, Any]:
 def _replaced(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """`config` with `values` in place of its own, tower by tower."""
     merged = {
-        name: _replaced(config[name], value) if isinstance(value, dict) and isinstance(config.get(name), dict) else value
+        name: _replaced(config[name], value)
+        if isinstance(value, dict) and isinstance(config.get(name), dict)
+        else value
         for name, value in values.items()
     }
     return {**config, **merged}

@@ -153,17 +153,25 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
             f"{spec!r} is neither an open_clip architecture nor a folder with {CONFIG_FILE}. "
             + did_you_mean(spec, open_clip.list_models())
         )
-    if not files.exists(weights):
-        raise InputError(f"The weights file {weights!r} does not exist.")
     clip = create_clip(spec, device=device)
-    try:
-        open_clip.factory.load_checkpoint(clip.model, weights, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{weights} holds more than tensors and is not loaded. Save it as safetensors.") from error
-    except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
-        raise InputError(f"The weights in {weights} do not fit the architecture {spec!r}: {error}") from error
+    load_weights(clip, weights)
     clip.model.eval()
     return clip
+
+
+def load_weights(clip: Clip, path: str) -> None:
+    """Load a local weights file (safetensors, or a pickle of nothing but tensors) of any form that open_clip knows.
+
+    Raises `InputError` where there is none or it does not fit.
+    """
+    if not files.exists(path):
+        raise InputError(f"The weights file {path!r} does not exist.")
+    try:
+        open_clip.factory.load_checkpoint(clip.model, path, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} holds more than tensors and is not loaded. Save it as safetensors.") from error
+    except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
+        raise InputError(f"The weights in {path} do not fit the architecture {clip.name!r}: {error}") from error
 
 
 def create_clip(architecture: str, *, seed: int | None = None, device: str | torch.device = "cpu") -> Clip:

@@ -61,7 +61,7 @@ class Config:
     block_rows: int | None = run.execution(None)
     """rows of a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
     device: str = run.execution("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device"""
+    """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
     engine: Literal["local", "processes", "ray"] = run.execution("local")
     """where the parts of the search are computed: here, in processes, or on a Ray cluster; the groups are the same"""
     engine_address: str | None = run.execution(None)
@@ -208,7 +208,9 @@ def _search_distance(config: Config) -> float:
 
 
 def _engine(config: Config) -> Engine:
-    return Engine(kind=config.engine, address=config.engine_address, num_workers=config.engine_workers)
+    gpus = 1.0 if config.engine == "ray" and config.device.startswith("cuda") else 0.0
+    workers = config.engine_workers
+    return Engine(kind=config.engine, address=config.engine_address, num_workers=workers, num_gpus=gpus)
 
 
 def _read_forest(path: str, images: Images) -> Forest:

@@ -10,7 +10,7 @@ import functools
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
@@ -207,7 +207,7 @@ def _itself(function: Callable[[Part], Result]) -> Callable[[Part], Result]:
 
 
 def _write_model(config: Config, folder: str) -> dict[str, Any]:
-    from distilclip.export.card import model_card
+    from distilclip.export.card import Form, model_card
     from distilclip.export.records import find_records
     from distilclip.models.clip import load_clip
 
@@ -235,7 +235,7 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
             exported |= {"bytes": sizes, "int8": lost}
     card = model_card(
         clip.name,
-        config.what,
+        cast(Form, config.what),
         digest=digest,
         num_parameters=clip.num_parameters,
         model_cfg=clip.model_cfg,
