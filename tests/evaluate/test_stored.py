@@ -78,9 +78,7 @@ def test_what_a_store_cannot_do_is_said(made: tuple[str, str], tmp_path: Path) -
     assert all("the store was not made from" in s.reason for s in elsewhere)
     here = Protocol(tasks=("zero-shot",), on_error="skip", max_bad_ratio=0.5).measure(model, load_set(f"tar:{tar}"))
     assert "numbers but no names" in here.scores[0].reason
-    (probe,) = Protocol(tasks=("linear-probe",)).measure(model, load_set(f"tar:{tar}")).scores
-    assert "no training images" in probe.reason
-    with pytest.raises(InputError, match="over the budget|no caption"):
+    with pytest.raises(InputError, match="3: no caption"):
         protocol.measure(model, pairs_of(tar))
     assert model.captions(pairs_of(tar), [0], prefix="a ") is None
     assert model.lacks(pairs_of(tar).images, ("backbone",)).startswith("a store holds no features before")

@@ -109,6 +109,22 @@ def test_a_subset_selects_its_samples(made: Made, tmp_path: Path) -> None:
         assert [selection.count(shard) for shard in range(3)] == [2, 0, 0]
 
 
+def test_datacomps_resharder_finds_the_kept_samples_in_the_file(made: Made, tmp_path: Path) -> None:
+    """Its lookup, on our file: resharder.py takes a sample as often as its uid occurs."""
+    selection, everything = open_selection(made.store, groups=made.groups), open_selection(made.store)
+    parts = [selection.rows(shard) for shard in range(3)]
+    uids = [read_uids(rows.uri, rows.key, rows.offset, rows.size, kind="json") for rows in parts]
+    write_subset(str(tmp_path / "s.npy"), np.concatenate(uids))
+    subset = np.load(tmp_path / "s.npy", mmap_mode="r")
+    assert subset.dtype == np.dtype("u8,u8")
+    for shard in range(3):
+        rows = everything.rows(shard)
+        for row, text in zip(rows.row, read_texts(rows.uri, rows.key, rows.offset, rows.size), strict=True):
+            uid = np.array([divmod(int(text.meta["uid"], 16), 2**64)], np.dtype("u8,u8"))[0]
+            count = np.searchsorted(subset, uid, "right") - np.searchsorted(subset, uid, "left")
+            assert count == (1 if (shard, row) in made.kept else 0)
+
+
 def test_files_that_are_no_subset_are_named(tmp_path: Path) -> None:
     np.save(tmp_path / "floats.npy", np.zeros(3))
     np.save(tmp_path / "unsorted.npy", np.array([(2, 1), (1, 1)], UID))

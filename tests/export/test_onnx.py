@@ -107,6 +107,7 @@ def test_a_difference_to_torch_is_an_error(
     config = json.dumps(tiny_clip.model_cfg)
     with pytest.raises(InputError, match=r"differs from torch by .*image"):
         write_onnx(create_clip(config, seed=8), str(tmp_path))
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_cannot_be_written_is_named_before_anything_is_exported(

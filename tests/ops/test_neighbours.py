@@ -5,11 +5,13 @@ import pytest
 import torch
 
 from distilclip.errors import InputError
-from distilclip.ops import neighbours
+from distilclip.ops import alltiles, neighbours
+from distilclip.ops.alltiles import compare_all
+from distilclip.ops.groups import ForestBuilder
 from distilclip.ops.metric import equivalents
 from distilclip.ops.neighbours import nearest, pairs_within
 from distilclip.ops.points import Points, distinct
-from distilclip.ops.search import AllPairs
+from distilclip.ops.search import AllPairs, search
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 
@@ -77,17 +79,33 @@ def test_order_of_rows_does_not_matter() -> None:
     assert renamed == whole
 
 
+@pytest.mark.parametrize("resident", [False, True])
+@pytest.mark.parametrize("length", [1.0, 300.0])
 @pytest.mark.parametrize("metric", METRICS)
-def test_an_accelerator_compares_all_tiles_to_the_same_pairs(metric: str) -> None:
+def test_an_accelerator_compares_all_tiles_to_the_same_pairs(
+    metric: str, length: float, resident: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unit rows go through half precision, long ones do not; either way, and whatever fits the device."""
+    monkeypatch.setattr(alltiles, "_free_bytes", lambda device: 10**9 if resident else 0)
+    monkeypatch.setattr(alltiles, "CANDIDATES", 1 << 10)
     x = clustered(500, 32)
-    threshold = equivalents(0.1, "euclidean")[metric]
+    x = x if length == 1 else (length * x.astype(np.float32)).astype(np.float16)
+    threshold = equivalents(0.1 * length, "euclidean")[metric] if metric != "cosine" else 0.005
     points = Points.of(x, metric=metric)
     rows = distinct(points.values, np.arange(len(x))).first
-    both = AllPairs(), AllPairs()
-    neighbours.search(points, rows, threshold=threshold, metric=metric, into=both[0])
-    neighbours.compare_all(points, rows, threshold=threshold, metric=metric, into=both[1], size=64, device="cpu")
-    ours, all_tiles = (sorted(zip(*(c.tolist() for c in pairs.joined()), strict=True)) for pairs in both)
-    assert sorted((min(i, j), max(i, j), d) for i, j, d in ours) == all_tiles
+    for split in (None, 170):
+        both = AllPairs(), AllPairs()
+        options = {"threshold": threshold, "metric": metric, "split": split}
+        search(points, rows, into=both[0], **options)  # type: ignore[arg-type]
+        compare_all(points, rows, into=both[1], size=64, device=torch.device("cpu"), **options)  # type: ignore[arg-type]
+        ours, all_tiles = (sorted(zip(*(c.tolist() for c in pairs.joined()), strict=True)) for pairs in both)
+        assert len(all_tiles) > 50
+        assert sorted((min(i, j), max(i, j), d) for i, j, d in ours) == all_tiles
+        forests = ForestBuilder(len(x), batch=100), ForestBuilder(len(x))
+        compare_all(points, rows, into=forests[0], size=64, device=torch.device("cpu"), **options)  # type: ignore[arg-type]
+        forests[1].add(*both[1].joined())
+        assert (forests[0].forest().left == forests[1].forest().left).all()
+        assert (forests[0].forest().distance == forests[1].forest().distance).all()
 
 
 def test_equal_rows_pair_among_themselves_and_with_all_neighbours() -> None:

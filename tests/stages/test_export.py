@@ -107,9 +107,19 @@ def test_a_subset_file_selects_what_it_was_written_from(made: Made, tmp_path: Pa
     main(Config(what="tars", out=str(tmp_path / "by_uid"), store=made.store, subset=subset))
     main(Config(what="tars", out=str(tmp_path / "by_groups"), store=made.store, groups=made.groups))
     by_uid, by_groups = contents(tmp_path / "by_uid"), contents(tmp_path / "by_groups")
-    assert {n: c for n, c in by_uid.items() if n != "inputs.json"} == {
-        n: c for n, c in by_groups.items() if n != "inputs.json"
-    }
+    differing = {name for name in {*by_uid, *by_groups} if by_uid.get(name) != by_groups.get(name)}
+    assert differing == {"inputs.json", "subset.json"}
+
+
+def test_a_subset_that_changed_between_two_runs_is_refused(made: Made, tmp_path: Path) -> None:
+    uids = np.array([(0, 0), (0, 7919)], "u8,u8")
+    np.save(tmp_path / "subset.npy", uids)
+    config = Config(what="tars", out=str(tmp_path / "out"), store=made.store, subset=str(tmp_path / "subset.npy"))
+    assert main(config)["num_samples"] == 2
+    (tmp_path / "out/result.json").unlink()
+    np.save(tmp_path / "subset.npy", uids[:1])
+    with pytest.raises(InputError, match="has changed since"):
+        main(config)
 
 
 def test_moved_data_are_found(made: Made, tmp_path: Path) -> None:
@@ -197,7 +207,8 @@ def test_an_open_clip_folder_loads_in_open_clip_itself(checkpoint: str, tmp_path
     card = (tmp_path / "out/model/README.md").read_text()
     assert "| pairs trained on | 9 |" in card
     assert clip.digest in card
-    assert load_clip(str(tmp_path / "out/model")).digest == clip.digest
+    for folder in ("out/model", "out"):
+        assert load_clip(str(tmp_path / folder)).digest == clip.digest
 
 
 def test_a_hugging_face_folder_is_complete(checkpoint: str, tmp_path: Path) -> None:

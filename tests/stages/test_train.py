@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -19,51 +18,13 @@ import pytest
 from distilclip import run
 from distilclip.errors import InputError
 from distilclip.models.clip import load_clip
-from distilclip.stages import balance, cluster, embed, train
-from distilclip.train.keeping import Checkpoints
-from distilclip.train.optimizer import Optimization
-from distilclip.train.parallel import Execution
-
-
-@dataclasses.dataclass(frozen=True)
-class Prepared:
-    """Folders of the stages before `train`, made from 24 tiny pairs."""
-
-    tars: list[str]
-    store: str
-    groups: str
-    clusters: str
+from distilclip.stages import balance, embed, train
+from tests.stages.made_training import Prepared, config, contents, final_digest, prepare, steady_metrics
 
 
 @pytest.fixture
 def prepared(pair_tars: Callable[..., list[str]], tiny_clip_folder: str, tmp_path: Path) -> Prepared:
-    tars = pair_tars(shards=2, rows=12)
-    store, groups, clusters = (str(tmp_path / name) for name in ("store", "groups", "clusters"))
-    embed.main(embed.Config(data=tuple(tars), out=store, model=tiny_clip_folder, num_workers=0))
-    balance.main(balance.Config(store=store, out=groups, metric="cosine", threshold=1e-4))
-    cluster.main(cluster.Config(store=store, groups=groups, out=clusters, num_centers=4))
-    return Prepared(tars=tars, store=store, groups=groups, clusters=clusters)
-
-
-def config(out: Path, tiny_clip_json: str, **values: Any) -> train.Config:
-    narrow = json.loads(tiny_clip_json) | {"embed_dim": 8}  # another width than the teacher's: projections are needed
-    defaults = {"student": json.dumps(narrow), "batch_size": 8, "num_steps": 4, "warmup_steps": 1, "num_workers": 0}
-    values = {"precision": "fp32", "checkpoint_every": 2, **defaults, **values}
-    groups = {}
-    for name, group in {"optimization": Optimization, "checkpoints": Checkpoints, "execution": Execution}.items():
-        fields = {field.name for field in dataclasses.fields(group)}
-        groups[name] = group(**{key: values.pop(key) for key in list(values) if key in fields})
-    return train.Config(out=str(out), **groups, **values)
-
-
-def final_digest(out: Path) -> str:
-    return json.loads((out / "result.json").read_text())["digest"]
-
-
-def steady_metrics(out: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "samples_per_second" and not k.endswith("_share")} for line in lines]
+    return prepare(pair_tars, tiny_clip_folder, tmp_path)
 
 
 @pytest.mark.parametrize("method", ["clip", "clip-kd", "clip-cid"])
@@ -146,8 +107,7 @@ def test_sigkill_and_rerun_give_the_undisturbed_bytes(prepared: Prepared, tiny_c
     train.main(again)
     assert (killed / "result.json").read_bytes() == (undisturbed / "result.json").read_bytes()
     assert steady_metrics(killed) == steady_metrics(undisturbed)
-    for path in sorted((undisturbed / "checkpoints/step-000040").iterdir()):
-        assert path.read_bytes() == (killed / "checkpoints/step-000040" / path.name).read_bytes(), path.name
+    assert contents(undisturbed / "checkpoints") == contents(killed / "checkpoints")
 
 
 def test_moved_tars_are_found_again_and_other_tars_are_refused(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 import pytest
@@ -10,11 +9,8 @@ import torch
 from torch import Tensor
 
 from distilclip import distributed
-from distilclip.errors import InputError
-from distilclip.train.averaging import Average
 from distilclip.train.checkpoint import whole
 from distilclip.train.objective import TERMS, Objective
-from distilclip.train.optimizer import build_optimizer
 from distilclip.train.parallel import Execution, clip_gradients_
 from distilclip.train.step import Student, compute_gradients
 from tests.ranks import run_ranks

@@ -43,7 +43,7 @@ def list_cifar100(path: str) -> Listing:
 
 def list_birdsnap(path: str) -> Listing:
     """Birdsnap: species.txt, images.txt and test_images.txt; images that could not be fetched are left out."""
-    species = dict(_columns(files.join(path, "species.txt"), "id", "dir"))
+    species = {row[0]: row[1] for row in _columns(files.join(path, "species.txt"), "id", "dir")}
     tested = {row[0] for row in _columns(files.join(path, "test_images.txt"), "path")}
     folder = next((f for f in ("download/images", "images") if files.exists(files.join(path, f))), None)
     if folder is None:

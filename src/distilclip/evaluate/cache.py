@@ -93,7 +93,7 @@ def images_digest(images: Sequence[ImageRef]) -> str:
     states: dict[str, str] = {}
     for image in images:
         if image.pixels is not None:
-            digest.update(image.pixels)
+            digest.update(image.pixels.tobytes())
             continue
         if image.uri not in states:
             states[image.uri] = _state(image.uri)

@@ -59,10 +59,10 @@ def wording_of(known: KnownSet, *, prompts: str | None = None) -> Wording:
         return Wording(templates=found.templates, names=names, source="openai/CLIP prompts.md", is_clips=True)
     shipped = _clip_benchmark()
     if known.benchmark in shipped["templates"]:
-        names = shipped["names"].get(known.benchmark)
+        listed = shipped["names"].get(known.benchmark)
         return Wording(
             templates=tuple(template.replace("{c}", "{}") for template in shipped["templates"][known.benchmark]),
-            names=tuple(names) if names else None,
+            names=tuple(listed) if listed else None,
             source=f"clip-benchmark {metadata.version('clip-benchmark')}",
             is_clips=True,
         )
@@ -77,21 +77,19 @@ def match_names(
     By position they would be wrong: the lists of Oxford pets and EuroSAT are in another order than the labels. Raises
     `InputError` for a label without a name, for one name of two labels, and for a name that no label bears.
     """
-    by_words: dict[tuple[str, ...], str] = {}
-    for name in names:
-        by_words[_words(name)] = name
-    alias_by_words = {_words(label): name for label, name in aliases.items()}
+    by_words = {_words(name): name for name in names}
+    aliased = {_words(label): _words(name) for label, name in aliases.items()}
     found: dict[str, str] = {}
     for label in labels:
         words = _words(label)
-        name = by_words.get(_words(alias_by_words.get(words, ""))) or by_words.get(words)
-        if name is None:
+        match = by_words.get(aliased.get(words, words)) or by_words.get(words)
+        if match is None:
             raise InputError(
                 f"{where}: the class {label!r} has no name in {source}. {did_you_mean(readable(label), names)}"
             )
-        if name in found:
-            raise InputError(f"{where}: the classes {found[name]!r} and {label!r} are both {name!r} in {source}.")
-        found[name] = label
+        if match in found:
+            raise InputError(f"{where}: the classes {found[match]!r} and {label!r} are both {match!r} in {source}.")
+        found[match] = label
     unused = [name for name in names if name not in found]
     if unused:
         raise InputError(

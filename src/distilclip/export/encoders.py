@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,6 +63,15 @@ def write_onnx(clip: Clip, folder: str) -> dict[str, Any]:
             protobuf can be, torch cannot export it, or the difference exceeds `TOLERANCE`.
     """
     _check_expressible(clip)
+    with tempfile.TemporaryDirectory() as temporary:  # a model that fails the comparison is not written at all
+        _write(clip, temporary)
+        difference = _compare(clip, open_onnx(temporary))
+        for name in sorted(os.listdir(temporary)):
+            files.write_bytes(files.join(folder, name), files.read_bytes(os.path.join(temporary, name)))
+    return {"opset": OPSET, "difference": difference}
+
+
+def _write(clip: Clip, folder: str) -> None:
     tokenizer = build_tokenizer(clip)
     modules: dict[Tower, tuple[nn.Module, Tensor]] = {
         "image": (_ImageEncoder(clip), torch.zeros(2, 3, clip.image_size, clip.image_size, device=clip.device)),
@@ -80,7 +91,6 @@ def write_onnx(clip: Clip, folder: str) -> dict[str, Any]:
         "opset": OPSET,
     }
     files.write_bytes(files.join(folder, RECORD), (json.dumps(record, indent=2) + "\n").encode())
-    return {"opset": OPSET, "difference": _compare(clip, open_onnx(folder))}
 
 
 def _check_expressible(clip: Clip) -> None:

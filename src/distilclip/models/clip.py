@@ -238,6 +238,8 @@ def _model_folder(spec: str) -> str | None:
     result = files.join(spec, "result.json")
     if files.exists(result):
         found = json.loads(files.read_bytes(result))
+        if found.get("what") == "open_clip":  # of `export`
+            return files.join(spec, found["model"])
         if found.get("stage") != "train":
             raise InputError(f"{spec} was written by `distilclip {found.get('stage')}`; a model comes from `train`.")
         return files.join(spec, found["checkpoint"])

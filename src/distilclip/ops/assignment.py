@@ -6,20 +6,31 @@ products only say which centers can be it; so tiles, devices and number formats 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from jaxtyping import BFloat16, Bool, Float32, Float64, Int
 from torch import Tensor
 
-from distilclip.ops.centergroups import CenterGroups, CenterTiles
-from distilclip.ops.codes import SLACK
-from distilclip.ops.nearest import Nearest
+from distilclip.ops.contraction import Contraction
+from distilclip.ops.nearest import SLACK, CenterSketches, update_labels
 from distilclip.ops.points import Points
+from distilclip.ops.sketches import Sketches, choose_contraction
 
+PART = 1 << 16  # rows whose sketches are held at a time where they are met once
 ROWS = 8192  # rows and centers of a product on an accelerator: 256 MiB of float32
 RUN = 16  # neighbouring centers whose largest product is kept, and of which all are compared again if it comes close
 EXTRA = 8  # columns that add a center's offset to a product; 8 keeps rows aligned for tensor cores
 DECIDED = 1 << 24  # elements of centers in float64 at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """What is kept of the same rows between rounds: the labels, and on the CPU the sketches."""
+
+    labels: Int[np.ndarray, " n"]  # int32; -1 before the first round
+    sketches: Sketches | None
 
 
 class Assignment:
@@ -28,30 +39,44 @@ class Assignment:
     def __init__(
         self,
         centers: Float32[np.ndarray, "k dim"],
+        contraction: Contraction,
         *,
-        groups: CenterGroups | None = None,
-        before: Float32[np.ndarray, "k dim"] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        """`groups` and `before`, the centers that labels and bounds were found for, spare work on the CPU."""
+        """`contraction` is that of the rows' sketches; it decides about time on the CPU and nothing else."""
         self.centers = centers
+        self._contraction = contraction
         self._device = torch.device(device or "cpu")
-        self._num_bounds = None if groups is None or self._device.type != "cpu" else groups.num_groups
-        self._tiles: CenterTiles | _DeviceCenters
+        self._ready: CenterSketches | _DeviceCenters
         if self._device.type == "cpu":
-            self._tiles = CenterTiles.of(centers, groups or CenterGroups.of(centers, near=False), before)
+            self._ready = CenterSketches.of(centers, contraction)
         else:
-            self._tiles = _DeviceCenters(torch.from_numpy(centers).to(self._device))
+            self._ready = _DeviceCenters(torch.from_numpy(centers).to(self._device))
 
-    def unknown(self, count: int) -> Nearest:
-        """What is known of `count` rows before their first round."""
-        return Nearest.unknown(count, num_groups=self._num_bounds)
+    def begin(self, points: Points, rows: Int[np.ndarray, " n"]) -> Known:
+        """What is known of rows before their first round."""
+        on_cpu = self._device.type == "cpu"
+        sketches = Sketches.of(self._contraction, points, rows) if on_cpu else None
+        return Known(labels=np.full(len(rows), -1, np.int32), sketches=sketches)
 
-    def update(self, nearest: Nearest, points: Points, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
+    def update(self, known: Known, points: Points, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
         """Find the rows' labels, in place; the cosine distances to their centers."""
-        if isinstance(self._tiles, CenterTiles):
-            return nearest.update(points, rows, self._tiles)
-        return self._tiles.update(nearest.labels, points, rows)
+        if isinstance(self._ready, _DeviceCenters):
+            return self._ready.update(known.labels, points, rows)
+        assert known.sketches is not None, "rows of the CPU have sketches"
+        return update_labels(known.labels, known.sketches, points, rows, self._ready)
+
+    def assign(
+        self, points: Points, rows: Int[np.ndarray, " n"]
+    ) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
+        """Labels and distances of rows that are not met again; their sketches are made block by block."""
+        labels, distance = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
+        for start in range(0, len(rows), PART):
+            here = slice(start, min(start + PART, len(rows)))
+            known = self.begin(points, rows[here])
+            distance[here] = self.update(known, points, rows[here])
+            labels[here] = known.labels
+        return labels, distance
 
 
 def assign(
@@ -66,10 +91,7 @@ def assign(
     `device` is where products are computed; default the CPU.
     """
     rows = np.arange(len(points)) if rows is None else rows
-    assignment = Assignment(centers, device=device)
-    nearest = assignment.unknown(len(rows))
-    distance = assignment.update(nearest, points, rows)
-    return nearest.labels, distance
+    return Assignment(centers, choose_contraction(points, rows, centers), device=device).assign(points, rows)
 
 
 class _DeviceCenters:

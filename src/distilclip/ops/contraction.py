@@ -56,16 +56,22 @@ class Contraction:
 
     def of(self, block: Float32[Tensor, "n dim"]) -> Images:
         """The images of points given as such; `block` is centered in place."""
+        exact, error, radius = self.exact(block)
+        image = exact.bfloat16()
+        error += float((image.float() - exact).square().sum(1).max()) ** 0.5 * (1 + 1e-3)
+        return Images(image=image, error=error, radius=radius + error)
+
+    def exact(self, block: Float32[Tensor, "n dim"]) -> tuple[Float32[Tensor, "n width"], float, float]:
+        """Images in float32, how far rounding may have moved one, and the largest length of a centered point.
+
+        `block` is centered in place.
+        """
         block.sub_(self.mean)
         squared_length = block.square().sum(1)
         radius = float(squared_length.max()) ** 0.5 * (1 + block.shape[1] * ROUNDING)
         if self.directions is None:
-            exact, error = block, 2 * ROUNDING * (radius + float(self.mean.norm()))
-        else:
-            exact, error = _project(block, squared_length, self.directions, radius + float(self.mean.norm()))
-        image = exact.bfloat16()
-        error += float((image.float() - exact).square().sum(1).max()) ** 0.5 * (1 + 1e-3)
-        return Images(image=image, error=error, radius=radius + error)
+            return block, 2 * ROUNDING * (radius + float(self.mean.norm())), radius
+        return *_project(block, squared_length, self.directions, radius + float(self.mean.norm())), radius
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,11 +16,11 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from distilclip.errors import InputError
-from distilclip.ops.assignment import Assignment, assign
-from distilclip.ops.centergroups import CenterGroups
+from distilclip.ops.assignment import Assignment
 from distilclip.ops.centersums import CenterSums
 from distilclip.ops.points import Points
 from distilclip.ops.seeding import first_centers, sample_rows
+from distilclip.ops.sketches import choose_contraction
 
 REPAIRS = 30  # further rounds, at most, for clusters found empty by the last assignment
 
@@ -86,13 +86,13 @@ def kmeans(
         centers = first_centers(points, first, num_centers=num_centers, random=random, device=device)
     else:
         centers = _unit_centers(initial, (num_centers, points.dim))
-    groups, previous = CenterGroups.of(centers), None
-    known = Assignment(centers, groups=groups, device=device).unknown(len(rows))
+    contraction = choose_contraction(points, rows, centers)
+    known = Assignment(centers, contraction, device=device).begin(points, rows)
     sums = CenterSums.zero(num_centers, points.dim)
     objectives: list[float] = []
     while True:
         before = known.labels.copy()
-        assignment = Assignment(centers, groups=groups, before=previous, device=device)
+        assignment = Assignment(centers, contraction, device=device)
         distance = assignment.update(known, points, rows)
         sums.move(points, rows, before, known.labels)
         objectives.append(sums.objective(centers))
@@ -100,10 +100,10 @@ def kmeans(
         unchanged = np.array_equal(renewed, centers)
         if is_finished(objectives, num_iterations, sums.count, unchanged=unchanged, tolerance=tolerance):
             break
-        centers, previous = renewed, centers
+        centers = renewed
     labels = known.labels
     if len(rows) < len(points):
-        labels, distance = assign(points, centers, device=device)
+        labels, distance = assignment.assign(points, np.arange(len(points)))
     return KMeans(
         centers=centers,
         labels=labels.astype(np.int64),

@@ -2,7 +2,7 @@
 
 A product of tiles proposes, with a margin above its worst rounding error; a direct difference in float64 decides
 (2 - 2cos cancels for near-duplicates, so no product is ever believed near the threshold). On the CPU `search` compares
-few of the tiles and few of the dimensions; an accelerator compares all of them.
+few of the tiles and few of the dimensions; an accelerator compares all of them (`alltiles`).
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distilclip.ops.metric import distance, squared_threshold
-from distilclip.ops.points import Points, distinct, product_error, squared_product
+from distilclip.ops.alltiles import compare_all
+from distilclip.ops.metric import distance
+from distilclip.ops.points import Points, distinct, squared_product
 from distilclip.ops.search import AllPairs, Collector, search
 
 
@@ -86,38 +87,17 @@ def near_pairs(
     if as_device(device).type == "cpu":
         search(points, rows, threshold=threshold, metric=metric, into=into, memory_gb=memory_gb, split=split)
     else:
-        size = tile_rows(points.dim, memory_gb)
-        compare_all(points, rows, threshold=threshold, metric=metric, into=into, size=size, device=device, split=split)
-
-
-def compare_all(
-    points: Points,
-    rows: Int[np.ndarray, " m"],
-    *,
-    threshold: float,
-    metric: str,
-    into: Collector,
-    size: int,
-    device: str | torch.device | None,
-    split: int | None = None,
-) -> None:
-    """The same by products of all tiles of `size` rows: for accelerators, which have arithmetic to spare."""
-    limit = squared_threshold(threshold, metric) + product_error(points.dim, float(points.norm[rows].max(initial=0.0)))
-    for a in range(0, len(rows[:split]), size):
-        upper = rows[:split][a : a + size]
-        upper_block = points.block(upper, device=as_device(device))
-        for b in range(a if split is None else split, len(rows), size):
-            lower = rows[b : b + size]
-            diagonal = split is None and a == b
-            lower_block = upper_block if diagonal else points.block(lower, device=as_device(device))
-            near = squared_product(upper_block, lower_block) < limit
-            if diagonal:
-                near = near.triu_(diagonal=1)
-            i, j = near.nonzero(as_tuple=True)
-            left, right = upper[i.cpu().numpy()], lower[j.cpu().numpy()]
-            dist = distance(points.squared(left, right), metric)
-            keep = dist < np.float32(threshold)
-            into.add(left[keep], right[keep], dist[keep])
+        size = tile_rows(points.dim, memory_gb, most=1 << 14)
+        compare_all(
+            points,
+            rows,
+            threshold=threshold,
+            metric=metric,
+            into=into,
+            size=size,
+            device=as_device(device),
+            split=split,
+        )
 
 
 def nearest(
@@ -161,12 +141,12 @@ def nearest(
     return Nearest(row=row, distance=best)
 
 
-def tile_rows(dim: int, memory_gb: float | None) -> int:
-    """Rows of a square tile: its product, the mask and two blocks of rows fit the budget; at most 4096."""
+def tile_rows(dim: int, memory_gb: float | None, *, most: int = 4096) -> int:
+    """Rows of a square tile: its product, the mask and two blocks of rows fit the budget."""
     budget = (1.0 if memory_gb is None else memory_gb) * 2**30 / 4
     per_row = 3 * dim * 4
     size = int((-per_row + (per_row**2 + 4 * 9 * budget) ** 0.5) / (2 * 9))
-    return max(64, min(4096, size))
+    return max(64, min(most, size))
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

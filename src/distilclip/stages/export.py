@@ -129,6 +129,8 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
     assert config.store is not None  # `_check_fields` asked for it
     if config.groups:
         run.require(config.groups, stage="balance", store=config.store)
+    if config.subset:
+        _remember_subset(config.subset, folder)
     selection = open_selection(
         config.store,
         groups=config.groups,
@@ -147,6 +149,15 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
     else:
         found = {"num_samples": sum(_all(PartitionWriter(selection, folder), shards, engine=engine))}
     return {"num_rows": selection.store.num_rows, **found}
+
+
+def _remember_subset(subset: str, folder: str) -> None:
+    """Write down which subset file this is. Raises `InputError` where parts were made from another one."""
+    path, digest = files.join(folder, "subset.json"), {"sha256": files.sha256(subset)}
+    if not files.exists(path):
+        run.write_json(path, digest)
+    elif run.read_json(path) != digest:
+        raise InputError(f"{subset} has changed since {folder} was begun: choose another --out, or remove that folder.")
 
 
 def _write_tars(selection: Selection, folder: str, *, samples_per_tar: int | None, engine: Engine) -> dict[str, Any]:

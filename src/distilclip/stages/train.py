@@ -66,8 +66,8 @@ class Config:
     """replacements in the objective: weights and constants, such as `feature 1000 alpha 0.9`"""
     batch_size: int = 256
     """pairs per step"""
-    micro_batch: int | None = None
-    """pairs whose activations are held at once (default: the batch); the gradients are the same"""
+    micro_batch: int | None = run.execution(None)
+    """pairs whose activations a process holds at once (default: all of its own); the gradients are the same"""
     num_steps: int = 1000
     """optimisation steps"""
     optimization: Optimization = field(default_factory=Optimization)
