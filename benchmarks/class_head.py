@@ -14,7 +14,7 @@ from _harness import Case, compare, is_quick
 from torch import Tensor
 
 from distilclip.ops.clusterloss import cluster, sample_classes
-from distilclip.train.classhead import ClassHead
+from distilclip.train.classhead import ClassHead, StepClasses
 
 SAMPLE_RATE = 0.1
 LEARNING_RATE = 1e-6
@@ -28,7 +28,8 @@ class Inputs:
     head: ClassHead
     torch_optimizer: torch.optim.AdamW
     classes: Tensor
-    gradient: Tensor
+    all_classes: StepClasses
+    some_classes: StepClasses
     student: Tensor
     teacher: Tensor
     labels: Tensor
@@ -42,20 +43,22 @@ def make_inputs(n: int, dim: int, k: int) -> Inputs:
     gradient = torch.randn(k, dim, generator=generator).mul_(1e-4)
     twin = torch.nn.Parameter(centers.clone())
     twin.grad = gradient
+    head, classes = ClassHead(centers, learning_rate=LEARNING_RATE), sample_classes(labels, k, SAMPLE_RATE, generator)
+    all_classes, some_classes = head.of_step(labels, None), head.of_step(labels, classes)
+    all_classes.centers.grad, some_classes.centers.grad = gradient, gradient[: len(classes)]
     return Inputs(
-        head=ClassHead(centers, learning_rate=LEARNING_RATE),
+        head=head,
         torch_optimizer=torch.optim.AdamW([twin], lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True),
-        classes=sample_classes(labels, k, SAMPLE_RATE, generator),
-        gradient=gradient,
+        classes=classes,
+        all_classes=all_classes,
+        some_classes=some_classes,
         student=student,
         teacher=teacher,
         labels=labels,
     )
 
 
-def update(inputs: Inputs, classes: Tensor | None) -> Tensor:
-    step = inputs.head.of_step(inputs.labels, classes)
-    step.centers.grad = inputs.gradient[: len(step.centers)]
+def update(inputs: Inputs, step: StepClasses) -> Tensor:
     inputs.head.update(step, share=1.0)
     return inputs.head.centers
 
@@ -85,15 +88,15 @@ def cases(n: int, dim: int, k: int) -> list[Case]:
         Case(
             name=f"update {size}: all classes / torch fused AdamW",
             setup=setup,
-            ours=lambda inputs: update(inputs, None),
+            ours=lambda inputs: update(inputs, inputs.all_classes),
             peer=torch_update,
             equal=equal,
         ),
         Case(
             name=f"update {size}: sample_rate {SAMPLE_RATE} / all classes",
             setup=setup,
-            ours=lambda inputs: update(inputs, inputs.classes),
-            peer=lambda inputs: update(inputs, None),
+            ours=lambda inputs: update(inputs, inputs.some_classes),
+            peer=lambda inputs: update(inputs, inputs.all_classes),
             equal=None,
         ),
         Case(

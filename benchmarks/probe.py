@@ -22,12 +22,15 @@ class Inputs:
     test_labels: torch.Tensor
 
 
-def clip_like(num_rows: int, dim: int, num_classes: int) -> Inputs:
-    """Classes that overlap, in a narrow cone, with a spectrum that decays as CLIP's does; a fifth more rows to test."""
+def clip_like(num_rows: int, dim: int, num_classes: int, *, separation: float = 0.45) -> Inputs:
+    """Classes that overlap, in a narrow cone, with a spectrum that decays as CLIP's does; a fifth more rows to test.
+
+    At a `separation` of 0.2 the best penalty lies inside the range that is swept, as it does for CLIP's own features.
+    """
     random = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, dim + 1) ** -0.5
     rotation = torch.linalg.qr(torch.randn(dim, dim, generator=random))[0]
-    centers = 0.45 * torch.randn(num_classes, dim, generator=random)
+    centers = separation * torch.randn(num_classes, dim, generator=random)
     labels = torch.randint(num_classes, (num_rows + num_rows // 5,), generator=random)
     x = ((centers[labels] + torch.randn(len(labels), dim, generator=random)) * spectrum) @ rotation
     x += 0.3 * torch.randn(dim, generator=random)
@@ -88,12 +91,16 @@ def case(size: tuple[int, int, int], l2: float) -> Case:
 
 
 def sweep_case(size: tuple[int, int, int]) -> Case:
+    def setup() -> Inputs:
+        return clip_like(*size, separation=0.2)
+
     return Case(
         name=f"15 fits and refit, {shape(size)}",
-        setup=lambda: clip_like(*size),
+        setup=setup,
         ours=lambda inputs: linear_probe(inputs.train, inputs.train_labels, inputs.test, inputs.test_labels),
         peer=sweep_peer,
-        equal=lambda probe, peer: abs(probe.accuracy - accuracy(peer, clip_like(*size))) <= 2e-3,
+        equal=lambda probe, peer: abs(probe.accuracy - accuracy(peer, setup())) <= 2e-3,
+        peer_memory=False,
     )
 
 
@@ -104,7 +111,7 @@ def shape(size: tuple[int, int, int]) -> str:
 if __name__ == "__main__":
     if is_quick(__doc__ or ""):
         small = (4000, 128, 20)
-        compare("probe", [case(small, 1 / 0.316), case(small, 0.1), sweep_case(small)])
+        compare("probe", [case(small, 1 / 0.316), case(small, 0.1), sweep_case((2000, 64, 10))])
     else:
         large = (50_000, 512, 100)
         compare("probe", [case(large, 1 / 0.316), case(large, 0.1), sweep_case((10_000, 256, 50))])

@@ -1,7 +1,8 @@
 """Runs every benchmark and writes docs/benchmarks.md: what `make bench` does.
 
 python benchmarks/run_all.py [--quick] [--only REGEX] [NAME ...]; with names, only these are run and the page keeps the
-other sections; with --only, only the cases it matches, and the page keeps the other rows.
+other sections; with --only, only the cases it matches, and the page keeps the other rows. The benchmarks called gpu_*
+are run by themselves, on a machine that has one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def main() -> int:
     parser.add_argument("--only", default="", help="regular expression: cases to run; the page keeps the others")
     parser.add_argument("--store", default="", help="folder of `embed` for benchmarks that can take one")
     arguments = parser.parse_args()
-    known = [p.stem for p in sorted(FOLDER.glob("*.py")) if not p.stem.startswith("_") and p.stem != "run_all"]
+    names = sorted(path.stem for path in FOLDER.glob("*.py"))
+    known = [name for name in names if not name.startswith(("_", "gpu_")) and name != "run_all"]
     unknown = set(arguments.names) - set(known)
     if unknown:
         parser.error(f"no benchmark {sorted(unknown)}; there are {known}")

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Num, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -82,14 +82,14 @@ def gather_objects(value: T) -> list[T]:
     return values
 
 
-def reduce_(values: Num[Tensor, "..."], operation: Literal["sum", "max"] = "sum") -> Num[Tensor, "..."]:
+def reduce_(values: Tensor, operation: Literal["sum", "max"] = "sum") -> Tensor:
     """Replace `values` by their sum or maximum over the processes, element by element; no gradient."""
     if world() > 1:
         dist.all_reduce(values, dist.ReduceOp.SUM if operation == "sum" else dist.ReduceOp.MAX)
     return values
 
 
-def broadcast_(values: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+def broadcast_(values: Tensor) -> Tensor:
     """Replace `values` by those of rank 0."""
     if world() > 1:
         dist.broadcast(values, 0)

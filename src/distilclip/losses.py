@@ -3,6 +3,7 @@
 from distilclip.ops.clusterloss import ClusterLoss, cluster, sample_classes
 from distilclip.ops.contrastive import contrastive, info_nce, instance
 from distilclip.ops.mimicry import augmented, feature, gradient, interactive, mask_patches, relational
+from distilclip.ops.sigmoid import sigmoid, sigmoid_relational
 
 __all__ = [
     "ClusterLoss",
@@ -17,4 +18,6 @@ __all__ = [
     "mask_patches",
     "relational",
     "sample_classes",
+    "sigmoid",
+    "sigmoid_relational",
 ]

@@ -79,7 +79,7 @@ def test_every_reason_in_the_source_is_documented() -> None:
     for name in ("samples", "tars", "tables", "scan", "loader"):
         source = (ROOT / "src" / "distilclip" / "data" / f"{name}.py").read_text()
         phrases |= set(re.findall(r'BadSample\("([a-z][^"]+)"', source))
-        phrases |= {phrase.split(":")[0] for phrase in re.findall(r'_CutError\(f?"([^"]+)"', source)}
+        phrases |= {phrase.split(":")[0] for phrase in re.findall(r'CutError\(f?"([^"]+)"', source)}
         phrases |= set(re.findall(r'error = (?:error or )?"([a-z][^"]+)"', source))
     documented_reasons = {
         r for cells in documented("with one of these reasons", "reason") for r in re.findall("`([^`]+)`", cells[0])

@@ -124,7 +124,10 @@ def test_a_model_without_records_says_so(tmp_path: Path) -> None:
 
 def test_own_towers_are_imported_in_the_example() -> None:
     assert "import distilclip.models.towers" in card(Records(), "open_clip")
-    assert "import distilclip.models.towers" not in card(Records(), "open_clip", model_cfg={"vision_cfg": {}})
+    for vision_cfg in ({}, {"timm_model_name": "resnet18"}):
+        assert "import distilclip.models.towers" not in card(
+            Records(), "open_clip", model_cfg={"vision_cfg": vision_cfg}
+        )
 
 
 def test_live_teachers_are_named(tmp_path: Path) -> None:

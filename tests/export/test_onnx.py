@@ -45,6 +45,7 @@ def test_embeddings_have_unit_length_and_the_record_is_complete(exported: OnnxCl
     assert found.shape == (2, exported.dim) == (2, tiny_clip.dim)
     assert found.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-6)
+    assert exported.bias is None
     assert exported.scale == pytest.approx(float(tiny_clip.scale.detach()))
 
 

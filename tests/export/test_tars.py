@@ -14,6 +14,7 @@ from distilclip.data.tars import TarShard
 from distilclip.errors import InputError
 from distilclip.export.selection import Selection, open_selection
 from distilclip.export.tars import INDEX_SCHEMA, Piece, TarPart, TarWriter, Written, index_path, plan_tars, tar_path
+from distilclip.export.texts import read_texts
 from tests.export.conftest import Made, write_balance, write_store, write_tar
 
 
@@ -144,6 +145,21 @@ def test_a_failure_in_the_middle_leaves_no_half_written_tar(made: Made, tmp_path
     with pytest.raises(InputError, match=r"00005.*not the one that was embedded"):
         write_all(open_selection(made.store, groups=made.groups), str(tmp_path / "out"))
     assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["00000.parquet", "00000.tar"]
+
+
+def test_a_damaged_header_is_named(made: Made, tmp_path: Path) -> None:
+    """The second member of a sample that is not the one looked at when a source is checked."""
+    source = Path(made.tars[1])
+    content = bytearray(source.read_bytes())
+    place = content.index(b"00005.json")
+    content[place + 20 : place + 90] = b"?" * 70
+    source.write_bytes(bytes(content))
+    selection = open_selection(made.store, groups=made.groups)
+    with pytest.raises(InputError, match="the key is '' where the store has '00005'"):
+        write_all(selection, str(tmp_path / "out"))
+    rows = selection.rows(1)
+    with pytest.raises(InputError, match="00005 could be read when it was embedded"):
+        list(read_texts(rows.uri, rows.key, rows.offset, rows.size))
 
 
 def test_a_shard_of_which_nothing_is_kept_has_an_index_and_no_tar(made: Made, tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from distilclip.errors import InputError
-from distilclip.ops import centergroups, nearest
+from distilclip.ops import nearest, sketches
+from distilclip.ops.centersums import CenterSums
 from distilclip.ops.kmeans import KMeans, gini, is_finished, kmeans, size_histogram
 
 
@@ -85,11 +86,12 @@ def test_same_seed_same_bytes_whatever_blocks_tiles_and_codes(monkeypatch: pytes
     assert_same(kmeans(x, num_centers=40, seed=5), first)
     assert kmeans(x, num_centers=40, seed=6).centers.tobytes() != first.centers.tobytes()
     monkeypatch.setattr(nearest, "BLOCK", 64)
-    monkeypatch.setattr(nearest, "PROPOSALS", 16)
-    monkeypatch.setattr(centergroups, "WIDTH", 8)
+    monkeypatch.setattr(nearest, "BREADTH", 128)
+    monkeypatch.setattr(nearest, "PROPOSALS", 130)
     assert_same(kmeans(x, num_centers=40, seed=5), first)
+    monkeypatch.setattr(sketches, "WIDTHS", (4, 8))
     for dtype in (np.int8, np.float32):
-        monkeypatch.setattr(centergroups, "fastest_code", lambda dtype=dtype: dtype)
+        monkeypatch.setattr(sketches, "fastest_code", lambda dtype=dtype: dtype)
         assert_same(kmeans(x, num_centers=40, seed=5), first)
 
 
@@ -118,13 +120,22 @@ def test_fewer_directions_than_centers_is_an_error() -> None:
 
 def test_when_a_fit_is_finished() -> None:
     full, lacking = np.array([3, 1]), np.array([4, 0])
-    options = {"unchanged": False, "tolerance": 0.0}
-    assert not is_finished([0.5], 1, full, **options)
-    assert is_finished([0.5, 0.4], 1, full, **options)
-    assert not is_finished([0.5, 0.4], 1, lacking, **options)
-    assert is_finished([0.5], 20, full, unchanged=True, tolerance=0.0)
-    assert is_finished([0.5, 0.499], 20, full, unchanged=False, tolerance=0.01)
-    assert not is_finished([0.5, 0.49], 20, full, unchanged=False, tolerance=0.01)
+    assert not is_finished([0.5], 1, full, tolerance=0.0)
+    assert is_finished([0.5, 0.4], 1, full, tolerance=0.0)
+    assert not is_finished([0.5, 0.4], 1, lacking, tolerance=0.0)
+    assert is_finished([0.5, 0.499], 20, full, tolerance=0.01)
+    assert not is_finished([0.5, 0.49], 20, full, tolerance=0.01)
+
+
+def test_a_fit_that_changes_nothing_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    rounds = []
+    objective = CenterSums.objective
+    monkeypatch.setattr(CenterSums, "objective", lambda *given: rounds.append(0) or objective(*given))
+    x, _ = blobs()
+    settled = kmeans(x, num_centers=6, num_iterations=1000)
+    assert len(rounds) < 50
+    again = kmeans(x, num_centers=6, num_iterations=1000, initial=settled.centers)
+    np.testing.assert_array_equal(again.labels, settled.labels)
 
 
 def test_fit_on_a_sample_still_labels_every_row() -> None:

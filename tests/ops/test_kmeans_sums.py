@@ -25,7 +25,9 @@ def test_sums_and_directions_equal_float64() -> None:
     truth = np.stack([unit[labels == c].sum(axis=0) for c in range(7)])
     np.testing.assert_allclose(sums.total / STEPS, truth, atol=300 / STEPS)
     assert sums.count.tolist() == np.bincount(labels).tolist()
-    centers = sums.centers(np.zeros((7, 70), np.float32))
+    centers = np.zeros((7, 70), np.float32)
+    assert sums.renew(centers)
+    assert not sums.renew(centers)
     np.testing.assert_allclose(centers, truth / np.linalg.norm(truth, axis=1, keepdims=True), atol=1e-7)
     assert sums.objective(centers) == pytest.approx(1 - (unit * centers[labels]).sum(axis=1).mean(), abs=1e-9)
 
@@ -35,7 +37,9 @@ def test_two_rows_by_hand() -> None:
     sums = CenterSums.zero(1, 2)
     assert sums.move(points, np.array([0, 1]), np.array([-1, -1]), np.array([0, 0])) == 2
     assert sums.total.tolist() == [[STEPS, STEPS]]
-    np.testing.assert_allclose(sums.centers(np.zeros((1, 2), np.float32)), [[0.5**0.5, 0.5**0.5]], rtol=1e-7)
+    centers = np.zeros((1, 2), np.float32)
+    assert sums.renew(centers)
+    np.testing.assert_allclose(centers, [[0.5**0.5, 0.5**0.5]], rtol=1e-7)
 
 
 def test_no_order_and_no_history_changes_a_bit() -> None:
@@ -56,7 +60,8 @@ def test_no_order_and_no_history_changes_a_bit() -> None:
 def test_the_heaviest_is_split_and_equal_rows_weigh_nothing() -> None:
     centers = np.eye(6, 16, dtype=np.float32)
     count, distance = np.array([10, 0, 3, 0, 4, 90]), np.array([2.0, 0, 0.3, 0, 0.2, 1e-13])
-    split_heaviest(centers, count, distance)
+    assert split_heaviest(centers, count, distance)
+    assert not split_heaviest(centers, np.ones(6, np.int64), distance)
     np.testing.assert_allclose(centers[[0, 1, 3]] @ np.eye(6, 16)[0], 1, atol=1e-5)
     np.testing.assert_array_equal(centers[[2, 4, 5]], np.eye(6, 16)[[2, 4, 5]])
     assert len(np.unique(centers, axis=0)) == 6
@@ -69,4 +74,6 @@ def test_a_cluster_whose_rows_cancel_keeps_its_center() -> None:
     points = Points.of(np.array([[1.0, 0.0], [-1.0, 0.0]]), metric="cosine")
     sums = CenterSums.zero(1, 2)
     sums.move(points, np.arange(2), np.full(2, -1), np.zeros(2, np.int64))
-    np.testing.assert_array_equal(sums.centers(np.array([[0.0, 1.0]], np.float32)), [[0.0, 1.0]])
+    centers = np.array([[0.0, 1.0]], np.float32)
+    assert not sums.renew(centers)
+    assert centers.tolist() == [[0.0, 1.0]]

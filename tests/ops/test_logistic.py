@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from distilclip.ops.logistic import Block, LogisticProblem, fit_logistic
+from distilclip.ops.logistic import CURVATURE_ROWS, Block, LogisticProblem, fit_logistic
 
 
 def blobs(
@@ -130,3 +130,33 @@ def test_running_out_of_iterations_is_told() -> None:
     x, y = blobs(200, 6, 3)
     problem = LogisticProblem([Block(features=x, labels=y)], num_classes=3)
     assert not fit_logistic(problem, l2=1e-3, max_iterations=2).converged
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 1000.0])
+def test_confident_fits_keep_their_value_and_gradient(scale: float) -> None:
+    # Probabilities far below the smallest float: what is cut off must not be seen.
+    x, y = blobs(80, 6, 4)
+    problem = LogisticProblem([Block(features=x, labels=y)], num_classes=4)
+    weight, bias = scale * torch.randn(6, 4, generator=torch.Generator().manual_seed(0)), torch.zeros(4)
+    exact = LogisticProblem([Block(features=x.double(), labels=y)], num_classes=4)
+    exact.mean, exact.axes = problem.mean.double(), problem.axes.double()
+    found, gradient = problem.objective(problem.rotate(weight, bias), l2=0.1)
+    value, slope = exact.objective(exact.rotate(weight.double(), bias.double()), l2=0.1)
+    assert found == pytest.approx(value, rel=1e-5)
+    torch.testing.assert_close(gradient.double(), slope, rtol=1e-3, atol=1e-4 * float(slope.abs().max()))
+
+
+def test_many_rows_are_scaled_by_a_sample_of_them_and_end_at_the_same_optimum() -> None:
+    x, y = blobs(CURVATURE_ROWS + 500, 6, 3)
+    order = y.argsort()  # sorted by class: a sample of the first rows would know one class only
+    half = len(x) // 2
+    blocks = [Block(features=x[order[:half]], labels=y[order[:half]]), Block(features=x, labels=y, rows=order[half:])]
+    problem = LogisticProblem(blocks, num_classes=3)
+    sampled = problem.preconditioner(problem.prior(), l2=1.0)
+    whole = 1 / (problem.variance[0] * len(x) * (2 / 9) + 1.0)
+    assert sampled[0].tolist() == pytest.approx([float(whole)] * 3, rel=0.05)
+    fit = fit_logistic(problem, l2=1.0)
+    exact = fit_logistic(
+        LogisticProblem([Block(features=x.double(), labels=y)], num_classes=3), l2=1.0, tolerance=1e-12
+    )
+    assert fit.objective == pytest.approx(exact.objective, rel=1e-5)

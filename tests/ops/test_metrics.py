@@ -8,12 +8,14 @@ from distilclip.ops.metrics import (
     bootstrap_interval,
     linear_cka,
     mean_cosine,
+    mean_interval,
     mean_kl,
     mean_per_class,
     retrieval_ranks,
     row_tiles,
     target_rank,
     top_k_accuracy,
+    top_k_overlap,
 )
 
 
@@ -190,3 +192,17 @@ def test_more_confidence_is_a_wider_interval() -> None:
     hits = np.arange(60) % 2 == 0
     wide, narrow = (bootstrap_interval(hits, confidence=c) for c in (0.99, 0.8))
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
+
+
+def test_overlap_counts_the_teachers_first_classes_among_the_students() -> None:
+    teacher = torch.tensor([[5.0, 4.0, 3.0, 2.0], [1.0, 2.0, 3.0, 4.0]])
+    student = torch.tensor([[4.0, 5.0, 3.0, 2.0], [4.0, 3.0, 2.0, 1.0]])
+    assert top_k_overlap(student, teacher, top_k=1) == 0
+    assert top_k_overlap(student, teacher, top_k=2) == 0.5  # the first row both, the second none
+    assert top_k_overlap(student, teacher, top_k=4) == 1
+
+
+def test_interval_of_a_mean_is_students() -> None:
+    low, high = mean_interval([1.0, 2.0, 3.0])
+    assert (low + high) / 2 == pytest.approx(2)
+    assert high - 2 == pytest.approx(4.302653 / 3**0.5, rel=1e-6)  # t of 2 degrees of freedom, deviation 1

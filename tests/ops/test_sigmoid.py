@@ -104,11 +104,13 @@ def test_a_large_batch_never_holds_all_logits(monkeypatch: pytest.MonkeyPatch) -
     assert sum(sizes) == 3000**2
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_rows_that_are_no_pairs_are_refused() -> None:
+    x = unit(2, 4, 0)
     with pytest.raises(ValueError, match="queries are 4 wide, keys 3"):
-        sigmoid(unit(2, 4, 0), unit(2, 3, 0), scale=1.0, bias=0.0)
+        sigmoid(x, unit(2, 3, 0), scale=1.0, bias=0.0)
     with pytest.raises(ValueError, match="offset=1 with 2 queries and 2 keys"):
-        sigmoid(unit(2, 4, 0), unit(2, 4, 0), scale=1.0, bias=0.0, offset=1)
+        sigmoid(x, x, scale=1.0, bias=0.0, offset=1)
+    options = {"scale": 1.0, "bias": 0.0, "teacher_scale": 1.0, "teacher_bias": 0.0}
     with pytest.raises(ValueError, match="the same rows"):
-        x = unit(2, 4, 0)
-        sigmoid_relational(x, x, unit(3, 4, 0), x, scale=1.0, bias=0.0, teacher_scale=1.0, teacher_bias=0.0)
+        sigmoid_relational(x, x, unit(3, 4, 0), x, **options)

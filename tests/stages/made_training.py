@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distilclip import run
+from distilclip.data.augment import Crops
 from distilclip.stages import balance, cluster, embed, train
 from distilclip.train.keeping import Checkpoints
 from distilclip.train.optimizer import Optimization
@@ -41,7 +42,8 @@ def config(out: Path, architecture: str, **values: Any) -> train.Config:
     defaults = {"student": json.dumps(narrow), "batch_size": 8, "num_steps": 4, "warmup_steps": 1, "num_workers": 0}
     values = {"precision": "fp32", "checkpoint_every": 2, **defaults, **values}
     groups = {}
-    for name, group in {"optimization": Optimization, "checkpoints": Checkpoints, "execution": Execution}.items():
+    kinds = {"optimization": Optimization, "checkpoints": Checkpoints, "execution": Execution, "crops": Crops}
+    for name, group in kinds.items():
         fields = {field.name for field in dataclasses.fields(group)}
         groups[name] = group(**{key: values.pop(key) for key in list(values) if key in fields})
     return train.Config(out=str(out), **groups, **values)

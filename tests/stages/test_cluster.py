@@ -1,16 +1,20 @@
+import itertools
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from distilclip.data import rounds
 from distilclip.data.groups import read_centers, read_labels
 from distilclip.errors import InputError
+from distilclip.ops import sketches
 from distilclip.ops.kmeans import kmeans
 from distilclip.stages import balance
 from distilclip.stages.cluster import Config, main
@@ -119,6 +123,25 @@ main(Config(**eval(sys.argv[2])))
         assert not (cut / "centers.safetensors").exists()
         assert main(Config(out=str(cut), **config)) == result
         assert contents(cut) == contents(tmp_path / "whole")
+
+
+def test_machines_with_other_codes_may_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, groups, _, _ = balanced(tmp_path)
+    config: dict[str, Any] = {"store": store, "groups": groups, "num_centers": 6, "device": "cpu"}
+    result = main(Config(out=str(tmp_path / "whole"), **config))
+    assert len(result["objectives"]) > 2
+    kinds = itertools.cycle([np.int8, np.float32])
+    prepare = rounds.Rounds.prepare
+
+    def prepare_elsewhere(self: rounds.Rounds, number: int) -> Callable[[rounds.Part], None]:
+        kind = next(kinds)
+        for module in (rounds, sketches):
+            monkeypatch.setattr(module, "fastest_code", lambda: kind)
+        return prepare(self, number)
+
+    monkeypatch.setattr(rounds.Rounds, "prepare", prepare_elsewhere)
+    assert main(Config(out=str(tmp_path / "mixed"), **config)) == result
+    assert contents(tmp_path / "mixed") == contents(tmp_path / "whole")
 
 
 def test_groups_of_another_store_are_refused(tmp_path: Path) -> None:

@@ -211,6 +211,18 @@ def test_the_bytes_do_not_depend_on_workers(
     assert contents(tmp_path / "again") == contents(whole[0])
 
 
+@pytest.mark.parametrize("engine", ["processes", "ray"])
+def test_the_bytes_do_not_depend_on_the_engine(
+    tmp_path: Path, whole: tuple[Path, list[str]], tiny_clip_folder: str, engine: str
+) -> None:
+    folder, data = whole
+    options = {"max_bad_ratio": 0.5, "engine": engine, "engine_workers": 2}
+    embed(tmp_path / "shared", data, tiny_clip_folder, **options)
+    assert contents(tmp_path / "shared") == contents(folder)
+    with pytest.raises(InputError, match="over the budget"):
+        embed(tmp_path / "strict", data, tiny_clip_folder, **{**options, "max_bad_ratio": 0.01})
+
+
 @pytest.mark.parametrize(
     "lost",
     [

@@ -11,9 +11,10 @@ from distilclip import config as recipes
 from distilclip.errors import InputError
 from distilclip.evaluate.dataset import EvaluationSet
 from distilclip.evaluate.embedders import Embedder
+from distilclip.evaluate.model_specs import split_model, weights_by_name
 from distilclip.evaluate.protocol import Measurement, Protocol, View
 from distilclip.models.clip import create_clip
-from distilclip.stages.evaluate import Config, main, split_model, weights_by_name
+from distilclip.stages.evaluate import Config, main
 from tests.conftest import encoded, picture, write_tar
 from tests.evaluate import made_sets
 from tests.evaluate.test_sets import write_labelled_tar

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import open_clip
 import pytest
 import torch
 
@@ -160,6 +160,7 @@ def test_every_flag_belongs_to_some_export() -> None:
         ({"what": "onnx", "model": "m", "quantize": "int8"}, "needs --data"),
         ({"what": "onnx", "model": "m", "data": ("d",)}, "give --quantize int8"),
         ({"what": "tars", "store": "s", "samples_per_tar": 0}, "samples_per_tar is 0"),
+        ({"what": "onnx", "model": "m", "num_samples": 10**6}, "at most 20000"),
         ({"what": "tars", "store": "s", "engine_workers": 0}, "engine_workers=0"),
     ],
 )
@@ -195,14 +196,25 @@ def checkpoint(tiny_clip_folder: str, tmp_path_factory: pytest.TempPathFactory) 
     return str(folder)
 
 
-def test_an_open_clip_folder_loads_in_open_clip_itself(checkpoint: str, tmp_path: Path) -> None:
+def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The names that the card's example defines, run beside the model."""
+    (example,) = re.findall(r"```python\n(.*?)```", (folder / "model/README.md").read_text(), flags=re.DOTALL)
+    monkeypatch.chdir(folder)
+    names: dict[str, Any] = {}
+    exec(example, names)
+    return names
+
+
+def test_an_open_clip_folder_loads_in_open_clip_itself(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     result = main(Config(what="open_clip", model=checkpoint, name="small", out=str(tmp_path / "out")))
     clip = load_clip(checkpoint)
     assert (result["name"], result["digest"]) == ("small", clip.digest)
-    model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}/out/model")
-    pixels = preprocess(picture(1))[None]
+    example = run_example(tmp_path / "out", monkeypatch)
+    pixels = example["preprocess"](picture(1))[None]
     with torch.no_grad():
-        found = model.eval().encode_image(pixels, normalize=True)
+        found = example["model"].eval().encode_image(pixels, normalize=True)
         torch.testing.assert_close(found, clip.encode_image(pixels))
     card = (tmp_path / "out/model/README.md").read_text()
     assert "| pairs trained on | 9 |" in card
@@ -211,12 +223,13 @@ def test_an_open_clip_folder_loads_in_open_clip_itself(checkpoint: str, tmp_path
         assert load_clip(str(tmp_path / folder)).digest == clip.digest
 
 
-def test_a_hugging_face_folder_is_complete(checkpoint: str, tmp_path: Path) -> None:
+def test_a_hugging_face_folder_is_complete(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     result = main(Config(what="huggingface", model=checkpoint, out=str(tmp_path / "out")))
     assert max(result["difference"].values()) < 1e-5
     names = {path.name for path in (tmp_path / "out/model").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "README.md"}
+    assert run_example(tmp_path / "out", monkeypatch)["model"].config.projection_dim == 16
 
 
 def test_a_tower_that_transformers_lacks_is_refused(tmp_path: Path) -> None:
@@ -228,7 +241,7 @@ def test_a_tower_that_transformers_lacks_is_refused(tmp_path: Path) -> None:
         main(Config(what="huggingface", model=str(tmp_path / "cnn"), out=str(tmp_path / "out")))
 
 
-def test_onnx_with_int8_reports_its_loss(checkpoint: str, tmp_path: Path) -> None:
+def test_onnx_with_int8_reports_its_loss(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     members = [
         (f"{row}.{kind}", content)
@@ -244,6 +257,10 @@ def test_onnx_with_int8_reports_its_loss(checkpoint: str, tmp_path: Path) -> Non
     assert 0.98 < result["int8"]["cosine"]["text"]["mean"] < 1
     assert set(result["int8"]["same_nearest"]) == {"image_to_text", "text_to_image"}
     assert "| int8, cosine, text, mean |" in (tmp_path / "out/model/README.md").read_text()
+    clip = load_clip(checkpoint)
+    with torch.no_grad():
+        text = clip.encode_text(clip.tokenizer(["a photo of a cat"])).numpy()
+    np.testing.assert_allclose(run_example(tmp_path / "out", monkeypatch)["text"], text, atol=1e-4)
 
 
 def test_times_are_not_part_of_a_result(made: Made, tmp_path: Path) -> None:

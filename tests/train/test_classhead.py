@@ -8,7 +8,6 @@ from torch import Tensor
 
 from distilclip.errors import InputError
 from distilclip.train.classhead import ClassHead, head_memory
-from distilclip.train.rowadamw import RowState, update_rows_
 from distilclip.train.sharding import class_range
 
 K, DIM, RATE = 10, 4, 1e-2
@@ -36,46 +35,6 @@ def train(trained: ClassHead, steps: range) -> None:
         taken = trained.of_step(classes[:1], classes)
         taken.centers.grad = gradients()[step][inside]
         trained.update(taken, share=0.5)
-
-
-@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
-def test_a_row_moves_as_torch_adamw_moves_it_over_its_own_gradients(weight_decay: float) -> None:
-    values, state = start(), RowState.zeros(K, DIM)
-    alone = [torch.nn.Parameter(row.clone()) for row in values]
-    settings = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": weight_decay}
-    optimizers = [torch.optim.AdamW([row], lr=RATE, **settings) for row in alone]
-    for rows, gradient in zip(VISITS, gradients(), strict=True):
-        update_rows_(values, gradient, state, rows=torch.tensor(rows), learning_rate=RATE, weight_decay=weight_decay)
-        for row, own in zip(rows, gradient, strict=True):
-            alone[row].grad = own
-            optimizers[row].step()
-    torch.testing.assert_close(values, torch.stack([row.detach() for row in alone]), rtol=1e-6, atol=1e-7)
-    assert state.step.tolist() == [sum(row in rows for rows in VISITS) for row in range(K)]
-
-
-def test_all_rows_every_time_is_torch_adamw() -> None:
-    values, state, expected = start(), RowState.zeros(K, DIM), torch.nn.Parameter(start())
-    optimizer = torch.optim.AdamW([expected], lr=RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
-    for seed in range(20):
-        expected.grad = torch.randn(K, DIM, generator=torch.Generator().manual_seed(seed))
-        update_rows_(values, expected.grad, state, rows=None, learning_rate=RATE)
-        optimizer.step()
-    torch.testing.assert_close(values, expected.detach(), rtol=1e-6, atol=1e-7)
-
-
-def test_a_step_changes_the_state_of_its_rows_alone_in_any_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    results = []
-    for entries in (1 << 17, DIM):  # the second: one row in a block
-        monkeypatch.setattr("distilclip.train.rowadamw._BLOCK_ENTRIES", {"cpu": entries})
-        values, state = start(), RowState.zeros(K, DIM)
-        update_rows_(values, gradients()[0], state, rows=torch.tensor(VISITS[0]), learning_rate=RATE)
-        touched = torch.zeros(K, dtype=torch.bool).index_fill_(0, torch.tensor(VISITS[0]), True)
-        assert torch.equal((values != start()).any(1), touched)
-        for moment in (state.exp_avg, state.exp_avg_sq):
-            assert torch.equal(moment.any(1), touched)
-        assert torch.equal(state.step, touched.long())
-        results.append(values)
-    assert torch.equal(*results)
 
 
 def test_classes_of_a_step_are_this_ranks_and_labels_count_among_all() -> None:

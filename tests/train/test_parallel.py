@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from distilclip import distributed
-from distilclip.train.checkpoint import whole
 from distilclip.train.objective import TERMS, Objective
-from distilclip.train.parallel import Execution, clip_gradients_
+from distilclip.train.parallel import Execution, clip_gradients_, whole
 from distilclip.train.step import Student, compute_gradients
 from tests.ranks import run_ranks
 from tests.train.made import make_inputs, make_student
@@ -70,6 +74,8 @@ def summed(value: Tensor) -> float:
 def on_a_rank(architecture: str, strategy: str, micro_batches: tuple[int, ...]) -> dict[tuple[str, int], Outcome]:
     with distributed.job("cpu"):
         student = make_student(architecture, execution=Execution(strategy=strategy))
+        shards = [p for p in student.parameters() if isinstance(p, DTensor)]
+        assert len(shards) > 20 if strategy == "fsdp" else not shards
         return {
             (name, micro_batch): one_step(student, objective, micro_batch=micro_batch)
             for name, objective in OBJECTIVES.items()
@@ -106,3 +112,51 @@ def test_several_processes_give_the_loss_and_gradients_of_one(strategy: str, wor
         assert_equal(found, expected)
         assert micro_batch in (local, local // 2)
     assert len(outcomes) == len(OBJECTIVES) + 1
+
+
+@pytest.mark.parametrize("activations", ["keep", "recompute"])
+def test_recomputed_activations_give_the_same_gradients(activations: str, tiny_clip_json: str) -> None:
+    expected = one_step(make_student(tiny_clip_json), EVERYTHING, micro_batch=N)
+    student = make_student(tiny_clip_json, execution=Execution(activations=activations))
+    assert_equal(one_step(student, EVERYTHING, micro_batch=6), expected)
+
+
+def test_bfloat16_towers_stay_near_the_float32_loss(tiny_clip_json: str) -> None:
+    expected = one_step(make_student(tiny_clip_json), EVERYTHING, micro_batch=N)
+    found = one_step(make_student(tiny_clip_json, precision=torch.bfloat16), EVERYTHING, micro_batch=N)
+    assert found.loss != expected.loss
+    assert found.loss == pytest.approx(expected.loss, rel=0.02)
+
+
+def assert_compiled_equals_eager(architecture: str) -> None:
+    expected = one_step(make_student(architecture), EVERYTHING, micro_batch=N)
+    student = make_student(architecture, execution=Execution(compile="default"))
+    assert_equal(one_step(student, EVERYTHING, micro_batch=N), expected)
+
+
+@pytest.mark.slow
+def test_compiled_towers_give_the_same_gradients(tiny_clip_json: str) -> None:
+    # In a process of its own: torch.compile cannot trace the type checks that pytest adds to every function.
+    code = "import sys; from tests.train import test_parallel as t; t.assert_compiled_equals_eager(sys.argv[1])"
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", code, tiny_clip_json], check=True, env={**os.environ, "PYTHONPATH": path})
+
+
+def cnn_on_a_rank(architecture: str) -> str:
+    with distributed.job("cpu"), pytest.raises(InputError) as refusal:
+        make_student(architecture)
+    return str(refusal.value)
+
+
+def test_batch_norm_on_several_cpu_processes_is_refused(tiny_clip_json: str) -> None:
+    vision = {"timm_model_name": "cnn_w8", "timm_pool": "max", "timm_proj": "linear", "image_size": 32}
+    architecture = json.dumps(json.loads(tiny_clip_json) | {"vision_cfg": vision})
+    for message in run_ranks(2, cnn_on_a_rank, architecture):
+        assert "normalises over the batch" in message
+
+
+def test_a_model_without_checkpointing_is_named(tiny_clip_json: str) -> None:
+    vision = {"timm_model_name": "cnn_w8", "timm_pool": "max", "timm_proj": "linear", "image_size": 32}
+    architecture = json.dumps(json.loads(tiny_clip_json) | {"vision_cfg": vision})
+    with pytest.raises(InputError, match="--activations keep"):
+        make_student(architecture, execution=Execution(activations="recompute"))

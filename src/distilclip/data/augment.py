@@ -23,14 +23,12 @@ class Crop:
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation:
-    """How views are drawn. `min_crop` is the least share of the area that one shows, `flip` the share of mirrored ones.
-
-    Raises:
-        InputError: a share outside 0..1, or a crop of nothing.
-    """
+    """How views are drawn."""
 
     min_crop: float = 0.9
+    """smallest share of a picture's area that a crop shows"""
     flip: float = 0.0
+    """share of the crops that are mirrored; captions that tell left from right will not fit"""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_crop <= 1:
@@ -50,3 +48,18 @@ class Augmentation:
         h = min(1.0, math.sqrt(pixels / ratio) / height)
         left, top = x * (1 - w), y * (1 - h)
         return Crop(left, top, left + w, top + h, bool(mirrored < self.flip))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Crops(Augmentation):
+    """What training shows of a picture: crops of its own, or views that a store has embedded."""
+
+    views: int = 0
+    """show so many of the store's own views in turn, each with its embedding, instead of crops drawn here"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.views < 0:
+            raise InputError(f"views is {self.views}; it must be 0 or more.")
+        if self.views and (self.min_crop, self.flip) != (Crops.min_crop, Crops.flip):
+            raise InputError("The store's views have crops of their own: leave out --min-crop and --flip.")

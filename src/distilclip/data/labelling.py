@@ -17,6 +17,7 @@ from distilclip.devices import resolve_device
 from distilclip.errors import InputError
 from distilclip.ops.assignment import Assignment
 from distilclip.ops.points import Points
+from distilclip.ops.sketches import choose_contraction
 
 
 def kept_and_removed(
@@ -50,25 +51,29 @@ class Labelling:
     device: str
 
     def prepare(self) -> Callable[[int], None]:
-        """In a worker: read the centers."""
-        centers = np.array(read_centers(self.folder))  # a copy: the file is mapped read-only
-        return partial(self._compute, Store.open(self.store), Assignment(centers, device=resolve_device(self.device)))
+        """In a worker: read the centers and sketch them, as suits the first rows that are kept."""
+        store, centers = Store.open(self.store), np.array(read_centers(self.folder))  # a copy: the map is read-only
+        points, kept, _ = next(
+            found for shard in range(store.num_shards) if len((found := self._rows(store, shard))[1])
+        )
+        contraction = choose_contraction(points, kept, centers)
+        return partial(self._compute, store, Assignment(centers, contraction, device=resolve_device(self.device)))
 
     def _compute(self, store: Store, assignment: Assignment, shard: int) -> None:
         """Write the labels of a shard, unless that is done already."""
         if files.exists(self._removed_path(shard)) and files.exists(labels_path(self.folder, shard)):
             return
+        points, kept, removed = self._rows(store, shard)
+        labels, distance = assignment.assign(points, np.concatenate([kept, removed]))
+        write_tensors(self._removed_path(shard), {"labels": labels[len(kept) :]}, {})
+        found = Labels(kept.astype(np.uint32), labels[: len(kept)].astype(np.uint32), distance[: len(kept)])
+        write_labels(self.folder, shard, found)
+
+    def _rows(self, store: Store, shard: int) -> tuple[Points, Int[np.ndarray, " kept"], Int[np.ndarray, " removed"]]:
         kept, removed = kept_and_removed(store, self.groups, shard)
         valid = np.zeros(store.shards[shard].num_rows, bool)
         valid[kept] = valid[removed] = True
-        points = Points.of(store.image(shard), metric="cosine", valid=valid)
-        nearest = assignment.unknown(len(removed))
-        assignment.update(nearest, points, removed)
-        write_tensors(self._removed_path(shard), {"labels": nearest.labels}, {})
-        nearest = assignment.unknown(len(kept))
-        distance = assignment.update(nearest, points, kept)
-        labels = Labels(kept.astype(np.uint32), nearest.labels.astype(np.uint32), distance)
-        write_labels(self.folder, shard, labels)
+        return Points.of(store.image(shard), metric="cosine", valid=valid), kept, removed
 
     def labels(self, shard: int) -> tuple[Labels, Int32[np.ndarray, " removed"]]:
         """The labels of a finished shard, and those of its removed rows."""

@@ -2,8 +2,8 @@
 
 A round assigns every row to the centers of the round and sums the rows of each cluster, in whole numbers: the sums of
 all parts add up to the same bits however the shards are divided. A part writes the sums of the clusters that its rows
-are in, at most eight bytes a coordinate for each of its rows, and for each shard what the next round can use: labels
-and bounds. Files of a round that was cut short are used where they are whole; nothing but time depends on them.
+are in, at most eight bytes a coordinate for each of its rows, and for each shard what spares later rounds work: the
+rows' sketches and their labels, which are guesses there. Nothing but time depends on the files of a shard.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import torch
 from jaxtyping import Float32, Int, Int64
 
 from distilclip.data import files
@@ -21,11 +22,11 @@ from distilclip.data.images import Images
 from distilclip.data.store import Store, stem
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.devices import resolve_device
-from distilclip.ops.assignment import Assignment
-from distilclip.ops.centergroups import CenterGroups
+from distilclip.ops.assignment import Assignment, Known
 from distilclip.ops.centersums import CenterSums
-from distilclip.ops.nearest import Nearest
+from distilclip.ops.contraction import Contraction
 from distilclip.ops.points import Points
+from distilclip.ops.sketches import Sketches, fastest_code
 
 
 @dataclass(frozen=True)
@@ -67,14 +68,19 @@ class Rounds:
         """The rows of the store that centers are fitted to."""
         return read_tensors(self._path("rows"))["rows"]
 
+    def write_contraction(self, contraction: Contraction) -> None:
+        """Say how rows and centers are sketched."""
+        found = {"mean": contraction.mean.numpy()}
+        if contraction.directions is not None:
+            found["directions"] = contraction.directions.numpy()
+        write_tensors(self._path("contraction"), found, {})
+
     def begin(self, number: int, centers: Float32[np.ndarray, "k dim"], objectives: Sequence[float]) -> None:
         """Write the centers of a round, and the objectives of the rounds before."""
-        if number == 0:
-            groups = CenterGroups.of(centers)
-            write_tensors(self._path("groups"), {"order": groups.order}, {"num_groups": str(groups.num_groups)})
         described = {"objectives": json.dumps(list(objectives))}
         write_tensors(self._path("centers", number), {"centers": centers}, described)
-        files.remove_folder(files.join(self.folder, f"{number - 2:04d}"))  # bounds look back one round, not two
+        if number:
+            files.remove_folder(files.join(self.folder, f"{number - 1:04d}"))
 
     def current(self, most: int) -> int | None:
         """The last round, of at most so many, that was begun; None before the first."""
@@ -100,16 +106,10 @@ class Rounds:
 
     def prepare(self, number: int) -> Callable[[Part], None]:
         """In a worker: read what all parts of a round share."""
-        groups = CenterGroups(
-            order=np.array(read_tensors(self._path("groups"))["order"]),
-            num_groups=int(read_metadata(self._path("groups"))["num_groups"]),
-        )
-        assignment = Assignment(
-            np.array(self.centers(number)),
-            groups=groups,
-            before=np.array(self.centers(number - 1)) if number else None,
-            device=resolve_device(self.device),
-        )
+        found = {name: torch.from_numpy(np.array(t)) for name, t in read_tensors(self._path("contraction")).items()}
+        contraction = Contraction(mean=found["mean"], directions=found.get("directions"))
+        centers = np.array(self.centers(number))  # a copy: the file is mapped read-only
+        assignment = Assignment(centers, contraction, device=resolve_device(self.device))
         return partial(self._compute, number, Images(Store.open(self.store)), self.rows(), assignment)
 
     def _compute(self, number: int, images: Images, rows: np.ndarray, assignment: Assignment, part: Part) -> None:
@@ -123,29 +123,34 @@ class Rounds:
             here = rows[np.searchsorted(rows, start) : np.searchsorted(rows, stop)] - start
             if len(here):
                 points = Points.of(images.read(start, stop), metric="cosine", valid=images.valid(start, stop))
-                labels = self._labels(number, shard, points, here, assignment)
+                labels = self._labels(shard, points, here, assignment)
                 sums.move(points, here, np.full(len(here), -1, np.int32), labels)
         cluster = np.flatnonzero(sums.count)
         write_tensors(path, {"cluster": cluster, "total": sums.total[cluster], "count": sums.count[cluster]}, {})
 
     def _labels(
-        self, number: int, shard: int, points: Points, rows: Int[np.ndarray, " n"], assignment: Assignment
+        self, shard: int, points: Points, rows: Int[np.ndarray, " n"], assignment: Assignment
     ) -> Int[np.ndarray, " n"]:
-        """The labels of a shard's rows in this round, by what is known of them from this or the round before."""
-        path = self._path(f"known-{stem(shard)}")
-        known, known_in = assignment.unknown(len(rows)), None
+        """The labels of a shard's rows; those of the round before are the guesses."""
+        path = self._path(f"labels-{stem(shard)}")
+        known = self._known(shard, points, rows, assignment)
         if files.exists(path):
-            known_in = int(read_metadata(path)["round"])
-        if known_in in (number, number - 1):
-            found = {name: np.array(tensor) for name, tensor in read_tensors(path).items()}
-            # Bounds are for the CPU alone: another device leaves none, and would not keep those it is given true.
-            bounds = None if known.bounds is None else found.get("bounds", known.bounds)
-            known = Nearest(labels=found["labels"], bounds=bounds)
-        if known_in != number:
-            assignment.update(known, points, rows)
-            found = {name: tensor for name, tensor in vars(known).items() if tensor is not None}
-            write_tensors(path, found, {"round": str(number)})
+            known.labels[:] = read_tensors(path)["labels"]
+        assignment.update(known, points, rows)
+        write_tensors(path, {"labels": known.labels}, {})
         return known.labels
+
+    def _known(self, shard: int, points: Points, rows: Int[np.ndarray, " n"], assignment: Assignment) -> Known:
+        """A shard's rows without labels, with the sketches of the first round."""
+        path = self._path(f"sketches-{stem(shard)}")
+        if files.exists(path):
+            found = Sketches(**{name: np.array(tensor) for name, tensor in read_tensors(path).items()})
+            if found.code.dtype == fastest_code():  # else made on another kind of machine
+                return Known.unlabelled(len(rows), found)
+        known = assignment.begin(points, rows)
+        if known.sketches is not None:
+            write_tensors(path, vars(known.sketches), {})
+        return known
 
     def _path(self, name: str, number: int | None = None) -> str:
         folder = self.folder if number is None else files.join(self.folder, f"{number:04d}")

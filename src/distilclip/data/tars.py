@@ -67,7 +67,7 @@ class TarShard:
                     if not spans or spans[-1].ends_before(member):
                         spans.append(_Span(member))
                     spans[-1].add(member)
-            except _CutError as error:
+            except CutError as error:
                 if error.start == 0 and not spans:
                     raise InputError(f"{self.uri} is no tar file ({error}). {_remedy(reader.read(0, 4))}") from error
                 if not spans or spans[-1].error != _CUT:
@@ -95,7 +95,7 @@ class TarShard:
         data = self._reader.read(offset, size)
         try:
             members = [m for m in walk(lambda start, length: data[start : start + length], len(data)) if m.key]
-        except _CutError:
+        except CutError:
             members = []
         if not members:
             raise InputError(
@@ -125,7 +125,7 @@ class Member:
         return self.data + _padded(self.size)
 
 
-class _CutError(Exception):
+class CutError(Exception):
     """The tar cannot be followed any further; `start` is the header at which that shows."""
 
     def __init__(self, message: str, start: int) -> None:
@@ -136,7 +136,7 @@ class _CutError(Exception):
 def walk(read: ReadAt, size: int) -> Iterator[Member]:
     """The regular files of a tar of `size` bytes, in order, reading only headers.
 
-    Understands ustar, GNU long names and sizes, and pax. Raises `_CutError` at a defect, after yielding the member
+    Understands ustar, GNU long names and sizes, and pax. Raises `CutError` at a defect, after yielding the member
     whose payload is cut.
     """
     start = offset = 0
@@ -149,7 +149,7 @@ def walk(read: ReadAt, size: int) -> Iterator[Member]:
         if kind in (_LONG_NAME, _PAX):
             content = read(data, length)
             if len(content) < length:
-                raise _CutError(_CUT, start)
+                raise CutError(_CUT, start)
             if kind == _LONG_NAME:
                 long_name = content.rstrip(b"\0")
             else:
@@ -160,7 +160,7 @@ def walk(read: ReadAt, size: int) -> Iterator[Member]:
                 name = pax.get(b"path") or long_name or _ustar_name(header)
                 yield _member(name, start, data, length, error=_CUT if data + length > size else "")
             if data + length > size:
-                raise _CutError(_CUT, start)
+                raise CutError(_CUT, start)
             long_name, pax = b"", {}
         offset = data + _padded(length)
         if not long_name and not pax:
@@ -181,18 +181,18 @@ def _padded(length: int) -> int:
 def _header_length(header: bytes, offset: int) -> int:
     """The size field of a header whose checksum holds (POSIX.1-1988; base 256 as in GNU tar)."""
     if len(header) < BLOCK:
-        raise _CutError(_CUT, offset)
+        raise CutError(_CUT, offset)
     try:
         checksum = int(header[148:156].strip(b"\0 "), 8)
         field_ = header[124:136]
         length = int.from_bytes(field_[1:], "big") if field_[0] == 0x80 else int(field_.strip(b"\0 ") or b"0", 8)
     except ValueError as error:
-        raise _CutError(f"tar damaged: no header at byte {offset}", offset) from error
+        raise CutError(f"tar damaged: no header at byte {offset}", offset) from error
     # The sum of all bytes, its own eight counted as spaces. The low half of Adler-32 is 1 + that sum modulo 65521, at a
     # tenth of the cost of `sum`.
     total = zlib.adler32(header[:148] + b" " * 8 + header[156:]) & 0xFFFF
     if (checksum + 1) % 65521 != total:
-        raise _CutError(f"tar damaged: wrong checksum at byte {offset}", offset)
+        raise CutError(f"tar damaged: wrong checksum at byte {offset}", offset)
     return length
 
 
@@ -203,7 +203,7 @@ def _pax_records(content: bytes, start: int) -> dict[bytes, bytes]:
     while position < len(content):
         digits, space, _ = content[position : position + 20].partition(b" ")
         if not space or not digits.isdigit() or int(digits) <= len(digits) + 2:
-            raise _CutError(f"tar damaged: bad pax record at byte {start}", start)
+            raise CutError(f"tar damaged: bad pax record at byte {start}", start)
         key, _, value = content[position + len(digits) + 1 : position + int(digits) - 1].partition(b"=")
         records[key] = value
         position += int(digits)
@@ -215,7 +215,7 @@ def _pax_length(pax: dict[bytes, bytes], length: int, start: int) -> int:
     if text is None:
         return length
     if not text.isdigit():
-        raise _CutError(f"tar damaged: bad pax size at byte {start}", start)
+        raise CutError(f"tar damaged: bad pax size at byte {start}", start)
     return int(text)
 
 

@@ -17,7 +17,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype("<f2"),
     "F32": np.dtype("<f4"),
     "F64": np.dtype("<f8"),
-    "I16": np.dtype("<i2"),
+    "I8": np.dtype("<i1"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
 }

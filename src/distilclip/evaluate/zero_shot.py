@@ -78,9 +78,12 @@ def classify(
     """Rank all classes for each image, tile by tile. Equal scores rank by class number."""
     predictions, ranks = [], []
     for rows in row_tiles(len(image), len(classifier.weight)):
-        logits = classifier.logits(image[rows])
-        predictions.append(logits.argmax(dim=1))
-        ranks.append(target_rank(logits, labels[rows]))
+        logits, predicted = classifier.logits(image[rows]), labels[rows].clone()
+        rank = target_rank(logits, predicted)
+        wrong = rank.nonzero()[:, 0]
+        predicted[wrong] = logits[wrong].argmax(dim=1)
+        predictions.append(predicted)
+        ranks.append(rank)
     return ZeroShot(
         predictions=torch.cat(predictions), rank=torch.cat(ranks), labels=labels, num_unreadable=num_unreadable
     )

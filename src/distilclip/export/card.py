@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from distilclip.export.records import Records, Stage
+from distilclip.models import towers
 
 Form = Literal["open_clip", "huggingface", "onnx"]
 FILL_IN = "**to be filled in**"
@@ -26,10 +27,18 @@ model = CLIPModel.from_pretrained("model")
 tokenizer = AutoTokenizer.from_pretrained("model")
 processor = CLIPImageProcessor.from_pretrained("model")""",
     "onnx": """\
-from distilclip.export.runtime import open_onnx  # needs onnxruntime, tokenizers, numpy and Pillow; no torch
+import numpy as np
+import onnxruntime
+from tokenizers import Tokenizer
 
-model = open_onnx("model")
-similarity = model.encode_images(pictures) @ model.encode_texts(["a photo of a cat"]).T""",
+tokenizer = Tokenizer.from_file("model/tokenizer.json")
+tokens = np.array([text.ids for text in tokenizer.encode_batch(["a photo of a cat"])])
+text = onnxruntime.InferenceSession("model/text.onnx").run(None, {{"tokens": tokens}})[0]
+
+# Pictures as clip.json says under `preprocessing`; distilclip.export.runtime.preprocess does it with Pillow alone.
+pixels = np.zeros((1, 3, {height}, {width}), np.float32)
+image = onnxruntime.InferenceSession("model/image.onnx").run(None, {{"pixels": pixels}})[0]
+similarity = image @ text.T""",
 }
 
 
@@ -63,7 +72,7 @@ def model_card(
         "Recipe": _recipe(records.train),
         "Evaluation": _evaluation(records.scores),
         "This export": _exported(exported),
-        "Use": f"```python\n{_USE[form].format(towers=_towers(model_cfg))}\n```",
+        "Use": _use(form, model_cfg, preprocess_cfg),
         "Licence": _licence(),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items() if text)
@@ -182,9 +191,14 @@ def _licence() -> str:
     )
 
 
-def _towers(model_cfg: dict[str, Any] | None) -> str:
+def _use(form: Form, model_cfg: dict[str, Any] | None, preprocess_cfg: dict[str, Any]) -> str:
     tower = ((model_cfg or {}).get("vision_cfg") or {}).get("timm_model_name") or ""
-    return "import distilclip.models.towers  # the image tower is one of distilclip's\n" if "cnn_w" in tower else ""
+    own = (
+        "import distilclip.models.towers  # the image tower is one of distilclip's\n" if hasattr(towers, tower) else ""
+    )
+    size = preprocess_cfg["size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    return f"```python\n{_USE[form].format(towers=own, height=height, width=width)}\n```"
 
 
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

@@ -87,6 +87,7 @@ def _write(clip: Clip, folder: str) -> None:
         "dim": clip.dim,
         "context_length": clip.context_length,
         "scale": float(clip.scale.detach()),
+        "bias": None if clip.bias is None else float(clip.bias.detach()),
         "preprocessing": clip.preprocess_cfg,
         "opset": OPSET,
     }

@@ -99,7 +99,11 @@ def huggingface_config(clip: Clip) -> CLIPConfig:
 def inexpressible(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> list[str]:
     """What of an open_clip config transformers' CLIP has no word for."""
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
-    reasons = [f"model_cfg.{name}={model_cfg[name]!r}" for name in sorted(set(model_cfg) - _MODEL)]
+    reasons = [
+        f"model_cfg.{name}={model_cfg[name]!r}"
+        for name in sorted(set(model_cfg) - _MODEL)
+        if model_cfg[name] is not None
+    ]
     if vision_cfg.get("timm_model_name"):
         reasons.append(f"its image tower is timm's {vision_cfg['timm_model_name']!r}, no CLIP vision transformer")
     elif isinstance(vision_cfg.get("layers"), list | tuple):
@@ -131,7 +135,7 @@ def huggingface_state(clip: Clip) -> dict[str, Tensor]:
     """The weights under transformers' names. Projections are stored the other way round, q, k and v apart."""
     visual, text = clip.model.visual, getattr(clip.model, "text", clip.model)
     state = {
-        "logit_scale": clip.model.logit_scale,
+        "logit_scale": clip.model.logit_scale.reshape(()),
         "visual_projection.weight": visual.proj.T,
         "text_projection.weight": text.text_projection.T,
         "vision_model.embeddings.class_embedding": visual.class_embedding,

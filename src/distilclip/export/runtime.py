@@ -34,11 +34,15 @@ def encoder_file(tower: Tower, precision: Precision) -> str:
 
 @dataclass(frozen=True)
 class OnnxClip:
-    """Image and text encoder with their preprocessing and tokenizer. `scale` is the factor of the similarities."""
+    """Image and text encoder with their preprocessing and tokenizer.
+
+    `scale` is the factor of the similarities; `bias` is added to them by models of the sigmoid loss, None for others.
+    """
 
     name: str
     dim: int
     scale: float
+    bias: float | None
     preprocessing: dict[str, Any]
     tokenizer: Tokenizer
     image: onnxruntime.InferenceSession
@@ -79,6 +83,7 @@ def open_onnx(folder: str, *, precision: Precision = "fp32", num_threads: int = 
         name=record["name"],
         dim=record["dim"],
         scale=record["scale"],
+        bias=record["bias"],
         preprocessing=record["preprocessing"],
         tokenizer=Tokenizer.from_str(files.read_bytes(files.join(folder, TOKENIZER)).decode()),
         image=session("image"),

@@ -23,7 +23,7 @@ from distilclip.data.pairs import assert_key
 from distilclip.data.reader import Reader
 from distilclip.data.samples import IMAGE_EXTENSIONS
 from distilclip.data.store import sample_id
-from distilclip.data.tars import BLOCK, Member, walk
+from distilclip.data.tars import BLOCK, CutError, Member, walk
 from distilclip.errors import InputError
 from distilclip.export.selection import Selected, Selection
 
@@ -153,7 +153,10 @@ def _samples(pieces: list[tuple[int, Selected]]) -> Iterator[_Sample]:
 
 def _check(span: bytes, key: str, image_sha256: bytes, *, uri: str, row: int) -> None:
     """Raise `InputError` where a span does not hold the sample that was embedded, to the last bit of its picture."""
-    members = [m for m in walk(lambda start, length: span[start : start + length], len(span)) if m.key]
+    try:
+        members = [m for m in walk(lambda start, length: span[start : start + length], len(span)) if m.key]
+    except CutError:
+        members = []
     assert_key(members[0].key if members else "", key, uri=uri, row=row)
     image = next((m for m in members if m.extension in IMAGE_EXTENSIONS), None)
     if image is None or hashlib.sha256(_content(span, image)).digest() != image_sha256:

@@ -11,9 +11,10 @@ from jaxtyping import UInt32, UInt64
 
 from distilclip.data.pairs import assert_key
 from distilclip.data.reader import Reader
-from distilclip.data.samples import clean_caption, decode_meta, decode_text
+from distilclip.data.samples import BadSample, clean_caption, decode_meta, decode_text
 from distilclip.data.shards import open_shard
-from distilclip.data.tars import walk
+from distilclip.data.tars import CutError, walk
+from distilclip.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -30,8 +31,7 @@ def read_texts(
     """The texts of n samples of a shard, in order. Of a tar only headers and text members are read.
 
     Raises:
-        InputError: a sample has another key than the given one.
-        BadSample: a member that was readable when the shard was embedded is so no longer.
+        InputError: a sample is not the one that was embedded: another key, or members that cannot be read.
     """
     places = zip(key, offset.tolist(), size.tolist(), strict=True)
     if not uri.lower().endswith(".tar"):
@@ -44,7 +44,13 @@ def read_texts(
         return
     with Reader(uri, sequential=True) as reader:
         for name, start, length in places:
-            yield _read_text(reader, name, start, length)
+            try:
+                yield _read_text(reader, name, start, length)
+            except (BadSample, CutError) as error:
+                raise InputError(
+                    f"{uri}: {name} could be read when it was embedded, and now cannot ({error}). "
+                    "Embed the data again, or give the files that were embedded."
+                ) from error
 
 
 def _read_text(reader: Reader, key: str, offset: int, size: int) -> Text:

@@ -44,7 +44,10 @@ def model_config(architecture: str) -> dict[str, Any]:
 
     A name (`architectures()`), a JSON file with an open_clip model config, or that JSON itself. In JSON, `"base": NAME`
     begins with the config of that name, in which the other values replace its own:
-    `{"base": "ViT-B-32", "vision_cfg": {"layers": 6}}`. Raises `InputError`, with near names, where none is found, and where the JSON is incomplete.
+    `{"base": "ViT-B-32", "vision_cfg": {"layers": 6}}`.
+
+    Raises:
+        InputError: none is found (with near names), or the JSON is incomplete.
     """
     text = architecture.strip()
     if text.endswith(".json"):

@@ -94,6 +94,12 @@ class Clip:
         """exp(log-scale), the factor of the cosine similarities (SPEC's a and b); training holds a at 100 or less."""
         return self.model.logit_scale.reshape(()).float().exp()
 
+    @property
+    def bias(self) -> Float[Tensor, ""] | None:
+        """What a model of the sigmoid loss adds to its scaled similarities; None for one of the softmax loss."""
+        bias = getattr(self.model, "logit_bias", None)
+        return None if bias is None else bias.reshape(()).float()
+
     def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
         """Unit image embeddings, float32."""
         return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
@@ -157,6 +163,12 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
     load_weights(clip, weights)
     clip.model.eval()
     return clip
+
+
+def load_named(spec: str, *, device: str | torch.device = "cpu") -> Clip:
+    """A trained model by one string: a folder, `hf-hub:ORG/NAME`, or ARCHITECTURE=WEIGHTS."""
+    architecture, _, weights = spec.partition("=")
+    return load_clip(architecture, weights=weights or None, device=device)
 
 
 def load_weights(clip: Clip, path: str) -> None:

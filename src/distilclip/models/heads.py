@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,8 @@ class Heads(nn.Module):
     `image_projection` and `text_projection` are SPEC's P_v and P_c (identity where the widths agree, unless
     `always_project`); `fuse_image` and `fuse_text` are F_v and F_c of the augmented term; the log-scales start at
     log(1 / 0.07). The class centers W are not among them: they may be sharded (train.classhead).
+
+    `others` are the heads for further teachers, `weights` the teachers' shares of every term (models.teacher).
     """
 
     def __init__(
@@ -29,8 +32,12 @@ class Heads(nn.Module):
         *,
         always_project: bool = False,
         augmented: bool = False,
+        other_dims: Sequence[int] = (),
+        weights: Sequence[float] = (1.0,),
     ) -> None:
         super().__init__()
+        assert len(weights) == 1 + len(other_dims), "one weight for each teacher"
+        self.weights = tuple(weight / sum(weights) for weight in weights)
         project = always_project or student_dim != teacher_dim
         self.image_projection = nn.Linear(student_dim, teacher_dim, bias=False) if project else nn.Identity()
         self.text_projection = nn.Linear(student_dim, teacher_dim, bias=False) if project else nn.Identity()
@@ -39,6 +46,9 @@ class Heads(nn.Module):
         self.instance_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.interactive_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.augmented_log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
+        self.others = nn.ModuleList(
+            Heads(student_dim, dim, always_project=always_project, augmented=augmented) for dim in other_dims
+        )
 
     def project(self, student: Features) -> Features:
         """The student's embeddings in the teacher's space: u_v = normalise(P_v e_s), u_c = normalise(P_c c_s)."""
@@ -64,5 +74,10 @@ class Heads(nn.Module):
         return log_scale.exp()
 
     def log_scales(self) -> list[nn.Parameter]:
-        """The log-scales of all terms."""
-        return [self.instance_log_scale, self.interactive_log_scale, self.augmented_log_scale]
+        """The log-scales of all terms, for every teacher."""
+        terms = ("instance", "interactive", "augmented")
+        return [getattr(heads, f"{term}_log_scale") for heads in self.each() for term in terms]
+
+    def each(self) -> list[Heads]:
+        """These heads, and those of the other teachers."""
+        return [self, *self.others]

@@ -105,10 +105,10 @@ def _check_kind(student: Clip, teacher: Clip, tower: Tower, own: dict[str, Tenso
         )
     for name, parameter in own.items():
         value = theirs.get(name)
-        matrix = value is not None and parameter.ndim == value.ndim and not _is_positions(name)
-        if matrix and any(a > b for a, b in zip(parameter.shape, value.shape, strict=True)):
-            if "conv1" in name or "patch_embed" in name:  # a larger patch keeps its own weights
-                continue
+        if value is None or value.ndim != parameter.ndim or _is_positions(name):
+            continue
+        channels = slice(2 if value.ndim == 4 else None)  # kernels of another size keep the student's weights
+        if any(a > b for a, b in zip(parameter.shape[channels], value.shape[channels], strict=True)):
             raise InputError(
                 f"{name} of {student.name} is {tuple(parameter.shape)}, larger than {tuple(value.shape)} of "
                 f"{teacher.name}: nothing can be inherited by a wider one."
@@ -116,8 +116,8 @@ def _check_kind(student: Clip, teacher: Clip, tower: Tower, own: dict[str, Tenso
     heads = {_head_width(clip.model, tower) for clip in (student, teacher)}
     if len(heads) > 1:
         raise InputError(
-            f"The {tower} towers of {student.name} and {teacher.name} have heads of {sorted(heads)} channels: cut heads "
-            "would mix. Choose the student's number of heads so that they are as wide."
+            f"The {tower} towers of {student.name} and {teacher.name} have heads of {sorted(heads)} channels: cut "
+            "heads would mix. Choose the student's number of heads so that they are as wide."
         )
 
 

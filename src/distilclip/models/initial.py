@@ -6,11 +6,10 @@ import pickle
 from collections.abc import Sequence
 
 import timm
-import torch
 
 from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
-from distilclip.models.clip import Clip, load_clip, load_weights
+from distilclip.models.clip import Clip, load_named, load_weights
 from distilclip.models.inheritance import Tower, inherit
 
 KINDS = ("weights", "inherit", "inherit-image", "inherit-text", "timm")
@@ -41,12 +40,6 @@ def initialise(student: Clip, sources: Sequence[str]) -> list[str]:
         else:
             fresh -= _inherit(student, place, kind.partition("-")[2])
     return sorted(fresh)
-
-
-def load_named(spec: str, *, device: str | torch.device = "cpu") -> Clip:
-    """A trained model by one string: a folder, `hf-hub:ORG/NAME`, or ARCHITECTURE=WEIGHTS."""
-    architecture, _, weights = spec.partition("=")
-    return load_clip(architecture, weights=weights or None, device=device)
 
 
 def _load_weights(student: Clip, place: str) -> set[str]:

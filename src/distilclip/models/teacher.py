@@ -1,28 +1,49 @@
-"""Teachers: callables from a batch to `Features`. They are never trained and never checkpointed."""
+"""Teachers: callables from a batch to `Features`. They are never trained and never checkpointed.
+
+Of several teachers, each with a width and a scale of its own, the student learns the weighted mean of the losses:
+
+    L = sum_k w_k L(student, teacher k),     sum_k w_k = 1
+
+where each teacher has its own projections. For divergences from the teacher's similarities (CLIP-KD's relational term)
+the gradient of that is the one of the divergence from the averaged distribution, for sum_k w_k KL(q_k || p) =
+KL(sum_k w_k q_k || p) + a constant; for embeddings, which have no common space, an average would mean nothing. Source:
+Vasu et al. 2024 (MobileCLIP), section 4.1, which sums the divergences of an ensemble's members, each at its own scale.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from distilclip.data.store import Store
 from distilclip.data.stream import Batch
 from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.ops.features import Features
 
-Teacher = Callable[[Batch], Features]
+Teacher = Callable[[Batch], tuple[Features, ...]]
+"""The features of every teacher; the first is the one whose clusters and diagnostics are used."""
 
 
-def stored_teacher(scale: float, *, device: torch.device, place: int = 0) -> Teacher:
-    """The teacher whose embeddings the stream has joined from its store in this `place`, with that store's scale."""
-    factor = torch.tensor(scale, device=device)
+def stored_teachers(stores: Sequence[Store], *, device: torch.device) -> Teacher:
+    """The teachers whose embeddings the stream has joined from these stores, with the scales that the stores record."""
+    scales = [torch.tensor(float(store.teacher["scale"]), device=device) for store in stores]
+    biases = [
+        torch.tensor(float(store.teacher["bias"]), device=device) if "bias" in store.teacher else None
+        for store in stores
+    ]
 
-    def features(batch: Batch) -> Features:
-        return Features(
-            image=torch.nn.functional.normalize(batch.teacher_image[place].to(device).float(), dim=-1),
-            text=torch.nn.functional.normalize(batch.teacher_text[place].to(device).float(), dim=-1),
-            scale=factor,
+    def features(batch: Batch) -> tuple[Features, ...]:
+        return tuple(
+            Features(
+                image=F.normalize(image.to(device, non_blocking=True).float(), dim=-1),
+                text=F.normalize(text.to(device, non_blocking=True).float(), dim=-1),
+                scale=scale,
+                bias=bias,
+            )
+            for image, text, scale, bias in zip(batch.teacher_image, batch.teacher_text, scales, biases, strict=True)
         )
 
     return features
@@ -35,10 +56,11 @@ def live_teacher(clip: Clip) -> Teacher:
     """
 
     @torch.no_grad()
-    def features(batch: Batch) -> Features:
+    def features(batch: Batch) -> tuple[Features, ...]:
         assert batch.teacher_pixels is not None
         pixels: Tensor = normalise_pixels(batch.teacher_pixels.to(clip.device), clip.preprocess_cfg)
         tokens = clip.tokenizer(batch.captions).to(clip.device)
-        return Features(image=clip.encode_image(pixels), text=clip.encode_text(tokens), scale=clip.scale)
+        image, text = clip.encode_image(pixels), clip.encode_text(tokens)
+        return (Features(image=image, text=text, scale=clip.scale, bias=clip.bias),)
 
     return features

@@ -74,10 +74,10 @@ class ClipMobileNetV3(MobileNetV3):
     timm names the width before the last convolution there (576), and returns the one after it (1,024).
     """
 
-    def reset_classifier(self, num_classes: int, global_pool: str = "avg") -> None:
+    def reset_classifier(self, num_classes: int, global_pool: str | None = "avg") -> None:
         """timm's interface, called once by open_clip with `num_classes` 0."""
         super().reset_classifier(num_classes, global_pool)
-        self.num_features = self.head_hidden_size
+        self.num_features = self.head_hidden_size  # type: ignore[assignment]  # timm says None, and means an int
 
 
 @register_model

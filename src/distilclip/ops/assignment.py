@@ -6,6 +6,8 @@ products only say which centers can be it; so tiles, devices and number formats 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 
 from distilclip.ops.contraction import Contraction
 from distilclip.ops.nearest import SLACK, CenterSketches, update_labels
-from distilclip.ops.points import Points
+from distilclip.ops.points import ROUNDING, Points
 from distilclip.ops.sketches import Sketches, choose_contraction
 
 PART = 1 << 16  # rows whose sketches are held at a time where they are met once
@@ -27,10 +29,18 @@ DECIDED = 1 << 24  # elements of centers in float64 at a time
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """What is kept of the same rows between rounds: the labels, and on the CPU the sketches."""
+    """What is kept of the same rows between rounds: the labels, and on the CPU the sketches.
 
-    labels: Int[np.ndarray, " n"]  # int32; -1 before the first round
+    Labels are int32, -1 before the first round; those of a round are the guesses of the next.
+    """
+
+    labels: Int[np.ndarray, " n"]
     sketches: Sketches | None
+
+    @classmethod
+    def unlabelled(cls, count: int, sketches: Sketches | None) -> Known:
+        """Before the first round."""
+        return cls(labels=np.full(count, -1, np.int32), sketches=sketches)
 
 
 class Assignment:
@@ -46,22 +56,22 @@ class Assignment:
         """`contraction` is that of the rows' sketches; it decides about time on the CPU and nothing else."""
         self.centers = centers
         self._contraction = contraction
-        self._device = torch.device(device or "cpu")
-        self._ready: CenterSketches | _DeviceCenters
-        if self._device.type == "cpu":
+        device = torch.device(device or "cpu")
+        self._ready: CenterSketches | DeviceCenters
+        if device.type in ("cpu", "mps"):  # MPS has no float64 to decide with
             self._ready = CenterSketches.of(centers, contraction)
         else:
-            self._ready = _DeviceCenters(torch.from_numpy(centers).to(self._device))
+            self._ready = DeviceCenters(torch.from_numpy(centers).to(device))
 
     def begin(self, points: Points, rows: Int[np.ndarray, " n"]) -> Known:
         """What is known of rows before their first round."""
-        on_cpu = self._device.type == "cpu"
+        on_cpu = isinstance(self._ready, CenterSketches)
         sketches = Sketches.of(self._contraction, points, rows) if on_cpu else None
-        return Known(labels=np.full(len(rows), -1, np.int32), sketches=sketches)
+        return Known.unlabelled(len(rows), sketches)
 
     def update(self, known: Known, points: Points, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
         """Find the rows' labels, in place; the cosine distances to their centers."""
-        if isinstance(self._ready, _DeviceCenters):
+        if isinstance(self._ready, DeviceCenters):
             return self._ready.update(known.labels, points, rows)
         assert known.sketches is not None, "rows of the CPU have sketches"
         return update_labels(known.labels, known.sketches, points, rows, self._ready)
@@ -88,13 +98,13 @@ def assign(
 ) -> tuple[Int[np.ndarray, " n"], Float32[np.ndarray, " n"]]:
     """The unit center of largest inner product for every row, and the cosine distance to it; ties to the first.
 
-    `device` is where products are computed; default the CPU.
+    `device` is where products are computed: a CUDA device, or the CPU, which is the default and stands in for MPS.
     """
     rows = np.arange(len(points)) if rows is None else rows
     return Assignment(centers, choose_contraction(points, rows, centers), device=device).assign(points, rows)
 
 
-class _DeviceCenters:
+class DeviceCenters:
     """Centers in bfloat16 on a device, measured from their mean, with their offsets in further columns.
 
     Products in bfloat16, summed in float32, leave a few centers to be compared in float64.
@@ -139,9 +149,11 @@ class _DeviceCenters:
         length = row.norm(dim=1)
         loss = (row - code[:, :-EXTRA].float()).norm(dim=1)
         error = loss * self.length + (length + loss) * self.residual + SLACK
+        error += code.shape[1] * ROUNDING * (length * self.length + 1)  # of the sum in float32
         largest = row.new_empty((len(row), len(self.code) // RUN))
         for start in range(0, len(self.code), ROWS):
-            tile = _product(code, self.code[start : start + ROWS])
+            with _float32_sums():
+                tile = _product(code, self.code[start : start + ROWS])
             torch.amax(tile.view(len(row), -1, RUN), dim=2, out=largest[:, start // RUN : (start + ROWS) // RUN])
         near = largest >= (largest.amax(dim=1) - 2 * error)[:, None]
         return self._decide(values, scale, near)
@@ -166,6 +178,18 @@ class _DeviceCenters:
         center = torch.where(product == best[row], center, len(self.centers))
         first = center.new_full((len(near),), len(self.centers)).scatter_reduce_(0, row, center, "amin")
         return first, best * scale
+
+
+@contextlib.contextmanager
+def _float32_sums() -> Iterator[None]:
+    """No partial sums in bfloat16, which CUDA libraries may otherwise use."""
+    settings = torch.backends.cuda.matmul
+    reduced = settings.allow_bf16_reduced_precision_reduction
+    settings.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        settings.allow_bf16_reduced_precision_reduction = reduced
 
 
 def _product(left: BFloat16[Tensor, "n dim"], right: BFloat16[Tensor, "m dim"]) -> Float32[Tensor, "n m"]:

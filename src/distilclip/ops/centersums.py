@@ -63,16 +63,20 @@ class CenterSums:
         in_threads(lambda a, b: _lengths(self.total[a:b], lengths[a:b]), len(self.count), at_least=256)
         return lengths
 
-    def centers(self, before: Float32[np.ndarray, "k dim"]) -> Float32[np.ndarray, "k dim"]:
-        """Mean directions; a cluster without rows, or whose rows cancel, keeps its center.
+    def renew(self, centers: Float32[np.ndarray, "k dim"]) -> bool:
+        """Write the mean directions over the centers of the round before; whether any changed.
 
-        A cluster without rows gets half of the one whose rows have the largest sum of distances.
+        A cluster whose rows cancel keeps its center; one without rows gets half of the cluster whose rows have the
+        largest sum of distances.
         """
         lengths = self.lengths()
-        centers = before.copy()
-        in_threads(lambda a, b: _directions(self.total[a:b], lengths[a:b], centers[a:b]), len(self.count), at_least=256)
-        split_heaviest(centers, self.count, self.count - lengths)
-        return centers
+        changed = np.zeros(len(centers), bool)
+        in_threads(
+            lambda a, b: _directions(self.total[a:b], lengths[a:b], centers[a:b], changed[a:b]),
+            len(centers),
+            at_least=256,
+        )
+        return bool(changed.any() | split_heaviest(centers, self.count, self.count - lengths))
 
     def objective(self, centers: Float32[np.ndarray, "k dim"]) -> float:
         """The mean cosine distance of all rows to their centers."""
@@ -85,17 +89,18 @@ class CenterSums:
 
 def split_heaviest(
     centers: Float32[np.ndarray, "k dim"], count: Int[np.ndarray, " k"], distance: Float64[np.ndarray, " k"]
-) -> None:
+) -> bool:
     """Give each empty cluster half of the heaviest one, in place: two centers a little to either side of its own.
 
     Weight is the sum of the distances of a cluster's rows, so that equal rows, which no center can part, weigh nothing.
+    Returns whether there was an empty cluster.
 
     Raises:
         InputError: all rows of all clusters are equal, so that there are fewer directions than centers.
     """
     empty = np.flatnonzero(count == 0)
     if len(empty) == 0:
-        return
+        return False
     weight = np.where(distance > EQUAL * count, distance, 0)
     for index in empty:
         heaviest = int(weight.argmax())
@@ -109,6 +114,7 @@ def split_heaviest(
         step = direction * np.float32(SPLIT / centers.shape[1] ** 0.5)
         for place, side in ((index, centers[heaviest] + step), (heaviest, centers[heaviest] - step)):
             centers[place] = side / np.linalg.norm(side)
+    return True
 
 
 @njit(nogil=True, cache=True)
@@ -138,11 +144,13 @@ def _lengths(total, out):
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def _directions(total, lengths, out):
+def _directions(total, lengths, out, changed):
     for c in range(len(total)):
         if lengths[c] > 0:
             for k in range(total.shape[1]):
-                out[c, k] = np.float64(total[c, k]) / (lengths[c] * STEPS)
+                renewed = np.float32(total[c, k] / (lengths[c] * STEPS))
+                changed[c] |= renewed != out[c, k]
+                out[c, k] = renewed
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)

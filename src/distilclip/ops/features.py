@@ -13,12 +13,14 @@ class Features:
     """Embeddings of n image-text pairs as one model sees them.
 
     `image` and `text` have unit rows; `scale` is exp(log-scale), the factor of the cosine similarities in the model's
-    own contrastive loss (1 / temperature).
+    own contrastive loss (1 / temperature); `bias` what a model of the sigmoid loss adds to them, None for one of the
+    softmax loss.
     """
 
     image: Float[Tensor, "n dim"]
     text: Float[Tensor, "n dim"]
     scale: Float[Tensor, ""]
+    bias: Float[Tensor, ""] | None = None
 
     @property
     def dim(self) -> int:

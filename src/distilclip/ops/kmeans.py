@@ -96,11 +96,9 @@ def kmeans(
         distance = assignment.update(known, points, rows)
         sums.move(points, rows, before, known.labels)
         objectives.append(sums.objective(centers))
-        renewed = sums.centers(centers)
-        unchanged = np.array_equal(renewed, centers)
-        if is_finished(objectives, num_iterations, sums.count, unchanged=unchanged, tolerance=tolerance):
+        finished = is_finished(objectives, num_iterations, sums.count, tolerance=tolerance)
+        if finished or not sums.renew(centers):
             break
-        centers = renewed
     labels = known.labels
     if len(rows) < len(points):
         labels, distance = assignment.assign(points, np.arange(len(points)))
@@ -113,14 +111,9 @@ def kmeans(
 
 
 def is_finished(
-    objectives: Sequence[float],
-    num_iterations: int,
-    count: Int[np.ndarray, " k"],
-    *,
-    unchanged: bool,
-    tolerance: float,
+    objectives: Sequence[float], num_iterations: int, count: Int[np.ndarray, " k"], *, tolerance: float
 ) -> bool:
-    """Whether the centers stay as they are, after an assignment to them.
+    """Whether the centers that rows were just assigned to are the last.
 
     `objectives` are those of all assignments so far, of which the first was to the first centers; `count` are the rows
     of each cluster. Empty clusters are split further, for a while, when the iterations are used up.
@@ -129,7 +122,7 @@ def is_finished(
     if not count.all():
         return num_updates >= num_iterations + REPAIRS
     slow = num_updates > 0 and objectives[-2] - objectives[-1] < tolerance * objectives[-2]
-    return unchanged or slow or num_updates >= num_iterations
+    return slow or num_updates >= num_iterations
 
 
 def check_num_centers(num_centers: int, num_rows: int) -> None:

@@ -17,6 +17,7 @@ can follow h without losing the remembered curvature pairs.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -28,10 +29,12 @@ from torch.nn.functional import softplus
 
 from distilclip.ops.metrics import row_tiles
 
+LOG2_E = 1 / math.log(2)  # exp2 is several times faster than exp
 NUM_PAIRS = 20  # curvature pairs that L-BFGS remembers
 STALLED_AFTER = 10  # steps
 SUFFICIENT_DECREASE = 1e-4  # Armijo's constant (Nocedal and Wright, section 3.1)
 SMALLEST_STEP = 1e-3  # below it, rounding decides: the step is taken as it is
+CURVATURE_ROWS = 8192  # enough to tell how sure a fit is of each class
 RESCALE_AT = frozenset({5, 10, 20, 40, 80})  # iterations at which h is taken anew
 SMALLEST_CURVATURE = 1e-4  # of h, as a share of the uniform classifier's: a fit can leave separable data again
 
@@ -78,8 +81,11 @@ class LogisticProblem:
         self.dim, self.device = features.shape[1], features.device
         self.dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
         self.sum_dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        # On the CPU a tile of features and its logits stay in the second-level cache between the two products.
-        self.tile_elements = 1 << 19 if self.device.type == "cpu" else 1 << 26
+        # On the CPU smaller tiles would stay in a nearer cache, for 4 % at most; but their many short parallel regions
+        # wait for one another, several times as long, wherever other programs want the cores.
+        self.tile_elements = 1 << 21 if self.device.type == "cpu" else 1 << 26
+        # exp2 of anything lower would be denormal, or would become so times another: arithmetic a hundred times slower.
+        self.lowest_exponent = 450.0 if self.dtype == torch.float64 else 45.0
         self.mean, self.variance, self.axes = self._principal_axes()
 
     def tiles(self) -> Iterator[tuple[Float[Tensor, "t dim"], Int[Tensor, " t"]]]:
@@ -124,15 +130,11 @@ class LogisticProblem:
     ) -> tuple[float, Float[Tensor, "dim_plus_1 k"]]:
         """J and its gradient, both in rotated and centred coordinates: the axes' weights, then the intercepts."""
         weight, bias = self.unrotate(rotated)
+        base2_weight, base2_bias = weight * LOG2_E, bias * LOG2_E
         loss = torch.zeros((), dtype=self.sum_dtype, device=self.device)
         gradient, residual_sum = torch.zeros_like(weight), torch.zeros_like(bias)
         for x, labels in self.tiles():
-            logits, label = torch.addmm(bias, x, weight), labels[:, None]
-            # The label's logit is taken apart, so that losses and residuals far below 1e-7 keep their digits.
-            own = logits.gather(1, label)
-            others = logits.scatter_(1, label, -torch.inf).logsumexp(dim=1, keepdim=True)
-            cross_entropy = softplus(others - own)
-            residual = logits.sub_(own + cross_entropy).exp_().scatter_(1, label, -torch.sigmoid(others - own))
+            residual, cross_entropy = self._residual(torch.addmm(base2_bias, x, base2_weight), labels[:, None])
             loss += cross_entropy.sum(dtype=self.sum_dtype)
             gradient.addmm_(x.T, residual)
             residual_sum += residual.sum(0)
@@ -141,13 +143,46 @@ class LogisticProblem:
         value = float(loss) + 0.5 * l2 * float(along_axes.square().sum(dtype=self.sum_dtype))
         return value, torch.cat([self.axes.T @ gradient + l2 * along_axes, residual_sum[None, :]])
 
+    def _residual(
+        self, logits: Float[Tensor, "t k"], label: Int[Tensor, "t 1"]
+    ) -> tuple[Float[Tensor, "t k"], Float[Tensor, "t 1"]]:
+        """Probabilities minus one-hot labels, in the memory of the logits (in base 2), and the cross-entropies in nats.
+
+        The label's logit is taken apart, so that losses and residuals far below 1e-7 keep their digits.
+        """
+        own = logits.gather(1, label)
+        logits.scatter_(1, label, -torch.inf)
+        largest = logits.amax(dim=1, keepdim=True)
+        odds = logits.sub_(largest).clamp_(min=-self.lowest_exponent).exp2_().scatter_(1, label, 0.0)
+        total = odds.sum(dim=1, keepdim=True)
+        margin = (largest + total.log2() - own).mul_(1 / LOG2_E)  # of all other classes together over the label
+        wrong = torch.sigmoid(margin)
+        share = torch.where(wrong > 2.0**-self.lowest_exponent, wrong / total, 0.0)
+        return odds.mul_(share).scatter_(1, label, -wrong), softplus(margin)
+
+    def _curvature_rows(self) -> Iterator[Float[Tensor, "t dim"]]:
+        """All rows, or of many a sample drawn once: an initial matrix need not be exact."""
+        if self.num_rows <= CURVATURE_ROWS:
+            yield from (x for x, _ in self.tiles())
+            return
+        drawn = torch.randperm(self.num_rows, generator=torch.Generator().manual_seed(0))[:CURVATURE_ROWS].sort().values
+        first = 0
+        for block in self.blocks:
+            inside = (drawn >= first) & (drawn < first + len(block))
+            rows = (drawn[inside] - first).to(self.device)
+            chosen = rows if block.rows is None else block.rows[rows]
+            for part in row_tiles(len(chosen), max(self.dim, self.num_classes), tile_elements=self.tile_elements):
+                yield block.features[chosen[part]].to(self.dtype)
+            first += len(block)
+
     def preconditioner(self, rotated: Float[Tensor, "dim_plus_1 k"], *, l2: float) -> Float[Tensor, "dim_plus_1 k"]:
         """1 / S^2 at a point: the inverse of the Hessian's approximate diagonal in rotated coordinates."""
         weight, bias = self.unrotate(rotated)
         curvature = torch.zeros_like(bias)
-        for x, _ in self.tiles():
+        for x in self._curvature_rows():
             probability = torch.addmm(bias, x, weight).softmax(dim=1)
             curvature += probability.sum(0) - probability.square().sum(0)
+        curvature *= self.num_rows / min(self.num_rows, CURVATURE_ROWS)
         curvature = curvature.clamp(min=SMALLEST_CURVATURE * self.num_rows / self.num_classes)
         return 1 / torch.cat([self.variance[:, None] * curvature + l2, curvature[None, :]])
 

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from scipy import stats
 from torch import Tensor
 
-TILE_ELEMENTS = 1 << 24  # scores in memory at once: 64 MiB in float32
+TILE_ELEMENTS = 1 << 22  # scores in memory at once: 16 MiB in float32
 
 
 def row_tiles(num_rows: int, num_columns: int, *, tile_elements: int = TILE_ELEMENTS) -> Iterator[slice]:
@@ -31,12 +31,18 @@ def target_rank(scores: Float[Tensor, "n k"], target: Int[Tensor, " n"]) -> Int[
 
     Raises `ValueError` for scores that are not finite: NaN compares as "not ahead" and would read as a perfect rank.
     """
-    if not torch.isfinite(scores).all():
+    if not torch.isfinite(scores.sum()):
         raise ValueError("scores hold NaN or infinity: the model's outputs are broken")
     own = scores.gather(1, target[:, None])
-    column = torch.arange(scores.shape[1], device=scores.device)
-    ahead = (scores > own) | ((scores == own) & (column < target[:, None]))
-    return ahead.sum(dim=1)
+    # Counted in floats, exact below 2^24 columns: a comparison into booleans and their sum take several times as long.
+    buffer = torch.empty_like(scores)
+    rank = torch.gt(scores, own, out=buffer).sum(dim=1).long()
+    level = torch.eq(scores, own, out=buffer).sum(dim=1)
+    tied = (level > 1).nonzero()[:, 0]
+    if len(tied):
+        column = torch.arange(scores.shape[1], device=scores.device)
+        rank[tied] += ((scores[tied] == own[tied]) & (column < target[tied, None])).sum(dim=1)
+    return rank
 
 
 def top_k_accuracy(scores: Float[Tensor, "n k"], labels: Int[Tensor, " n"], *, top_k: int = 1) -> float:
@@ -71,8 +77,9 @@ def retrieval_ranks(
     num_captions = torch.bincount(image_of_text, minlength=len(image))
     if len(num_captions) > len(image) or (num_captions == 0).any():
         raise ValueError(f"every one of the {len(image)} images needs a caption, and no caption another image")
+    own = _captions_of(image_of_text, num_captions)
     image_ranks = [
-        _best_own_rank(image[rows] @ text.T, torch.arange(rows.start, rows.stop, device=image.device), image_of_text)
+        _best_own_rank(image[rows] @ text.T, own[rows])
         for rows in row_tiles(len(image), len(text), tile_elements=tile_elements)
     ]
     text_ranks = [
@@ -82,12 +89,18 @@ def retrieval_ranks(
     return torch.cat(image_ranks), torch.cat(text_ranks)
 
 
-def _best_own_rank(
-    scores: Float[Tensor, "r m"], owner: Int[Tensor, " r"], image_of_text: Int[Tensor, " m"]
-) -> Int[Tensor, " r"]:
-    others = image_of_text != owner[:, None]
-    best = scores.masked_fill(others, -torch.inf).argmax(dim=1)  # the first of equal ones
-    return target_rank(scores, best)
+def _captions_of(image_of_text: Int[Tensor, " m"], num_captions: Int[Tensor, " n"]) -> Int[Tensor, "n c"]:
+    """The captions of each image in ascending order; where it has fewer than the most, its first fills up."""
+    order = image_of_text.argsort(stable=True)
+    first = num_captions.cumsum(0) - num_captions
+    place = torch.arange(int(num_captions.max()), device=order.device)
+    return order[first[:, None] + torch.where(place < num_captions[:, None], place, 0)]
+
+
+def _best_own_rank(scores: Float[Tensor, "r m"], own: Int[Tensor, "r c"]) -> Int[Tensor, " r"]:
+    # Of equal ones the first: its rank is the smallest.
+    best = own.gather(1, scores.gather(1, own).argmax(dim=1, keepdim=True))
+    return target_rank(scores, best[:, 0])
 
 
 def linear_cka(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:

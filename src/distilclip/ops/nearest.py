@@ -20,9 +20,9 @@ from distilclip.ops.contraction import Contraction
 from distilclip.ops.points import SUM, Points, kernel_view, stored, workers
 from distilclip.ops.sketches import Sketches, product_of_bytes, product_of_floats
 
-BLOCK = 256  # rows compared at a time
-BREADTH = 1024  # centers compared at a time: a tile of 1 MiB
-RUN = 64  # neighbouring bounds looked at one by one once one of them is high; also what heights and breadths divide by
+BLOCK = 512  # rows compared at a time
+BREADTH = 1024  # centers compared at a time: a tile of 2 MiB
+RUN = 64  # neighbouring bounds looked at one by one once one of them is high; breadths are multiples of it
 PROPOSALS = 1 << 15
 SLACK = 1e-5  # of an inner product of unit vectors: sums in float32
 ABSENT = np.float32(-1e30)  # the offset where there is no center
@@ -157,14 +157,14 @@ def _reach(values, scale, rows, labels, centers, along, best, enough):
         enough[i] = best[i] - along[i]
 
 
-@njit(nogil=True, cache=True, fastmath=SUM | {"nnan"})
+@njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
-def highest_bound(products, scale, step, offset):
-    """The largest of the bounds of one row over a run of centers."""
-    high = ABSENT
+def _reaching(products, scale, step, offset, limit):
+    """How many bounds of a row over a run of centers reach the limit: counting fills vector registers, max does not."""
+    count = 0
     for j in range(len(step)):
-        high = max(high, np.float32(products[j]) * (scale * step[j]) + offset[j])
-    return high
+        count += np.float32(products[j]) * (scale * step[j]) + offset[j] >= limit
+    return count
 
 
 @njit(nogil=True, cache=True)
@@ -172,30 +172,29 @@ def highest_bound(products, scale, step, offset):
 def _lead(products, row_step, step, offset, first, highest, labels):
     """Raise `highest` to the largest bound of each row and note whose it is."""
     for i in range(len(products)):
+        scale = row_step[i]
         for start in range(0, len(step), RUN):
-            end = start + RUN
-            if highest_bound(products[i, start:end], row_step[i], step[start:end], offset[start:end]) > highest[i]:
-                for j in range(start, end):
-                    value = np.float32(products[i, j]) * (row_step[i] * step[j]) + offset[j]
+            run = slice(start, start + RUN)
+            if _reaching(products[i, run], scale, step[run], offset[run], highest[i]):
+                for j in range(start, start + RUN):
+                    value = np.float32(products[i, j]) * (scale * step[j]) + offset[j]
                     if value > highest[i]:
                         highest[i], labels[i] = value, first + j
 
 
 @njit(nogil=True, cache=True)
 @no_type_check
-def _propose(
-    products, position, row_step, step, offset, error, enough, first, which, center, bound, count
-):  # fmt: skip
+def _propose(products, position, row_step, step, offset, error, enough, first, which, center, bound, count):
     """List the pairs whose bound reaches what the row has; returns where to go on and how many there are."""
     for i in range(position, len(products)):
         if count + len(step) > len(which):
             return i, count
-        limit = enough[i] - error[i]
+        scale, limit = row_step[i], enough[i] - error[i]
         for start in range(0, len(step), RUN):
-            end = start + RUN
-            if highest_bound(products[i, start:end], row_step[i], step[start:end], offset[start:end]) >= limit:
-                for j in range(start, end):
-                    value = np.float32(products[i, j]) * (row_step[i] * step[j]) + offset[j]
+            run = slice(start, start + RUN)
+            if _reaching(products[i, run], scale, step[run], offset[run], limit):
+                for j in range(start, start + RUN):
+                    value = np.float32(products[i, j]) * (scale * step[j]) + offset[j]
                     if value >= limit:
                         which[count], center[count], bound[count] = i, first + j, value + error[i]
                         count += 1

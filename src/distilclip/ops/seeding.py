@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Int
 
-from distilclip.ops.assignment import assign
+from distilclip.ops.assignment import Assignment, Known
 from distilclip.ops.points import Points
+from distilclip.ops.sketches import choose_contraction
 
-ROWS_PER_CENTER = 8  # of the sample that first centers are drawn from
+ROWS_PER_CENTER = 4  # of the sample that first centers are drawn from; more make them no better
 LEAST_ROWS = 1 << 14  # of that sample, where there are so many
 
 
@@ -41,6 +42,9 @@ def first_centers(
     One row at a time for the first few, about log k rounds over the rows afterwards (after k-means||, Bahmani et al.
     2012, whose oversampled candidates are kept as they are): n x k inner products in all.
     """
+    some = points.block(rows[:: max(1, len(rows) // num_centers)]).numpy()
+    contraction = choose_contraction(points, rows, some)
+    sketches = Assignment(some[:1], contraction, device=device).begin(points, rows).sketches
     chosen = np.empty(0, np.int64)
     nearest = np.full(len(rows), 2.0, np.float32)
     while len(chosen) < num_centers:
@@ -50,7 +54,7 @@ def first_centers(
         keys[chosen] = np.inf
         drawn = np.argpartition(keys, count - 1)[:count]
         drawn = drawn[np.argsort(keys[drawn], kind="stable")]
-        _, distance = assign(points, points.block(rows[drawn]).numpy(), rows=rows, device=device)
-        nearest = np.minimum(nearest, distance)
+        assignment = Assignment(points.block(rows[drawn]).numpy(), contraction, device=device)
+        nearest = np.minimum(nearest, assignment.update(Known.unlabelled(len(rows), sketches), points, rows))
         chosen = np.concatenate([chosen, drawn])
     return points.block(rows[chosen]).numpy()

@@ -4,8 +4,8 @@ Each of the n x m pairs of a batch is a yes or no of its own, so no row or colum
 
     sigmoid(x, y; s, b) = 1/n sum_ij softplus(-z_ij (s x_i . y_j + b)),      z_ij = 1 where j belongs to i, else -1
 
-In large batches only `block` rows of logits exist at a time, forward and backward. Rows are expected to have unit length;
-sums are float32 whatever the autocast. Source: Zhai et al. 2023 (SigLIP), algorithm 1.
+In large batches only `block` rows of logits exist at a time, forward and backward. Rows are expected to have unit
+length; sums are float32 whatever the autocast. Source: Zhai et al. 2023 (SigLIP), algorithm 1.
 """
 
 from __future__ import annotations
@@ -109,6 +109,6 @@ def sigmoid_relational(
 
 
 def _with_bias(queries: Tensor, keys: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """One more coordinate, so that scale * x . y is scale * x . y + bias; autograd finds the bias's gradient through it."""
+    """One more coordinate, through which scale * x . y contains the bias, and autograd finds the bias's gradient."""
     ones = queries.new_ones(len(queries), 1)
     return torch.cat([queries, ones], dim=1), torch.cat([keys, (bias / scale).expand(len(keys), 1)], dim=1)

@@ -23,6 +23,7 @@ from distilclip.errors import InputError
 from distilclip.ops.kmeans import REPAIRS, check_num_centers, gini, is_finished, size_histogram
 from distilclip.ops.points import Points
 from distilclip.ops.seeding import first_centers, sample_rows
+from distilclip.ops.sketches import choose_contraction
 from distilclip.progress import progress, say
 
 ROUNDS = "rounds"  # the folder of what a fit needs between its rounds; gone when the stage is finished
@@ -103,15 +104,14 @@ def _fit(config: Config, folder: run.Folder, images: Images) -> None:
     parts = parts_of(per_shard, least=len(rows) if config.engine == "local" else config.num_centers)
     while True:
         _map(partial(rounds.prepare, number), parts, config, f"round {number} of {folder.path}")
-        centers, sums = rounds.centers(number), rounds.sums(number, parts)
+        centers, sums = np.array(rounds.centers(number)), rounds.sums(number, parts)
         objectives = [*rounds.objectives(number), sums.objective(centers)]
         say(f"cluster: round {number}: objective {objectives[-1]:.6f}, {int((sums.count == 0).sum())} empty clusters")
-        renewed = sums.centers(centers)
-        unchanged = np.array_equal(renewed, centers)
-        if is_finished(objectives, config.num_iterations, sums.count, unchanged=unchanged, tolerance=config.tolerance):
+        finished = is_finished(objectives, config.num_iterations, sums.count, tolerance=config.tolerance)
+        if finished or not sums.renew(centers):
             break
         number += 1
-        rounds.begin(number, renewed, objectives)
+        rounds.begin(number, centers, objectives)
     run.write_json(folder.child("fit.json"), {"num_fitted": len(rows), "objectives": objectives})
     _write_centers(folder.path, centers, images.store)
 
@@ -129,6 +129,7 @@ def _begin(config: Config, rounds: Rounds, images: Images) -> None:
     device = resolve_device(config.device)
     everyone = np.arange(len(points))
     centers = first_centers(points, everyone, num_centers=config.num_centers, random=random, device=device)
+    rounds.write_contraction(choose_contraction(points, everyone, centers))
     rounds.begin(0, centers, [])
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,12 +17,13 @@ from distilclip import run
 from distilclip.data import files
 from distilclip.data.augment import Augmentation
 from distilclip.data.part import Part
-from distilclip.data.policy import ErrorPolicy
+from distilclip.data.policy import ErrorPolicy, OnError
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.scan import ScannedBatch, scan
 from distilclip.data.store import finished_shard, read_shard_rows, write_manifest
 from distilclip.data.views import Views
 from distilclip.devices import resolve_device
+from distilclip.engine import Engine, map_parts
 from distilclip.errors import InputError
 from distilclip.models.clip import Clip, load_clip, normalise_pixels
 from distilclip.progress import progress
@@ -49,10 +51,7 @@ class Config:
     """images of more pixels (width x height) are unusable: decompression bombs"""
     views: int = 0
     """views of every image to embed besides the canonical one, and all captions of a sample, for training on them"""
-    min_crop: float = 0.9
-    """smallest share of a picture's area that a view shows"""
-    flip: float = 0.0
-    """share of the views that are mirrored; captions that tell left from right will not fit"""
+    augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     """of the views' crops"""
     on_error: Literal["raise", "skip"] = run.execution("skip")
@@ -62,7 +61,13 @@ class Config:
     device: str = run.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
     num_workers: int = run.execution(2)
-    """processes that read and decode; 0 decodes in the main process"""
+    """processes that read and decode for a teacher; 0 decodes in the teacher's own process"""
+    engine: Literal["local", "processes", "ray"] = run.execution("local")
+    """where the teacher works on shards: here, in processes, or on a Ray cluster"""
+    engine_address: str | None = run.execution(None)
+    """of a running Ray cluster (default: one is started on this machine)"""
+    engine_workers: int | None = run.execution(None)
+    """teachers that work at the same time (default: one per core; on Ray with --device cuda, one per GPU)"""
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -74,6 +79,7 @@ class Config:
         if self.views < 0:
             raise InputError(f"views is {self.views}; it must be 0 or more.")
         _views(self)
+        _engine(self)
         ErrorPolicy(self.on_error, self.max_bad_ratio)
 
 
@@ -84,32 +90,14 @@ def main(config: Config) -> dict[str, Any]:
         return folder.result()
     uris = files.expand(config.data)
     policy = ErrorPolicy(config.on_error, config.max_bad_ratio)
-    clip = load_clip(config.model, weights=config.weights, device=resolve_device(config.device))
-    teacher = describe_teacher(clip, precision=config.precision)
-    pending = [shard for shard, uri in enumerate(uris) if not _count_finished(folder.path, shard, uri, policy)]
-    batches = scan(
-        [(shard, uris[shard]) for shard in pending],
-        preprocess=clip.preprocess,
-        tokenize=clip.tokenizer,
-        batch_size=config.batch_size,
-        num_workers=config.num_workers,
-        max_pixels=config.max_pixels,
-        views=_views(config),
-        view_size=clip.image_size,
-    )
-    dim = clip.dim
-    _embed(
-        batches,
-        clip,
-        folder.path,
-        dim=dim,
-        num_views=config.views,
-        teacher=teacher,
-        num_shards=len(pending),
-        policy=policy,
-    )
+    pending = [(shard, u) for shard, u in enumerate(uris) if not _count_finished(folder.path, shard, u, policy)]
+    teacher = _embed(config, folder.path, pending, policy)
+    if teacher is None:  # only the manifest is missing
+        clip = load_clip(config.model, weights=config.weights)
+        teacher = {**describe_teacher(clip, precision=config.precision), "dim": clip.dim}
     policy.check(final=True)
     shards = [line for shard in range(len(uris)) if (line := finished_shard(folder.path, shard))]
+    dim = teacher.pop("dim")
     write_manifest(folder.path, shards, dim=dim, teacher=teacher, views=_views(config))
     return folder.finish(
         {
@@ -125,6 +113,86 @@ def main(config: Config) -> dict[str, Any]:
     )
 
 
+Shards = tuple[tuple[int, str], ...]  # numbers and URIs
+
+
+def _embed(config: Config, path: str, pending: list[tuple[int, str]], policy: ErrorPolicy) -> dict[str, Any] | None:
+    """Embed what is pending; what a worker says of the teacher, None where nothing was."""
+    embedder = Embedder(
+        folder=path,
+        model=config.model,
+        weights=config.weights,
+        batch_size=config.batch_size,
+        precision=config.precision,
+        max_pixels=config.max_pixels,
+        views=_views(config),
+        device=config.device,
+        num_workers=config.num_workers,
+    )
+    engine = _engine(config)
+    teacher = None
+    if engine.kind == "local":  # one teacher takes all shards, so that the next is read while one ends
+        return embedder.embed(embedder.load(), tuple(pending), policy) if pending else None
+    with progress(f"embed {path}", len(pending)) as advance:
+        for part, said in map_parts(partial(embedder.prepare, policy.on_error), pending, engine=engine):
+            teacher = said
+            _count_finished(path, *part, policy)
+            policy.check()
+            advance(1, 0)
+    return teacher
+
+
+@dataclass(frozen=True, kw_only=True)
+class Embedder:
+    """A teacher and what it does with shards; travels to workers without its weights."""
+
+    folder: str
+    model: str
+    weights: str | None
+    batch_size: int
+    precision: str
+    max_pixels: int
+    views: Views | None
+    device: str
+    num_workers: int
+
+    def prepare(self, on_error: OnError) -> Callable[[tuple[int, str]], dict[str, Any]]:
+        """In a worker: load the teacher. How many samples may fail is for the driver to judge, over all shards."""
+        clip = self.load()
+        return lambda part: self.embed(clip, (part,), ErrorPolicy(on_error, max_bad_ratio=1.0))
+
+    def load(self) -> Clip:
+        """The teacher on its device."""
+        return load_clip(self.model, weights=self.weights, device=resolve_device(self.device))
+
+    def embed(self, clip: Clip, shards: Shards, policy: ErrorPolicy) -> dict[str, Any]:
+        """Write the shards of a store, each with its row table last; the teacher's description and width."""
+        teacher = describe_teacher(clip, precision=self.precision)
+        batches = scan(
+            list(shards),
+            preprocess=clip.preprocess,
+            tokenize=clip.tokenizer,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            max_pixels=self.max_pixels,
+            views=self.views,
+            view_size=clip.image_size,
+        )
+        num_views = self.views.num if self.views else 0
+        part: Part | None = None
+        with progress(f"embed {self.folder}", len(shards)) as advance:
+            for batch in batches:
+                if part is None:
+                    part = Part(batch.source, dim=clip.dim, num_views=num_views)
+                part.add(batch, **_forward(clip, batch, clip.dim, PRECISIONS[self.precision]), policy=policy)
+                advance(len(batch.errors) / len(batch.source.entries), len(batch.errors))
+                if part.full:
+                    part.write(self.folder, teacher)
+                    policy.check()
+                    part = None
+        return {**teacher, "dim": clip.dim}
+
+
 def describe_teacher(clip: Clip, *, precision: str) -> dict[str, Any]:
     """What decides the embeddings besides the pairs; a store carries it in every shard."""
     return {
@@ -134,37 +202,20 @@ def describe_teacher(clip: Clip, *, precision: str) -> dict[str, Any]:
         "tokenizer": f"{type(clip.tokenizer).__name__}, context {clip.context_length}",
         "precision": precision,
         "scale": float(clip.scale.detach()),
+        **({} if clip.bias is None else {"bias": float(clip.bias.detach())}),
     }
 
 
+def _engine(config: Config) -> Engine:
+    gpus = 1.0 if config.engine == "ray" and config.device.startswith("cuda") else 0.0
+    workers = config.engine_workers
+    return Engine(kind=config.engine, address=config.engine_address, num_workers=workers, num_gpus=gpus)
+
+
 def _views(config: Config) -> Views | None:
-    augmentation = Augmentation(min_crop=config.min_crop, flip=config.flip)
-    return Views(num=config.views, seed=config.seed, augmentation=augmentation) if config.views else None
-
-
-def _embed(
-    batches: Iterator[ScannedBatch],
-    clip: Clip,
-    path: str,
-    *,
-    dim: int,
-    num_views: int,
-    teacher: dict[str, Any],
-    num_shards: int,
-    policy: ErrorPolicy,
-) -> None:
-    part: Part | None = None
-    precision = PRECISIONS[teacher["precision"]]
-    with progress(f"embed {path}", num_shards) as advance:
-        for batch in batches:
-            if part is None:
-                part = Part(batch.source, dim=dim, num_views=num_views)
-            part.add(batch, **_forward(clip, batch, dim, precision), policy=policy)
-            advance(len(batch.errors) / len(batch.source.entries), len(batch.errors))
-            if part.full:
-                part.write(path, teacher)
-                policy.check()
-                part = None
+    if not config.views:
+        return None
+    return Views(num=config.views, seed=config.seed, augmentation=config.augmentation)
 
 
 @torch.inference_mode()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,22 +16,21 @@ from distilclip.data import files
 from distilclip.data.policy import ErrorPolicy, OnError
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.devices import resolve_device
-from distilclip.errors import InputError, did_you_mean
+from distilclip.errors import InputError
 from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.classes import read_templates, templates_digest
 from distilclip.evaluate.dataset import EvaluationSet, LabelledSet, MissingSet, PairSet
-from distilclip.evaluate.embedders import Embedder, ModelEmbedder
+from distilclip.evaluate.embedders import Embedder
 from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.listing import describe_catalogue
+from distilclip.evaluate.model_specs import open_embedder, split_model, weights_by_name
 from distilclip.evaluate.per_class import confusion_table, per_class_table
 from distilclip.evaluate.prompts import prompts_of
 from distilclip.evaluate.protocol import ALL_TASKS, Measurement, Protocol, View
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
 from distilclip.evaluate.scores import Task
 from distilclip.evaluate.sets import expand_groups, load_set, parse_spec
-from distilclip.evaluate.stored import StoreEmbedder
 from distilclip.evaluate.tables import Table, build_tables
-from distilclip.models.clip import load_clip
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -126,7 +123,7 @@ def main(config: Config) -> dict[str, Any]:
         print(describe_catalogue(config.data_root))
         return {}
     models, sets = dict(map(split_model, config.models)), expand_groups(config.sets)
-    paths = list(dict.fromkeys([*models.values(), *([config.teacher] if config.teacher else [])]))
+    paths = list(dict.fromkeys([*models.values(), *([split_model(config.teacher)[1]] if config.teacher else [])]))
     inputs = [*run.folders_of("train", paths), *run.folders_of("embed", paths)]
     folder = run.open_folder(config.out, stage="evaluate", config=config, inputs=inputs)
     if folder.finished:
@@ -210,17 +207,15 @@ class _Opener:
         return self._open(models.get(config.teacher, spec), name=name, weights=config.teacher_weights)
 
     def _open(self, spec: str, *, name: str, weights: str | None) -> Embedder:
-        if files.exists(files.join(spec, "manifest.parquet")):
-            return StoreEmbedder(spec, name=name)
         config = self._config
-        clip = load_clip(spec, weights=weights, device=resolve_device(config.device))
         encoding = Encoding(
             batch_size=config.batch_size,
             dtype=PRECISIONS[config.precision],
             max_pixels=config.max_pixels,
             num_workers=config.num_workers,
         )
-        return ModelEmbedder(dataclasses.replace(clip, name=name), encoding, self._cache)
+        device = resolve_device(config.device)
+        return open_embedder(spec, name=name, weights=weights, device=device, encoding=encoding, cache=self._cache)
 
 
 def _write_classes(folder: run.Folder, name: str, measured: Measurement, dataset: EvaluationSet) -> None:
@@ -229,28 +224,6 @@ def _write_classes(folder: run.Folder, name: str, measured: Measurement, dataset
     for kind, table in (("classes", per_class_table), ("confusion", confusion_table)):
         content = table(measured.labels, measured.predictions, dataset.classes)
         files.write_bytes(folder.child(kind, name), content.encode())
-
-
-def split_model(spec: str) -> tuple[str, str]:
-    """Name and model of `[NAME=]MODEL`; the name is else the last part of the model's path or id."""
-    match = re.fullmatch(r"([\w.+-]+)=(.+)", spec)
-    if match:
-        return match[1], match[2]
-    return re.split(r"[/:]", spec.rstrip("/"))[-1], spec
-
-
-def weights_by_name(weights: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Weights files by model; a bare file is the only model's. Raises `InputError` for a name that no model has."""
-    found = {}
-    for value in weights:
-        match = re.fullmatch(r"([\w.+-]+)=(.+)", value)
-        if match is None and len(names) > 1:
-            raise InputError(f"--weights {value!r} does not say whose weights it holds: write NAME={value}.")
-        name, path = (match[1], match[2]) if match else (names[0], value)
-        if name not in names:
-            raise InputError(f"--weights {value!r}: no model is called {name!r}. {did_you_mean(name, names)}")
-        found[name] = path
-    return found
 
 
 def _unique(names: Sequence[str], *, flag: str) -> None:

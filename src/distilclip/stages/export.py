@@ -27,6 +27,7 @@ from distilclip.export.uids import UidKind, read_uids, write_subset
 from distilclip.progress import progress
 
 What = Literal["tars", "keys", "subset", "clip-retrieval", "open_clip", "huggingface", "onnx"]
+MAX_SAMPLES = 20_000  # their similarities are one matrix
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
@@ -88,6 +89,8 @@ class Config:
             value = getattr(self, field)
             if value is not None and value < 1:
                 raise InputError(f"{field} is {value}; it must be at least 1.")
+        if self.num_samples > MAX_SAMPLES:
+            raise InputError(f"num_samples is {self.num_samples}; every two are compared, so at most {MAX_SAMPLES}.")
         _engine(self)
 
 
@@ -174,7 +177,7 @@ def _write_tars(selection: Selection, folder: str, *, samples_per_tar: int | Non
 def _write_subset(selection: Selection, folder: str, *, engine: Engine) -> dict[str, Any]:
     shards = range(selection.store.num_shards)
     counts = _all(_UidWriter(selection, folder), shards, engine=engine)
-    uids = np.concatenate([np.load(files.open_read(_uids_path(folder, shard))) for shard in shards])
+    uids = np.concatenate([_read_uids_part(folder, shard) for shard in shards])
     num_uids = write_subset(files.join(folder, "subset.npy"), uids)
     return {"num_samples": sum(counts), "num_uids": num_uids}
 
@@ -194,8 +197,12 @@ class _UidWriter:
             with files.atomic_write(path) as file:
                 np.save(file, uids)
             return len(uids)
-        with files.open_read(path) as file:
-            return len(np.load(file))
+        return len(_read_uids_part(self.folder, shard))
+
+
+def _read_uids_part(folder: str, shard: int) -> np.ndarray:
+    with files.open_read(_uids_path(folder, shard)) as file:
+        return np.load(file)
 
 
 def _uids_path(folder: str, shard: int) -> str:

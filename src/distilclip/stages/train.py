@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,15 +11,16 @@ import torch
 
 from distilclip import distributed, run
 from distilclip.data import files
-from distilclip.data.augment import Augmentation
+from distilclip.data.augment import Crops
 from distilclip.data.groups import read_centers
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.store import Store
 from distilclip.data.stream import PairStream, open_stream
 from distilclip.errors import InputError
-from distilclip.models.clip import Clip, create_clip, load_clip
+from distilclip.models.clip import Clip, create_clip, load_clip, load_named
 from distilclip.models.heads import Heads
-from distilclip.models.teacher import Teacher, live_teacher, stored_teacher
+from distilclip.models.initial import initialise
+from distilclip.models.teacher import Teacher, live_teacher, stored_teachers
 from distilclip.train.averaging import Average
 from distilclip.train.checkpoint import (
     Progress,
@@ -49,11 +51,15 @@ class Config:
     out: str
     """folder to write: checkpoints, metrics.jsonl, result.json"""
     student: str
-    """architecture: an open_clip name, a JSON file with an open_clip model config, or that JSON itself"""
+    """architecture: an open_clip name, a CLIP-KD student (ViT-T-16, MobileViT-S, ...), a JSON config or its file"""
+    init: tuple[str, ...] = ()
+    """what the student begins with: weights:FROM, inherit:TEACHER (also inherit-image:, inherit-text:), timm:FILE"""
     data: tuple[str, ...] = ()
     """pairs to train on (tars, Parquet, CSV; braces and globs); with --store only where they have moved since"""
     store: str | None = None
     """folder of `embed`: the teacher's embeddings of the pairs; the pairs are read from where it found them"""
+    other_stores: tuple[str, ...] = ()
+    """stores of further teachers of the same pairs; FOLDER=0.5 gives one half the weight of the first"""
     groups: str | None = None
     """folder of `balance`: train on kept rows only"""
     clusters: str | None = None
@@ -71,8 +77,7 @@ class Config:
     num_steps: int = 1000
     """optimisation steps"""
     optimization: Optimization = field(default_factory=Optimization)
-    min_crop: float = 0.9
-    """smallest share of a picture's area that a training crop shows"""
+    crops: Crops = field(default_factory=Crops)
     seed: int = 0
     """of initial weights, order, crops, sampled classes and masks"""
     max_bad_ratio: float = 0.05
@@ -107,8 +112,11 @@ class Config:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise InputError(f"micro_batch is {self.micro_batch}; it must be from 1 to batch_size, {self.batch_size}.")
-        if not 0 < self.min_crop <= 1:
-            raise InputError(f"min_crop is {self.min_crop}; it is a share of the area, over 0 and up to 1.")
+        if (self.other_stores or self.crops.views) and not self.store:
+            raise InputError("--other-stores and --views belong beside a --store.")
+        if self.live_teacher and (self.other_stores or self.crops.views):
+            raise InputError("--other-stores and --views are stored teachers': leave out --live-teacher.")
+        _other_stores(self)
         if self.optimization.warmup_steps > self.num_steps:
             raise InputError(
                 f"warmup_steps is {self.optimization.warmup_steps}, more than num_steps, {self.num_steps}."
@@ -131,16 +139,19 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         for path, stage in ((config.store, "embed"), (config.groups, "balance"), (config.clusters, "cluster"))
         if path is not None
     ]
+    inputs += [(path, "embed") for path in _other_stores(config)]
+    inputs += run.folders_of("train", [source.partition(":")[2] for source in config.init])
     folder = distributed.on_first(lambda: run.open_folder(config.out, stage="train", config=config, inputs=inputs))
     if distributed.on_first(lambda: folder.finished):
         return folder.result()
     method = objective(config.objective, config.terms)
     clip = create_clip(config.student, seed=config.seed, device=device)
+    initialise(clip, config.init)
     num_parameters = clip.num_parameters
-    store = _open_store(config)
-    live = _load_live(config.live_teacher, device) if config.live_teacher and method.needs_teacher else None
-    stream = _open_stream(config, clip, live)
-    student = _student(config, method, clip, store=store, live=live)
+    stores = _open_stores(config)
+    live = load_named(config.live_teacher, device=device) if config.live_teacher and method.needs_teacher else None
+    stream = _open_stream(config, clip, stores, live)
+    student = _student(config, method, clip, stores=stores, live=live)
     training = _training(config, student, stream)
     start = distributed.on_first(lambda: _last_checkpoint(config.out))
     progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
@@ -150,7 +161,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         stream.batches(start=progress.step, stop=config.num_steps, num_workers=config.num_workers),
         training,
         progress,
-        teacher=_teacher(method, store, live, device),
+        teacher=_teacher(method, stores, live, device),
         objective=method,
         optimization=config.optimization,
         checkpoints=config.checkpoints,
@@ -179,9 +190,9 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     )
 
 
-def _student(config: Config, method: Objective, clip: Clip, *, store: Store | None, live: Clip | None) -> Student:
+def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Student:
     """The student with its heads, wrapped for the processes there are; built alike on every one of them."""
-    heads = _heads(clip, method, store=store, live=live, seed=config.seed).to(clip.device)
+    heads = _heads(config, method, clip, stores=stores, live=live).to(clip.device)
     if (config.micro_batch or config.batch_size) * distributed.world() < config.batch_size:
         require_exact_accumulation(clip)
     return Student(
@@ -215,30 +226,40 @@ def _last_checkpoint(train_folder: str) -> int:
     return max(complete_checkpoints(train_folder), default=0)
 
 
-def _open_store(config: Config) -> Store | None:
+def _other_stores(config: Config) -> dict[str, float]:
+    """Folder and weight of each."""
+    found = {}
+    for spec in config.other_stores:
+        folder, separator, weight = spec.rpartition("=")
+        try:
+            found[folder if separator else spec] = float(weight) if separator else 1.0
+        except ValueError as error:
+            raise InputError(f"other_stores: {spec!r} does not end in a weight; write FOLDER=0.5.") from error
+    if any(weight <= 0 for weight in found.values()):
+        raise InputError(f"other_stores is {config.other_stores}; weights must be positive.")
+    return found
+
+
+def _open_stores(config: Config) -> list[Store]:
     if config.store is None:
-        return None
+        return []
     for path, stage in ((config.groups, "balance"), (config.clusters, "cluster")):
         if path is not None:
             run.require(path, stage=stage, store=config.store)
-    return Store.open(config.store)
+    return [Store.open(path) for path in (config.store, *_other_stores(config))]
 
 
-def _load_live(spec: str, device: torch.device) -> Clip:
-    architecture, _, weights = spec.partition("=")
-    return load_clip(architecture, weights=weights or None, device=device)
-
-
-def _open_stream(config: Config, clip: Clip, live: Clip | None) -> PairStream:
+def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip | None) -> PairStream:
     max_pixels = run.read_json(files.join(config.store, "config.json"))["max_pixels"] if config.store else MAX_PIXELS
     return open_stream(
         data=config.data,
-        stores=[config.store] if config.store else [],
+        stores=[store.path for store in stores],
         groups=config.groups,
         clusters=config.clusters,
         sizes=[c.image_size for c in (clip, live) if c is not None],
         tokenize=clip.tokenizer,
-        augmentation=Augmentation(min_crop=config.min_crop),
+        augmentation=config.crops,
+        num_views=config.crops.views,
         batch_size=config.batch_size,
         seed=config.seed,
         rank=distributed.rank(),
@@ -249,11 +270,12 @@ def _open_stream(config: Config, clip: Clip, live: Clip | None) -> PairStream:
     )
 
 
-def _heads(clip: Clip, method: Objective, *, store: Store | None, live: Clip | None, seed: int) -> Heads:
-    teacher_dim = live.dim if live is not None else store.dim if store is not None else clip.dim
+def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Heads:
+    dims = [live.dim] if live is not None else [store.dim for store in stores] or [clip.dim]
+    weights = [1.0, *_other_stores(config).values()]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Heads(clip.dim, teacher_dim, augmented=method.augmented > 0)
+        torch.manual_seed(config.seed)
+        return Heads(clip.dim, dims[0], augmented=method.augmented > 0, other_dims=dims[1:], weights=weights)
 
 
 def _class_head(config: Config, device: torch.device) -> ClassHead:
@@ -271,10 +293,7 @@ def _class_head(config: Config, device: torch.device) -> ClassHead:
     )
 
 
-def _teacher(method: Objective, store: Store | None, live: Clip | None, device: torch.device) -> Teacher | None:
+def _teacher(method: Objective, stores: Sequence[Store], live: Clip | None, device: torch.device) -> Teacher | None:
     if not method.needs_teacher:
         return None
-    if live is not None:
-        return live_teacher(live)
-    assert store is not None
-    return stored_teacher(float(store.teacher["scale"]), device=device)
+    return live_teacher(live) if live is not None else stored_teachers(stores, device=device)

@@ -16,7 +16,7 @@ from distilclip.data import files
 from distilclip.data.tensors import read_tensors, write_tensors
 from distilclip.errors import InputError
 from distilclip.ops.clusterloss import positions
-from distilclip.train.rowadamw import RowState, update_rows_
+from distilclip.ops.rowadamw import RowState, update_rows_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,7 @@ def head_memory(
     sample_rate: float = 1.0,
     state: Literal["device", "host"] = "device",
 ) -> HeadMemory:
-    """The memory of a head of `num_classes` x `dim` float32 centers, by rank: centers, a step's rows and gradient, state.
+    """Memory on each of `world` ranks: float32 centers, the rows of a step and their gradient, AdamW's state.
 
     `state` is `device` or `host`, where the moments live. The classes present in a batch may exceed `sample_rate`; the
     cluster loss needs O(n dim + 256 k) beside (ops.clusterloss).

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from distilclip import run
 from distilclip.data import files
 from distilclip.errors import InputError
 from distilclip.train.checkpoint import complete_checkpoints, folder_name, remove_checkpoint
 
-Measure = Literal["loss", "cosine_image", "cosine_text", "agreement"]
-"""A metric by which checkpoints may be compared."""
+MEASURES = ("loss", "cosine_image", "cosine_text", "agreement")
+"""Metrics by which checkpoints may be compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,7 @@ class Checkpoints:
     """further checkpoints so many minutes after the last, each until the next is there; 0: none"""
     keep_checkpoints: int = run.execution(2)
     """how many of the last checkpoints stay on disk"""
-    keep_best: Literal["none"] | Measure = run.execution("none")
+    keep_best: Literal["none", "loss", "cosine_image", "cosine_text", "agreement"] = run.execution("none")
     """metric whose best checkpoint stays as well: the lowest loss, the highest of the others"""
 
     def __post_init__(self) -> None:
@@ -46,7 +46,7 @@ class Checkpoints:
     @staticmethod
     def measures(line: Mapping[str, float]) -> dict[str, float]:
         """What of a line of metrics.jsonl a checkpoint remembers: nothing that depends on the clock."""
-        return {name: line[name] for name in get_args(Measure) if name in line}
+        return {name: line[name] for name in MEASURES if name in line}
 
     def prune(self, train_folder: str) -> None:
         """Remove every complete checkpoint but the last ones, the best one, and the newest."""

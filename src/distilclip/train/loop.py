@@ -127,10 +127,12 @@ class _Lines:
 
 
 def _inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inputs:
+    teachers = teacher(batch) if teacher is not None else ()
     return Inputs(
         pixels=batch.pixels.to(device, non_blocking=True),
         tokens=batch.tokens.to(device, non_blocking=True),
-        teacher=teacher(batch) if teacher is not None else None,
+        teacher=teachers[0] if teachers else None,
+        others=teachers[1:],
         labels=batch.labels.to(device) if batch.labels is not None else None,
     )
 

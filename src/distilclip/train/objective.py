@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -94,36 +95,54 @@ class Objective:
         teacher: Features | None,
         *,
         heads: Heads,
+        others: Sequence[Features] = (),
         masked_image: Float[Tensor, "n dim"] | None = None,
         classes: StepClasses | None = None,
         share: Share | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
         """Every term with a weight, unweighted. `student` is in its own space; `heads` projects it where terms need it.
 
-        `masked_image` holds the student's embeddings of the masked images (for `masked`), `classes` the centers and
-        labels of the step (for `cluster`). The rows are `share` of the global batch (None: all of it), the values what
-        they add to its terms.
+        `others` are the features of further teachers: a term is the mean over teachers by the weights that `heads` has
+        for them, but the cluster term's centers are the first one's. `masked_image` holds the student's embeddings of
+        the masked images (for `masked`), `classes` the centers and labels of the step (for `cluster`). The rows are
+        `share` of the global batch (None: all of it), the values what they add to its terms.
         """
         share = share or Share(rows=slice(0, len(student)), count=len(student))
         values: dict[str, Tensor] = {}
         if self.task:
-            values["task"] = terms.contrast(student.image, student.text, scale=student.scale, share=share)
+            values["task"] = terms.task(student, share=share)
         if not self.needs_teacher:
             return values
         if teacher is None:
             raise ValueError("This objective compares with a teacher: pass the teacher's features.")
-        projected = heads.project(student)
-        if self.cluster:
-            assert classes is not None
-            values["cluster"] = terms.cluster(
-                projected.image,
-                teacher.image,
-                classes,
-                alpha=self.alpha,
-                temperature=self.temperature,
-                class_scale=self.class_scale,
-                share=share,
-            )
+        for one, own, weight in zip((teacher, *others), heads.each(), heads.weights, strict=True):
+            projected = own.project(student)
+            if self.cluster and "cluster" not in values:
+                assert classes is not None
+                values["cluster"] = terms.cluster(
+                    projected.image,
+                    teacher.image,
+                    classes,
+                    alpha=self.alpha,
+                    temperature=self.temperature,
+                    class_scale=self.class_scale,
+                    share=share,
+                )
+            for name, value in self._against(student, projected, one, own, masked_image, share).items():
+                values[name] = values.get(name, 0) + weight * value
+        return values
+
+    def _against(
+        self,
+        student: Features,
+        projected: Features,
+        teacher: Features,
+        heads: Heads,
+        masked_image: Tensor | None,
+        share: Share,
+    ) -> dict[str, Tensor]:
+        """The terms that compare with any one teacher; `projected` is the student in its space."""
+        values: dict[str, Tensor] = {}
         if self.instance:
             scale = heads.scale("instance")
             values["instance"] = terms.instance(projected, teacher, scale=scale, gamma=self.gamma, share=share)

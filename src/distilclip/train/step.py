@@ -78,6 +78,8 @@ class Inputs:
     pixels: Tensor
     tokens: Int[Tensor, "n context"]
     teacher: Features | None = None
+    others: tuple[Features, ...] = ()
+    """further teachers"""
     labels: Int[Tensor, " n"] | None = None
 
 
@@ -129,7 +131,7 @@ def compute_gradients(
         parts = [embed(part) for part in slices]
         leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts, strict=True)]
     with stopwatch.measure("objective"):
-        result = _evaluate(student, objective, leaves, inputs.teacher, classes, share, diagnosing=diagnosing)
+        result = _evaluate(student, objective, leaves, inputs, classes, share, diagnosing=diagnosing)
     with stopwatch.measure("student"):
         for part in slices:
             with gradient_sync(student.towers, now=part is slices[-1]):
@@ -148,16 +150,24 @@ def _evaluate(
     student: Student,
     objective: Objective,
     leaves: list[Tensor],
-    teacher: Features | None,
+    inputs: Inputs,
     classes: StepClasses | None,
     share: Share,
     *,
     diagnosing: bool,
 ) -> StepResult:
     """Loss and terms; gradients into the leaves and what the objective owns."""
-    own = Features(image=leaves[0], text=leaves[1], scale=student.clip.scale)
-    masked_image = leaves[2] if len(leaves) > 2 else None
-    terms = objective.terms(own, teacher, heads=student.heads, masked_image=masked_image, classes=classes, share=share)
+    own = Features(image=leaves[0], text=leaves[1], scale=student.clip.scale, bias=student.clip.bias)
+    teacher = inputs.teacher
+    terms = objective.terms(
+        own,
+        teacher,
+        heads=student.heads,
+        others=inputs.others,
+        masked_image=leaves[2] if len(leaves) > 2 else None,
+        classes=classes,
+        share=share,
+    )
     loss = objective.total(terms)
     loss.backward(retain_graph=diagnosing)
     diagnosis = None

@@ -70,6 +70,20 @@ def contrast(
     return (_info_nce(image, text, scale, share) + _info_nce(text, image, scale, share)) / 2
 
 
+def task(student: Features, *, share: Share) -> Float[Tensor, ""]:
+    """The student's own loss: `losses.sigmoid` of a model with a bias (SigLIP), else `contrast`."""
+    if student.bias is None:
+        return contrast(student.image, student.text, scale=student.scale, share=share)
+    return losses.sigmoid(
+        student.image,
+        share.all(student.text),
+        scale=student.scale,
+        bias=student.bias,
+        offset=share.rows.start,
+        count=share.count,
+    )
+
+
 def cluster(
     student: Float[Tensor, "n dim"],
     teacher: Float[Tensor, "n dim"],
@@ -114,7 +128,23 @@ def instance(student: Features, teacher: Features, *, scale: Scale, gamma: float
 
 
 def relational(student: Features, teacher: Features, *, share: Share) -> Float[Tensor, ""]:
-    """`losses.relational`: the divergence of the rows here, both ways."""
+    """`losses.relational`: the divergence of the rows here, both ways.
+
+    Between two models of the sigmoid loss it is `losses.sigmoid_relational`, which has one way. Where only one of them
+    is such a model, its bias makes no difference: a softmax does not see it.
+    """
+    if student.bias is not None and teacher.bias is not None:
+        return losses.sigmoid_relational(
+            student.image,
+            share.all(student.text),
+            teacher.image,
+            share.all(teacher.text),
+            scale=student.scale,
+            bias=student.bias,
+            teacher_scale=teacher.scale,
+            teacher_bias=teacher.bias,
+            count=share.count,
+        )
     if share.whole:
         return losses.relational(student, teacher)
 
