@@ -144,7 +144,9 @@ def balances(results: Results, *, num_groups: int, num_pictures: int, thumbnail_
             pairs = {side: picture_pairs(borderline[side], reader, number=2 * num_groups) for side in SIDES}
             reader.close()
             every = [shown for kind in groups.values() for g in kind for shown in (g.kept, *g.removed)]
-            gallery = Gallery(groups=groups, pairs=pairs, problem=_shared_problem([shown.picture.problem for shown in every]))
+            gallery = Gallery(
+                groups=groups, pairs=pairs, problem=_shared_problem([shown.picture.problem for shown in every])
+            )
         except InputError as error:
             gallery = Gallery(groups={}, pairs={}, problem=str(error))
         found.append(
