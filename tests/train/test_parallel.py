@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from distilclip import distributed
+from distilclip.errors import InputError
 from distilclip.train.objective import TERMS, Objective
 from distilclip.train.parallel import Execution, clip_gradients_, whole
 from distilclip.train.step import Student, compute_gradients

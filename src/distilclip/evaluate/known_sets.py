@@ -86,8 +86,7 @@ def load_known_set(
 ) -> LabelledSet | PairSet | MissingSet:
     """Read a published set from a data root; `prompts` is openai/CLIP's prompts.md, for its names and templates.
 
-    A set that is not there is a `MissingSet`. Raises `InputError` for one that is
-    there and does not hold together.
+    A set that is not there is a `MissingSet`. Raises `InputError` for one that is there and does not hold together.
     """
     place = locate(known, data_root)
     if place is None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from distilclip.evaluate.catalogue import GROUPS
-from distilclip.evaluate.references import REFERENCE_MODEL, published
+from distilclip.evaluate.references import REFERENCE_MODEL, reference
 
 TASKS = {
     "zero-shot": "Zero-shot",
@@ -66,7 +66,7 @@ class Table:
 
 
 def build_tables(rows: Sequence[Mapping[str, Any]]) -> list[Table]:
-    """One table for each task that has scores, with the averages of the papers' groups and the published numbers.
+    """One table for each task that has scores, with the averages of the papers' groups and the reference's numbers.
 
     A score without a value shows as `-`, and a note says why. An average is over the sets that are there, and its name
     says of how many; a model that lacks one of them has none.
@@ -84,7 +84,7 @@ def _build(task: str, shown: Sequence[Mapping[str, Any]]) -> Table:
         (row["model"], (row["set"], row["metric"])): None if row["value"] is None else 100 * row["value"]
         for row in shown
     }
-    references = {key: published(task, *key) for key in keys}
+    references = {key: reference(task, *key) for key in keys}
     if any(value is not None for value in references.values()):
         models.append(REFERENCE_MODEL)
         values.update({(REFERENCE_MODEL, key): value for key, value in references.items()})
@@ -97,7 +97,7 @@ def _build(task: str, shown: Sequence[Mapping[str, Any]]) -> Table:
         ]
         for model in models
     ]
-    notes = list(dict.fromkeys(note for row in shown for note in _notes(row)))
+    notes = [*_reasons(shown), *dict.fromkeys(note for row in shown for note in _notes(row))]
     if len(header) > MOST_COLUMNS:
         transposed = [[name, *column] for name, column in zip(header, zip(*cells, strict=True), strict=True)]
         return Table(title=TASKS[task], columns=["set", *models], rows=transposed, notes=notes)
@@ -146,9 +146,19 @@ def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
 
 
+def _reasons(shown: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Why scores are missing, sets with the same reason together."""
+    sets: dict[str, dict[str, None]] = {}
+    for row in shown:
+        if row["value"] is None:
+            sets.setdefault(row["reason"], {})[row["set"]] = None
+    return [f"{', '.join(names)}: {reason}." for reason, names in sets.items()]
+
+
 def _notes(row: Mapping[str, Any]) -> list[str]:
+    """What a reader must know of a score that there is."""
     if row["value"] is None:
-        return [f"{row['set']}: {row['reason']}."]
+        return []
     notes = []
     if row["num_unreadable"]:
         notes.append(f"{row['set']}: {row['num_unreadable']} images could not be read and are left out.")

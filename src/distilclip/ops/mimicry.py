@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from distilclip.ops.contrastive import PLAIN_ENTRIES, check_pairs, contrastive, info_nce, row_block
@@ -144,26 +144,43 @@ def mask_patches(
     ratio: float = 0.75,
     patch: int = 16,
     generator: torch.Generator | None = None,
-    first: int = 0,
-    count: int | None = None,
 ) -> Float[Tensor, "n channels height width"]:
     """Images with a random `ratio` of a grid of `patch` x `patch` squares set to the image's own mean colour.
 
     Every image loses the same number of squares. Works on pixels, so that any architecture can be the student; squares
-    at the right and lower edge may be smaller. For images `first`, `first` + 1, ... of a batch of `count` (default: all
-    are here) the draws are those that the whole batch would get. Raises `ValueError` for a ratio outside 0..1.
+    at the right and lower edge may be smaller. Raises `ValueError` for a ratio outside 0..1.
     """
+    size = pixels.shape[2], pixels.shape[3]
+    masks = draw_masks(len(pixels), size, ratio=ratio, patch=patch, generator=generator, device=pixels.device)
+    return hide_patches(pixels, masks, patch=patch)
+
+
+def draw_masks(
+    num_images: int,
+    size: tuple[int, int],
+    *,
+    ratio: float = 0.75,
+    patch: int = 16,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> Bool[Tensor, "n rows columns"]:
+    """Which squares of the grid over images of `size` (height, width) each image loses; see `mask_patches`."""
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio={ratio}: the masked share of patches lies in 0..1.")
-    n, _, height, width = pixels.shape
-    grid = -(-height // patch), -(-width // patch)
-    num_patches = grid[0] * grid[1]
-    device = pixels.device if generator is None else generator.device
-    draws = torch.rand(n if count is None else count, num_patches, generator=generator, device=device)
-    order = draws[first : first + n].to(pixels.device).argsort(dim=1)
-    masked = (order < round(ratio * num_patches)).view(n, 1, *grid)
-    masked = masked.repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[:, :, :height, :width]
-    return torch.where(masked, pixels.mean(dim=(2, 3), keepdim=True), pixels)
+    rows, columns = -(-size[0] // patch), -(-size[1] // patch)
+    drawn_on = device if generator is None else generator.device
+    draws = torch.rand(num_images, rows * columns, generator=generator, device=drawn_on)
+    order = draws.to(device or draws.device).argsort(dim=1)
+    return (order < round(ratio * rows * columns)).view(num_images, rows, columns)
+
+
+def hide_patches(
+    pixels: Float[Tensor, "n channels height width"], masks: Bool[Tensor, "n rows columns"], *, patch: int = 16
+) -> Float[Tensor, "n channels height width"]:
+    """The images with their masked squares set to the image's mean colour."""
+    _, _, height, width = pixels.shape
+    hidden = masks[:, None].repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[:, :, :height, :width]
+    return torch.where(hidden, pixels.mean(dim=(2, 3), keepdim=True), pixels)
 
 
 def _check_same_space(student: Features, teacher: Features) -> None:

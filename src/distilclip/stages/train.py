@@ -25,11 +25,10 @@ from distilclip.train.averaging import Average
 from distilclip.train.checkpoint import (
     Progress,
     Training,
-    complete_checkpoints,
     count_unusable,
     folder_name,
+    last_checkpoint,
     load_checkpoint,
-    remove_incomplete_checkpoints,
 )
 from distilclip.train.classhead import ClassHead
 from distilclip.train.keeping import Checkpoints
@@ -37,7 +36,6 @@ from distilclip.train.loop import fit
 from distilclip.train.objective import Objective, objective
 from distilclip.train.optimizer import Optimization, build_optimizer
 from distilclip.train.parallel import Execution, build_towers
-from distilclip.train.sharding import class_range
 from distilclip.train.step import Student, require_exact_accumulation
 from distilclip.train.trackers import Tracker, open_trackers
 
@@ -153,7 +151,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     stream = _open_stream(config, clip, stores, live)
     student = _student(config, method, clip, stores=stores, live=live)
     training = _training(config, student, stream)
-    start = distributed.on_first(lambda: _last_checkpoint(config.out))
+    start = distributed.on_first(lambda: last_checkpoint(config.out))
     progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
     first = distributed.rank() == 0
     fit(
@@ -220,12 +218,6 @@ def _training(config: Config, student: Student, stream: PairStream) -> Training:
     )
 
 
-def _last_checkpoint(train_folder: str) -> int:
-    """Steps done in the last complete checkpoint; 0 without one. What a kill left half written is removed."""
-    remove_incomplete_checkpoints(train_folder)
-    return max(complete_checkpoints(train_folder), default=0)
-
-
 def _other_stores(config: Config) -> dict[str, float]:
     """Folder and weight of each."""
     found = {}
@@ -279,14 +271,10 @@ def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[St
 
 
 def _class_head(config: Config, device: torch.device) -> ClassHead:
-    """This process's range of the centers of the cluster folder."""
     assert config.clusters is not None
-    centers = read_centers(config.clusters)
-    first, stop = class_range(len(centers), distributed.rank(), distributed.world())
-    return ClassHead(
-        torch.tensor(centers[first:stop], device=device),
-        num_classes=len(centers),
-        first=first,
+    return ClassHead.of_this_rank(
+        read_centers(config.clusters),
+        device=device,
         learning_rate=config.optimization.centers_learning_rate,
         weight_decay=config.optimization.centers_weight_decay,
         state_device=device if config.centers_state == "device" else "cpu",

@@ -5,18 +5,20 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from distilclip import distributed
 from distilclip.data import files
 from distilclip.data.tensors import read_tensors, write_tensors
 from distilclip.errors import InputError
 from distilclip.ops.clusterloss import positions
 from distilclip.ops.rowadamw import RowState, update_rows_
+from distilclip.train.sharding import class_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +57,12 @@ class ClassHead:
         self.num_classes = len(centers) if num_classes is None else num_classes
         self.first = first
         self.state = RowState.zeros(*centers.shape, device=state_device or centers.device)
+
+    @classmethod
+    def of_this_rank(cls, centers: Float[np.ndarray, "k dim"], *, device: torch.device, **values: Any) -> ClassHead:
+        """This process's range of all k centers, which may be a memory map, on `device`; `values` as for the class."""
+        first, stop = class_range(len(centers), distributed.rank(), distributed.world())
+        return cls(torch.tensor(centers[first:stop], device=device), num_classes=len(centers), first=first, **values)
 
     @property
     def stop(self) -> int:

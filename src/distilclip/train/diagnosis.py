@@ -46,10 +46,10 @@ def diagnose(
     if teacher is not None:
         with torch.no_grad():
             agreed = (_choice(student, share) == _choice(teacher, share)).sum().to(agreed) / share.count
-    *squares, agreed = distributed.reduce_(torch.stack([*squares, agreed])).tolist()
+    *sums, agreed_share = distributed.reduce_(torch.stack([*squares, agreed])).tolist()
     return Diagnosis(
-        agreement=None if teacher is None else round(agreed, 6),
-        gradient_norms={name: square**0.5 for name, square in zip(terms, squares, strict=True)},
+        agreement=None if teacher is None else round(agreed_share, 6),
+        gradient_norms={name: total**0.5 for name, total in zip(terms, sums, strict=True)},
     )
 
 

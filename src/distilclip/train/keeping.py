@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from distilclip import run
 from distilclip.data import files
@@ -61,5 +61,5 @@ class Checkpoints:
             remove_checkpoint(train_folder, step)
 
     @staticmethod
-    def _state(train_folder: str, step: int) -> dict[str, object]:
+    def _state(train_folder: str, step: int) -> dict[str, Any]:
         return run.read_json(files.join(train_folder, folder_name(step), "state.json"))

@@ -128,6 +128,8 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 def _recompute_activations(clip: Clip) -> None:
     try:
+        if hasattr(clip.model.visual, "trunk"):
+            clip.model.visual.trunk.set_grad_checkpointing(True)  # open_clip would log its failure and go on
         clip.model.set_grad_checkpointing(True)
     except (AttributeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"{clip.name} cannot recompute its activations ({error}). Use --activations keep.") from error

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distilclip import losses
@@ -14,7 +14,7 @@ from distilclip.errors import InputError
 from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.models.heads import Heads
 from distilclip.ops.features import Features
-from distilclip.ops.mimicry import mask_patches
+from distilclip.ops.mimicry import draw_masks, hide_patches
 from distilclip.train.classhead import ClassHead, StepClasses
 from distilclip.train.diagnosis import Diagnosis, diagnose
 from distilclip.train.objective import Objective
@@ -113,19 +113,15 @@ def compute_gradients(
     """
     stopwatch = stopwatch or Stopwatch(inputs.pixels.device)
     share = Share.here(len(inputs.pixels))
-    with stopwatch.measure("student"):
-        pixels = normalise_pixels(inputs.pixels, student.clip.preprocess_cfg)
-        masked = None
-        if objective.masked:
-            masked = mask_patches(
-                pixels, ratio=objective.mask_ratio, generator=generator, first=share.rows.start, count=share.count
-            )
+    masks = _draw_masks(objective, inputs.pixels, share, generator)
     classes = _draw_classes(student, objective, inputs.labels, share, generator)
-    slices = [slice(i, i + micro_batch) for i in range(0, len(pixels), micro_batch)]
+    slices = [slice(i, i + micro_batch) for i in range(0, len(inputs.pixels), micro_batch)]
 
     def embed(part: slice) -> list[Tensor]:
         torch.manual_seed(generator.initial_seed() + share.rows.start + part.start)
-        return student.embed(pixels[part], inputs.tokens[part], None if masked is None else masked[part])
+        pixels = normalise_pixels(inputs.pixels[part], student.clip.preprocess_cfg)
+        masked = None if masks is None else hide_patches(pixels, masks[part])
+        return student.embed(pixels, inputs.tokens[part], masked)
 
     with stopwatch.measure("student"), torch.set_grad_enabled(len(slices) == 1):
         parts = [embed(part) for part in slices]
@@ -189,6 +185,17 @@ def _cosines(projected: Features, teacher: Features, share: Share) -> dict[str, 
         "cosine_image": (projected.image * teacher.image).sum(dim=-1).mean() * share.weight,
         "cosine_text": (projected.text * teacher.text).sum(dim=-1).mean() * share.weight,
     }
+
+
+def _draw_masks(
+    objective: Objective, pixels: Tensor, share: Share, generator: torch.Generator
+) -> Bool[Tensor, "n rows columns"] | None:
+    """Masks of the rows here, as they are drawn for the global batch."""
+    if not objective.masked:
+        return None
+    size = pixels.shape[2], pixels.shape[3]
+    masks = draw_masks(share.count, size, ratio=objective.mask_ratio, generator=generator, device=pixels.device)
+    return masks[share.rows]
 
 
 def _draw_classes(

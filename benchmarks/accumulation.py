@@ -1,0 +1,118 @@
+"""Exact accumulation: a batch of 2,048 in 32 micro-batches, against the same batch at once and against a batch of 64.
+
+The gradients of CLIP-KD's loss, and of the contrastive loss, must be those of the one-shot batch. Peak memory beyond
+inputs and gradients: a hundredth of the one-shot batch's, and within 1.2 x of a batch of 64, for what grows with the
+batch is its features alone.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from _harness import Case, compare, is_quick
+from torch import Tensor
+
+from distilclip.models.clip import create_clip
+from distilclip.models.heads import Heads
+from distilclip.ops.features import Features
+from distilclip.train.objective import Objective, objective
+from distilclip.train.parallel import Execution, build_towers
+from distilclip.train.step import Inputs, Student, compute_gradients
+
+MICRO_BATCH, TEACHER_DIM = 64, 128
+TOLERANCE = 1e-5
+
+
+@dataclass
+class Work:
+    """A student and a batch for it."""
+
+    student: Student
+    inputs: Inputs
+
+
+def make_work(batch: int, *, size: int, width: int, layers: int) -> Work:
+    config = {
+        "embed_dim": 64,
+        "vision_cfg": {"image_size": size, "layers": layers, "width": width, "head_width": 32, "patch_size": 16},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 1},
+    }
+    clip = create_clip(json.dumps(config), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    image, text = (F.normalize(torch.randn(batch, TEACHER_DIM, generator=generator), dim=1) for _ in range(2))
+    inputs = Inputs(
+        pixels=torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, generator=generator),
+        tokens=torch.randint(1, 400, (batch, 24), generator=generator),
+        teacher=Features(image=image, text=text, scale=torch.tensor(50.0)),
+    )
+    torch.manual_seed(0)
+    heads = Heads(clip.dim, TEACHER_DIM)
+    towers = build_towers(clip, precision=torch.float32, execution=Execution())
+    work = Work(student=Student(clip=clip, heads=heads, towers=towers), inputs=inputs)
+    rows = slice(MICRO_BATCH)  # a first step fills the allocator's and the kernels' own buffers
+    small = Inputs(
+        pixels=inputs.pixels[rows],
+        tokens=inputs.tokens[rows],
+        teacher=Features(image=image[rows], text=text[rows], scale=torch.tensor(50.0)),
+    )
+    gradients(Work(student=work.student, inputs=small), Objective(), MICRO_BATCH)
+    return work
+
+
+def gradients(work: Work, method: Objective, micro_batch: int) -> list[Tensor]:
+    for parameter in work.student.parameters():
+        parameter.grad = None
+    result = compute_gradients(
+        work.student, method, work.inputs, micro_batch=micro_batch, generator=torch.Generator().manual_seed(1)
+    )
+    found = [parameter.grad for parameter in work.student.parameters() if parameter.grad is not None]
+    return [result.loss, *(gradient.clone() for gradient in found)]
+
+
+def equal(left: list[Tensor], right: list[Tensor]) -> bool:
+    """Every gradient agrees, as a vector, to 1e-5 of the whole gradient's length; the loss to 1e-5."""
+    length = torch.stack([gradient.norm() for gradient in right[1:]]).norm()
+    same_loss = bool((left[0] - right[0]).abs() <= TOLERANCE * right[0].abs())
+    return same_loss and all(
+        bool((a - b).norm() <= TOLERANCE * length) for a, b in zip(left[1:], right[1:], strict=True)
+    )
+
+
+def main() -> None:
+    quick = is_quick(__doc__ or "")
+    batch, shape = (
+        (512, {"size": 32, "width": 64, "layers": 2}) if quick else (2048, {"size": 112, "width": 192, "layers": 4})
+    )
+    result_mb = 2 * 4e-6 * sum(p.numel() for p in make_work(MICRO_BATCH, **shape).student.parameters())
+    cases = []
+    for name in ("clip", "clip-kd"):
+        method = objective(name)
+        cases.append(
+            Case(
+                name=f"{name}, batch {batch:,} in micro-batches of {MICRO_BATCH} / at once",
+                setup=lambda: make_work(batch, **shape),
+                ours=lambda work, method=method: gradients(work, method, MICRO_BATCH),
+                peer=lambda work, method=method: gradients(work, method, batch),
+                equal=equal,
+                result_mb=result_mb,
+            )
+        )
+    both = objective("clip")
+    cases.append(
+        Case(
+            name=f"clip, batch {batch:,} in micro-batches of {MICRO_BATCH} / a batch of {MICRO_BATCH}",
+            setup=lambda: (make_work(batch, **shape), make_work(MICRO_BATCH, **shape)),
+            ours=lambda works: gradients(works[0], both, MICRO_BATCH),
+            peer=lambda works: gradients(works[1], both, MICRO_BATCH),
+            equal=None,
+            result_mb=result_mb,
+        )
+    )
+    compare("accumulation", cases)
+
+
+if __name__ == "__main__":
+    main()
