@@ -1,7 +1,7 @@
 # Every target does its own set-up: a virtual environment, uv from PyPI in it, and pinned packages.
 PYTHON ?= python3
 BIN := .venv/bin
-TEST := $(BIN)/python -m pytest --jaxtyping-packages=distilclip,beartype.beartype -n 2
+TEST := $(BIN)/python -m pytest --jaxtyping-packages=distilclip,beartype.beartype -n 2 --dist loadgroup
 
 .PHONY: demo test test-slow check format bench clean
 

@@ -7,7 +7,6 @@ import os
 import pickle
 import socket
 import traceback
-import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
@@ -20,21 +19,21 @@ SECONDS = 120
 def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """What `function(*args)` returns in each of `world` processes, in the order of ranks; their failures fail here.
 
-    The processes are forked: they need no second import of torch, and compute with one thread, which a fork survives.
+    They are forked from a server that has imported torch and computed nothing: a process that has run a backward pass
+    cannot be forked, and a new one would import torch anew.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "distilclip.train.loop"])
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     processes = [
         context.Process(target=_rank, args=(rank, world, port, pipe[1], function, args), daemon=False)
         for rank, pipe in enumerate(pipes)
     ]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: threads of the parent are not in the child
-        for process in processes:
-            process.start()
+    for process in processes:
+        process.start()
     outcomes = [_answer(pipe[0]) for pipe in pipes]
     for process in processes:
         process.join(10)

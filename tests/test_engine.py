@@ -19,6 +19,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+pytestmark = pytest.mark.xdist_group("ray")  # two clusters that start and stop side by side disturb each other
 ENGINES = [Engine(), Engine(kind="processes", num_workers=2), Engine(kind="ray", num_workers=2)]
 
 

@@ -54,6 +54,7 @@ def test_rows_of_one_image_file_are_one_group_whatever_their_embeddings(tmp_path
     assert run(store, tmp_path / "parts", block_rows=11) == run(store, tmp_path / "whole")
 
 
+@pytest.mark.xdist_group("ray")
 def test_a_killed_driver_and_a_killed_node_change_nothing(tmp_path: Path) -> None:
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     store, _, _ = write_store(tmp_path / "store")

@@ -211,6 +211,7 @@ def test_the_bytes_do_not_depend_on_workers(
     assert contents(tmp_path / "again") == contents(whole[0])
 
 
+@pytest.mark.xdist_group("ray")
 @pytest.mark.parametrize("engine", ["processes", "ray"])
 def test_the_bytes_do_not_depend_on_the_engine(
     tmp_path: Path, whole: tuple[Path, list[str]], tiny_clip_folder: str, engine: str
