@@ -9,6 +9,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from typing import Any
 
 import torch
@@ -16,17 +17,22 @@ import torch
 SECONDS = 120
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns in each of `world` processes, in the order of ranks; their failures fail here.
+def server() -> ForkServerContext:
+    """Processes forked from a server that has imported torch and computed nothing.
 
-    They are forked from a server that has imported torch and computed nothing: a process that has run a backward pass
-    cannot be forked, and a new one would import torch anew.
+    One that has run a backward pass cannot be forked, and a new one would import torch anew.
     """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "distilclip.train.loop"])
+    return context
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)` returns in each of `world` processes, in the order of ranks; their failures fail here."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "distilclip.train.loop"])
+    context = server()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     processes = [
         context.Process(target=_rank, args=(rank, world, port, pipe[1], function, args), daemon=False)

@@ -95,9 +95,9 @@ def steady_contents(out: Path) -> dict[str, Any]:
         if path.is_dir() or path.name == "env.json" or name.startswith("report/"):
             continue  # the page shows speeds and dates
         if path.name == "metrics.jsonl":
-            clock = {"samples_per_second", "data_share"}
             lines = [json.loads(line) for line in path.read_text().splitlines()]
-            contents[name] = [{k: v for k, v in line.items() if k not in clock} for line in lines]
+            steady = [{k: v for k, v in line.items() if not k.endswith(("_per_second", "_share"))} for line in lines]
+            contents[name] = steady
         else:
             contents[name] = path.read_bytes()
     return contents

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from distilclip.stages import train
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, server
 from tests.stages.made_training import Prepared, config, contents, prepare, steady_metrics
 
 SIGNAL_STEPS = 4000  # more than are done before the signals come
@@ -79,10 +79,9 @@ def test_two_processes_train_as_one_and_any_number_goes_on(
         moved.rename(tmp_path / f"done-{world}")
 
 
-def start(settings: train.Config, world: int) -> list[multiprocessing.Process]:
-    """`train` in the background, in forked processes as tests.ranks starts them."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=in_background, args=(settings, world, rank)) for rank in range(world)]
+def start(settings: train.Config, world: int) -> list[ForkServerProcess]:
+    """`train` in the background, in processes as tests.ranks starts them."""
+    processes = [server().Process(target=in_background, args=(settings, world, rank)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
@@ -96,7 +95,7 @@ def in_background(settings: train.Config, world: int, rank: int) -> None:
     train.main(settings)
 
 
-def wait_for(path: Path, processes: list[multiprocessing.Process]) -> None:
+def wait_for(path: Path, processes: list[ForkServerProcess]) -> None:
     deadline = time.monotonic() + 100
     while not path.exists() and time.monotonic() < deadline:
         assert all(process.is_alive() for process in processes)
