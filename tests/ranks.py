@@ -27,12 +27,23 @@ def server() -> ForkServerContext:
     return context
 
 
-def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """What `function(*args)` returns in each of `world` processes, in the order of ranks; their failures fail here."""
+def free_port() -> int:
+    """A port that nothing listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = server()
+        return int(free.getsockname()[1])
+
+
+def join_ranks(rank: int, world: int, port: int) -> None:
+    """Give this process its place, as torchrun would, and one thread."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def run_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `function(*args)` returns in each of `world` processes, in the order of ranks; their failures fail here."""
+    context, port = server(), free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     processes = [
         context.Process(target=_rank, args=(rank, world, port, pipe[1], function, args), daemon=False)
@@ -57,9 +68,7 @@ def _answer(pipe: Connection) -> tuple[Any, str | None]:
 def _rank(
     rank: int, world: int, port: int, pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]
 ) -> None:
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    join_ranks(rank, world, port)
     try:
         pipe.send_bytes(pickle.dumps((function(*args), None)))  # by value: shared memory ends with its process
     except BaseException:  # an assertion, too, must reach the test

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from distilclip.stages import train
-from tests.ranks import run_ranks, server
+from tests.ranks import free_port, join_ranks, run_ranks, server
 from tests.stages.made_training import Prepared, config, contents, prepare, steady_metrics
 
 SIGNAL_STEPS = 4000  # more than are done before the signals come
@@ -81,17 +81,15 @@ def test_two_processes_train_as_one_and_any_number_goes_on(
 
 def start(settings: train.Config, world: int) -> list[ForkServerProcess]:
     """`train` in the background, in processes as tests.ranks starts them."""
-    processes = [server().Process(target=in_background, args=(settings, world, rank)) for rank in range(world)]
+    port = free_port()
+    processes = [server().Process(target=in_background, args=(settings, rank, world, port)) for rank in range(world)]
     for process in processes:
         process.start()
     return processes
 
 
-def in_background(settings: train.Config, world: int, rank: int) -> None:
-    torch.set_num_threads(1)
-    if world > 1:
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29571"}
+def in_background(settings: train.Config, rank: int, world: int, port: int) -> None:
+    join_ranks(rank, world, port)
     train.main(settings)
 
 
