@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import pytest
 
 from distilclip.errors import InputError
 from distilclip.stages import run as run_stage
+from tests.ranks import server
 
 RECIPE = """
 out = "unused"
@@ -122,10 +122,9 @@ def test_killed_in_every_stage_and_run_again_equals_an_undisturbed_run(
     run(recipe, Path("run"))
     monkeypatch.chdir(tmp_path / "killed")
     killed = Path("run")
-    fork = multiprocessing.get_context("fork")
     num_killed = 0
     for step in ORDER:
-        process = fork.Process(target=run, args=(recipe, killed))
+        process = server().Process(target=run, args=(recipe, killed))
         process.start()
         while not (killed / step / "config.json").exists() and process.is_alive():
             time.sleep(0.001)
