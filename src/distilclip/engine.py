@@ -37,7 +37,7 @@ class Engine:
 
     kind: Kind = "local"
     address: str | None = None
-    """of a running Ray cluster (`host:port`, or `auto`); None starts one on this machine"""
+    """of a running Ray cluster (`host:port`, or `auto`); None: that of $RAY_ADDRESS, or one started on this machine"""
     num_workers: int | None = None
     """default: one per core of this machine or of the cluster, or per GPU where `num_gpus` is given"""
     num_gpus: float = 0.0
@@ -187,8 +187,9 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
         yield
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    options = {"address": address} if address else {"include_dashboard": False}
-    ray.init(logging_level="WARNING", log_to_driver=False, **options)
+    address = address or os.environ.get("RAY_ADDRESS") or "local"  # Ray's default is any cluster it finds running here
+    options = {"include_dashboard": False} if address == "local" else {}
+    ray.init(address=address, logging_level="WARNING", log_to_driver=False, **options)
     try:
         yield
     finally:

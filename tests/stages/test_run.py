@@ -92,8 +92,8 @@ def steady_contents(out: Path) -> dict[str, Any]:
     contents: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.is_dir() or path.name == "env.json" or name.startswith("report/"):
-            continue  # the page shows speeds and dates
+        if path.is_dir() or path.name == "env.json" or name.startswith(("report/", "evaluate/cache/")):
+            continue  # the page shows speeds and dates; cached features are named by when their files changed
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
             steady = [{k: v for k, v in line.items() if not k.endswith(("_per_second", "_share"))} for line in lines]
