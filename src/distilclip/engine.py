@@ -74,6 +74,13 @@ def map_parts(
     return _on_ray(prepare, parts, engine)
 
 
+@contextlib.contextmanager
+def connected(engine: Engine) -> Iterator[None]:
+    """One connection to Ray for several calls of `map_parts`, which else make one each; nothing for other engines."""
+    with _cluster(_import_ray(), engine.address) if engine.kind == "ray" else contextlib.nullcontext():
+        yield
+
+
 def _here(prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]) -> Iterator[tuple[Part, Result]]:
     function = prepare()
     for part in parts:

@@ -65,10 +65,10 @@ class Images:
     def digests(self) -> UInt8[np.ndarray, "n 16"]:
         """The beginning of each image file's SHA-256, zeros where it is not known."""
         digests = np.zeros((len(self), DIGEST_BYTES), np.uint8)
-        for shard, start in enumerate(self.starts[:-1]):
-            for row, digest in enumerate(self._read_column(shard, "image_sha256", pa.binary(32)).to_pylist(), start):
-                if digest is not None:
-                    digests[row] = np.frombuffer(digest[:DIGEST_BYTES], np.uint8)
+        for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
+            column = self._read_column(shard, "image_sha256", pa.binary(32)).combine_chunks().fill_null(bytes(32))
+            whole = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 32)
+            digests[start:stop] = whole[column.offset : column.offset + len(column), :DIGEST_BYTES]
         return digests
 
     def ids(self, rows: Int[np.ndarray, " m"]) -> UInt64[np.ndarray, " m"]:

@@ -18,7 +18,7 @@ from distilclip.data.labelling import Labelling, kept_and_removed
 from distilclip.data.rounds import Rounds, parts_of
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
-from distilclip.engine import Engine, map_parts
+from distilclip.engine import Engine, connected, map_parts
 from distilclip.errors import InputError
 from distilclip.ops.kmeans import REPAIRS, check_num_centers, gini, is_finished, size_histogram
 from distilclip.ops.points import Points
@@ -75,8 +75,6 @@ def main(config: Config) -> dict[str, Any]:
     if folder.finished:
         return folder.result()
     images = Images(Store.open(config.store))
-    if not files.exists(folder.child("centers.safetensors")):
-        _fit(config, folder, images)
     labelling = Labelling(
         store=config.store,
         groups=config.groups,
@@ -85,7 +83,10 @@ def main(config: Config) -> dict[str, Any]:
         device=config.device,
     )
     shards = range(images.store.num_shards)
-    _map(labelling.prepare, shards, config, f"label {folder.path}")
+    with connected(_engine(config)):
+        if not files.exists(folder.child("centers.safetensors")):
+            _fit(config, folder, images)
+        _map(labelling.prepare, shards, config, f"label {folder.path}")
     described = _describe_labels(labelling, shards, config.num_centers)
     files.remove_folder(folder.child(ROUNDS))
     return folder.finish({"num_centers": config.num_centers, **run.read_json(folder.child("fit.json")), **described})
