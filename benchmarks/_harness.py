@@ -171,7 +171,7 @@ def _print_table(name: str, rows: Sequence[dict[str, Any]]) -> None:
     def show(value: float | None, digits: int) -> str:
         return "-" if value is None else f"{value:,.{digits}f}"
 
-    width = max(len(row["case"]) for row in rows)
+    width = max((len(row["case"]) for row in rows), default=0)
     print(f"\n{name}: {' '.join(sys.argv)}")
     print(f"{'case':{width}}  {'ours s':>9} {'peer s':>9} {'ratio':>7} {'ours MB':>9} {'peer MB':>9}  equal")
     for row in rows:

@@ -1,9 +1,10 @@
 """Images decoded, augmented, tokenised and collated from tars with 2 workers, against open_clip's own pipeline.
 
 Both sides read the same tars of 512 x 384 JPEGs (52 KB each, photograph-like: gradients, blobs and noise), crop 0.9
-to 1 of the area to 224 pixels, bicubic, and tokenise. Ours joins the teacher's embeddings as well; the peer is
-`open_clip_train.data.get_wds_dataset`. Where balance dropped 44 % of the rows, ours reads the kept ones; the peer reads
-all and drops, before it decodes, through its own filter for samples without a caption.
+to 1 of the area to 224 pixels, bicubic, tokenise, and give batches of normalised float32 pixels (the peer's workers
+normalise; ours is done where the batch arrives, as in training). Ours joins the teacher's embeddings as well; the peer
+is `open_clip_train.data.get_wds_dataset`. Where balance dropped 44 % of the rows, ours reads the kept ones; the peer
+reads all and drops, before it decodes, through its own filter for samples without a caption.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from distilclip.data.groups import Groups, write_groups
 from distilclip.data.shards import open_shard
 from distilclip.data.store import Rows, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.data.stream import open_stream
+from distilclip.models.clip import normalise_pixels
 
 SIZE = (512, 384)
 NUM_PICTURES = 192
@@ -36,6 +38,7 @@ NUM_TARS = 8
 BATCH = 64
 DIM = 768
 DROPPED = 0.44
+NORMALISATION = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
 TEACHER = {"name": "t", "digest": "d", "preprocessing": "", "tokenizer": "", "precision": "fp32", "scale": 100.0}
 
 # webdataset 1.0 ends each tar with an empty mark, which open_clip 3.3 does not know.
@@ -134,7 +137,8 @@ def ours(inputs: Inputs) -> int:
         batch_size=BATCH,
         seed=0,
     )
-    return sum(len(batch.pixels) for batch in stream.batches(stop=inputs.num_images // BATCH, num_workers=2))
+    batches = stream.batches(stop=inputs.num_images // BATCH, num_workers=2)
+    return sum(len(normalise_pixels(batch.pixels, NORMALISATION)) for batch in batches)
 
 
 def peer(inputs: Inputs) -> int:
