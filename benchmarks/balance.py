@@ -188,7 +188,8 @@ def main() -> None:
         cases += [stored(store, metric) for metric in METRICS]
     notes = {
         "growth": lambda: growth((100_000, 1_000_000)),
-        "one search of the peer": lambda: one_search(100_000, 1280) + one_search(200_000, 1280),
+        "one search of the peer among 100k": lambda: one_search(100_000, 1280),
+        "one search of the peer among 200k": lambda: one_search(200_000, 1280),
         "recall": lambda: recall_within_clusters(200_000),
     }
     compare("balance", cases, notes)
