@@ -1,5 +1,6 @@
 """Contrastive loss in tiles, forward and backward, against the materialised torch version.
 
+The peer is open_clip's ClipLoss on one process, with one product of all pairs where that takes two.
 Peak memory is what either side holds beyond its inputs and the gradients it returns.
 """
 

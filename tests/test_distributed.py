@@ -63,3 +63,9 @@ def test_alone_everything_is_the_identity() -> None:
         assert distributed.gather_objects(1) == [1]
         assert distributed.on_first(lambda: 7) == 7
         distributed.barrier()
+
+
+def test_devices_that_cannot_exchange_tensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="on CUDA or on the CPU, not on meta"), distributed.job("meta"):
+        pass

@@ -17,7 +17,7 @@ STAGES = {
     "search": "pictures that fit some words, by an exported ONNX model, without torch",
     "report": "one self-contained HTML page from any of these folders",
     "plan": "time, memory, disk and cost of every stage on a cluster, before anything runs",
-    "run": "every step of one recipe in one folder; finished steps are skipped",
+    "run": "every step of a recipe, or of several with one report; finished steps are skipped",
     "demo": "the whole story on a made-up corpus, in minutes, on two CPU cores",
 }
 

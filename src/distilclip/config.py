@@ -6,6 +6,7 @@ flags come after them, and tyro parses the lot. So both are checked by the same 
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Sequence
@@ -27,9 +28,9 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     """A stage's Config from `[RECIPE[#STEP]] [--flag value ...]`.
 
     `RECIPE` is a TOML file whose `[stage]` table (with `#name`, its `[stage.name]` table) holds the flags, or a
-    config.json. A Config with a field `recipe` gets the path itself, and one with fields marked `positional` gets these
-    in their order: `distilclip search MODEL PICTURES QUERY`. Raises `InputError` for a recipe with an unknown
-    key or stage; tyro exits with its own message for a bad flag.
+    config.json. A Config with a field `recipe` gets the path itself, and any further ones as `other_recipes`; one with
+    fields marked `positional` gets these in their order: `distilclip search MODEL PICTURES QUERY`. Raises `InputError`
+    for a recipe with an unknown key or stage; tyro exits with its own message for a bad flag.
     """
     import tyro
 
@@ -38,6 +39,9 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     positional = bool(argv) and not argv[0].startswith("-")
     if positional and not argv[0].endswith(".json") and "recipe" in field_names(config_type):
         flags = ["--recipe", argv.pop(0)]
+        others = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+        if others:
+            flags, argv = [*flags, "--other-recipes", *others], argv[len(others) :]
     elif positional and not argv[0].endswith((".json", ".toml")) and (names := positional_names(config_type)):
         while names and argv and not argv[0].startswith("-"):
             flags += [f"--{names.pop(0)}", argv.pop(0)]

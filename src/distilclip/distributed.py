@@ -28,7 +28,7 @@ def job(device: str = "auto") -> Iterator[torch.device]:
     """This process's device; for the length of the block it belongs to the process group that torchrun asks for.
 
     Each process takes the CUDA device of its local rank. Without torchrun there is no group. Raises `InputError` where
-    a machine has fewer CUDA devices than processes.
+    a machine has fewer CUDA devices than processes, and for devices that cannot exchange tensors.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield resolve_device(device)
@@ -36,6 +36,8 @@ def job(device: str = "auto") -> Iterator[torch.device]:
     resolved = resolve_device(device)
     if resolved.type == "cuda":
         resolved = _own_cuda_device(int(os.environ["LOCAL_RANK"]))
+    elif resolved.type != "cpu":
+        raise InputError(f"Several processes train on CUDA or on the CPU, not on {resolved}. Use --device cpu.")
     # Host tensors are reduced as well (counts, signals), hence gloo beside NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo")
     try:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from distilclip.data.stream import Batch, PairStream
 from distilclip.stages import train
 from tests.ranks import free_port, join_ranks, run_ranks, server
 from tests.stages.made_training import Prepared, config, contents, prepare, steady_metrics
@@ -155,6 +157,28 @@ def test_a_checkpoint_between_two_lines_changes_no_line(
     train.main(config(often, tiny_clip_json, **common, checkpoint_minutes=1e-9, keep_best="agreement"))
     assert steady_metrics(often) == steady_metrics(undisturbed)
     assert [path.name for path in (often / "checkpoints").iterdir()] == ["step-000012"]
+
+
+def test_a_run_that_goes_on_between_two_lines_equals_an_undisturbed_one_bit_for_bit(
+    cid: dict[str, Any], tiny_clip_json: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed, cut = tmp_path / "undisturbed", tmp_path / "cut"
+    common = {**cid, "num_steps": 12, "checkpoint_every": 12}
+    train.main(config(undisturbed, tiny_clip_json, **common))
+    batches = PairStream.batches
+
+    def seven(self: PairStream, **options: Any) -> Iterator[Batch]:
+        yield from itertools.islice(batches(self, **options), 7)
+        raise ConnectionError("the disk is gone")
+
+    monkeypatch.setattr(PairStream, "batches", seven)
+    with pytest.raises(ConnectionError):
+        train.main(config(cut, tiny_clip_json, **common, checkpoint_minutes=1e-9))
+    monkeypatch.undo()
+    assert [path.name for path in (cut / "checkpoints").iterdir()] == ["step-000007"]
+    train.main(config(cut, tiny_clip_json, **common))
+    assert steady_metrics(cut) == steady_metrics(undisturbed)
+    assert contents(cut / "checkpoints") == contents(undisturbed / "checkpoints")
 
 
 def test_a_gradient_that_is_not_finite_names_step_and_rank_after_a_checkpoint(

@@ -24,11 +24,13 @@ def make_student(
     execution: Execution | None = None,
     precision: torch.dtype = torch.float32,
     augmented: bool = True,
+    other_dims: tuple[int, ...] = (),
 ) -> Student:
     """A student whose every weight follows from the seed; of the centers it has the range of this rank."""
     clip = create_clip(architecture, seed=seed)
     torch.manual_seed(seed + 1)
-    heads = Heads(clip.dim, TEACHER_DIM, augmented=augmented)
+    weights = (1.0, *(2.0 for _ in other_dims))
+    heads = Heads(clip.dim, TEACHER_DIM, augmented=augmented, other_dims=other_dims, weights=weights)
     centers = F.normalize(torch.randn(NUM_CENTERS, TEACHER_DIM), dim=1)
     first, stop = class_range(NUM_CENTERS, distributed.rank(), distributed.world())
     return Student(
@@ -39,18 +41,26 @@ def make_student(
     )
 
 
-def make_inputs(num_rows: int, *, seed: int = 2) -> Inputs:
+def make_inputs(
+    num_rows: int, *, seed: int = 2, other_dims: tuple[int, ...] = (), teacher_bias: float | None = None
+) -> Inputs:
     """This rank's rows of a global batch of `num_rows`."""
     generator = torch.Generator().manual_seed(seed)
-    image, text = (F.normalize(torch.randn(num_rows, TEACHER_DIM, generator=generator), dim=1) for _ in range(2))
     pixels = torch.randint(0, 256, (num_rows, 3, 32, 32), dtype=torch.uint8, generator=generator)
     tokens = torch.randint(1, 400, (num_rows, 12), generator=generator)
     labels = torch.randint(0, NUM_CENTERS, (num_rows,), generator=generator)
     size = num_rows // distributed.world()
     own = slice(distributed.rank() * size, (distributed.rank() + 1) * size)
+
+    def teacher(dim: int) -> Features:
+        image, text = (F.normalize(torch.randn(num_rows, dim, generator=generator), dim=1) for _ in range(2))
+        bias = None if teacher_bias is None else torch.tensor(teacher_bias)
+        return Features(image=image[own], text=text[own], scale=torch.tensor(10.0 + dim), bias=bias)
+
     return Inputs(
         pixels=pixels[own],
         tokens=tokens[own],
-        teacher=Features(image=image[own], text=text[own], scale=torch.tensor(20.0)),
+        teacher=teacher(TEACHER_DIM),
+        others=tuple(teacher(dim) for dim in other_dims),
         labels=labels[own],
     )

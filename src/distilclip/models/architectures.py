@@ -30,8 +30,8 @@ STUDENTS = {
     "ResNet-18": _timm("resnet18"),
     "MobileNetV3-S": _timm("mobilenetv3_small_clip"),
 }
-"""Students of CLIP-KD (Yang et al. 2024, section 4.1) that open_clip has no name for. Their image towers have 5.6, 5.3,
-27.9, 4.7, 11.4 and 2.0 million parameters, in this order."""
+"""Students of CLIP-KD (Yang et al. 2024) that open_clip has no name for. Their image towers have 5.6, 5.3, 27.9, 4.7,
+11.4 and 2.0 million parameters, in this order."""
 
 
 def architectures() -> list[str]:

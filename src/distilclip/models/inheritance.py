@@ -1,7 +1,7 @@
 """A student that begins with pieces of its teacher: every so-manyth layer, the first so-many channels.
 
 Layers are chosen evenly, the first and the last included; of every matrix the leading rows and columns are taken, so
-that heads stay whole. Source: Wu et al. 2023 (TinyCLIP), section 3.2, manual inheritance.
+that heads stay whole. Source: Wu et al. 2023 (TinyCLIP), weight inheritance, the manual kind.
 """
 
 from __future__ import annotations
@@ -70,12 +70,10 @@ def even_layers(depth: int, teacher_depth: int) -> list[int]:
 
 def leading(tensor: Float[Tensor, "*big"], shape: tuple[int, ...], *, parts: int = 1) -> Float[Tensor, "*small"]:
     """The first rows, columns and so on of a tensor; of each of its `parts` stacked along the first dimension."""
-    rows = (
-        [part[tuple(slice(n) for n in (shape[0] // parts, *shape[1:]))] for part in tensor.chunk(parts)]
-        if shape
-        else []
-    )
-    return torch.cat(rows) if rows else tensor
+    if not shape:
+        return tensor
+    first = (slice(shape[0] // parts), *(slice(size) for size in shape[1:]))
+    return torch.cat([part[first] for part in tensor.chunk(parts)])
 
 
 def _tower(state: dict[str, Tensor], tower: Tower) -> dict[str, Tensor]:

@@ -55,13 +55,13 @@ def _load_weights(student: Clip, place: str) -> set[str]:
 
 
 def _inherit(student: Clip, place: str, tower: str) -> set[str]:
-    towers: tuple[Tower, ...] = ("image", "text") if not tower else ("image",) if tower == "image" else ("text",)
-    fresh = set(inherit(student, load_named(place, device=student.device), towers=towers))
+    choices: dict[str, tuple[Tower, ...]] = {"": ("image", "text"), "image": ("image",), "text": ("text",)}
+    fresh = set(inherit(student, load_named(place, device=student.device), towers=choices[tower]))
     names = set(student.model.state_dict())
     image = {name for name in names if name.startswith("visual.")}
     text = names - image - {"logit_scale", "logit_bias"}
-    set_ = names if len(towers) == 2 else image if tower == "image" else text
-    return {name for name in set_ if name.removeprefix("text.") not in fresh}
+    wanted = {"": names, "image": image, "text": text}[tower]
+    return {name for name in wanted if name.removeprefix("text.") not in fresh}
 
 
 def _load_timm(student: Clip, path: str) -> set[str]:

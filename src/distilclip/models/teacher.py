@@ -7,7 +7,8 @@ Of several teachers, each with a width and a scale of its own, the student learn
 where each teacher has its own projections. For divergences from the teacher's similarities (CLIP-KD's relational term)
 the gradient of that is the one of the divergence from the averaged distribution, for sum_k w_k KL(q_k || p) =
 KL(sum_k w_k q_k || p) + a constant; for embeddings, which have no common space, an average would mean nothing. Source:
-Vasu et al. 2024 (MobileCLIP), section 4.1, which sums the divergences of an ensemble's members, each at its own scale.
+the training loss of Vasu et al. 2024 (MobileCLIP), which sums the divergences of an ensemble's members, each at its own
+scale.
 """
 
 from __future__ import annotations

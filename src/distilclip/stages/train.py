@@ -17,6 +17,7 @@ from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.store import Store
 from distilclip.data.stream import PairStream, open_stream
 from distilclip.errors import InputError
+from distilclip.models.batchnorm import require_exact_accumulation
 from distilclip.models.clip import Clip, create_clip, load_clip, load_named
 from distilclip.models.heads import Heads
 from distilclip.models.initial import initialise
@@ -25,10 +26,11 @@ from distilclip.train.averaging import Average
 from distilclip.train.checkpoint import (
     Progress,
     Training,
+    complete_checkpoints,
     count_unusable,
     folder_name,
-    last_checkpoint,
     load_checkpoint,
+    remove_incomplete_checkpoints,
 )
 from distilclip.train.classhead import ClassHead
 from distilclip.train.keeping import Checkpoints
@@ -36,8 +38,8 @@ from distilclip.train.loop import fit
 from distilclip.train.objective import Objective, objective
 from distilclip.train.optimizer import Optimization, build_optimizer
 from distilclip.train.parallel import Execution, build_towers
-from distilclip.train.step import Student, require_exact_accumulation
-from distilclip.train.trackers import Tracker, open_trackers
+from distilclip.train.step import Student
+from distilclip.train.trackers import Tracker, open_trackers, require_packages
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -132,26 +134,28 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _train(config: Config, device: torch.device) -> dict[str, Any]:
+    require_packages(config.track)
     inputs = [
         (path, stage)
         for path, stage in ((config.store, "embed"), (config.groups, "balance"), (config.clusters, "cluster"))
         if path is not None
     ]
     inputs += [(path, "embed") for path in _other_stores(config)]
-    inputs += run.folders_of("train", [source.partition(":")[2] for source in config.init])
+    models = [source.partition(":")[2] for source in config.init]
+    inputs += run.folders_of("train", [*models, *([config.live_teacher] if config.live_teacher else [])])
     folder = distributed.on_first(lambda: run.open_folder(config.out, stage="train", config=config, inputs=inputs))
     if distributed.on_first(lambda: folder.finished):
         return folder.result()
     method = objective(config.objective, config.terms)
     clip = create_clip(config.student, seed=config.seed, device=device)
-    initialise(clip, config.init)
+    fresh = initialise(clip, config.init)
     num_parameters = clip.num_parameters
     stores = _open_stores(config)
     live = load_named(config.live_teacher, device=device) if config.live_teacher and method.needs_teacher else None
     stream = _open_stream(config, clip, stores, live)
     student = _student(config, method, clip, stores=stores, live=live)
     training = _training(config, student, stream)
-    start = distributed.on_first(lambda: last_checkpoint(config.out))
+    start = distributed.on_first(lambda: _last_checkpoint(config.out))
     progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
     first = distributed.rank() == 0
     fit(
@@ -178,6 +182,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
                 "checkpoint": folder_name(config.num_steps),
                 "objective": dataclasses.asdict(method),
                 "num_parameters": num_parameters,
+                **({"fresh": fresh} if config.init else {}),
                 "num_rows": stream.num_rows,
                 "num_samples_seen": config.num_steps * config.batch_size,
                 "num_unusable": sum(unusable["reasons"].values()),
@@ -186,6 +191,12 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
             }
         )
     )
+
+
+def _last_checkpoint(path: str) -> int:
+    """Steps done in the last complete checkpoint, 0 without one; what a kill left of others is removed."""
+    remove_incomplete_checkpoints(path)
+    return max(complete_checkpoints(path), default=0)
 
 
 def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Student:

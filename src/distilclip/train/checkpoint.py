@@ -162,12 +162,6 @@ def complete_checkpoints(train_folder: str) -> list[int]:
     return [s for s in steps if files.exists(files.join(train_folder, folder_name(s), "state.json"))]
 
 
-def last_checkpoint(train_folder: str) -> int:
-    """Steps done in the last complete checkpoint, 0 without one; what a kill left half written is removed."""
-    remove_incomplete_checkpoints(train_folder)
-    return max(complete_checkpoints(train_folder), default=0)
-
-
 def remove_incomplete_checkpoints(train_folder: str) -> None:
     """Remove what a kill left of checkpoints that were being written or removed."""
     for step in set(_steps(train_folder)) - set(complete_checkpoints(train_folder)):

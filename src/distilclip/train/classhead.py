@@ -173,8 +173,7 @@ def head_memory(
     rows = -(-num_classes // world)
     sampled = round(sample_rate * rows)
     moments = rows * (2 * 4 * dim + 8)
-    values = (
-        4 * dim * (rows + sampled * (1 if sample_rate == 1 else 2))
-    )  # all classes are used in place, some are copied
+    of_a_step = sampled if sample_rate == 1 else 2 * sampled  # the gradient; and a copy of the rows, unless it is all
+    values = 4 * dim * (rows + of_a_step)
     on_host = state == "host"
     return HeadMemory(device=values + (0 if on_host else moments), host=moments if on_host else 0)

@@ -10,7 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distilclip import distributed
+from distilclip.ops.contrastive import row_block
 from distilclip.ops.features import Features
+from distilclip.ops.streaming import blocks
 from distilclip.train.terms import Share
 
 
@@ -54,5 +56,7 @@ def diagnose(
 
 
 def _choice(features: Features, share: Share) -> Tensor:
-    """The nearest caption of the global batch to each picture here."""
-    return (features.image @ share.all(features.text).T).argmax(dim=1)
+    """The nearest caption of the global batch to each picture here, found for some pictures at a time."""
+    captions = share.all(features.text)
+    rows = blocks(len(features.image), row_block(captions))
+    return torch.cat([(features.image[block] @ captions.T).argmax(dim=1) for block in rows])

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
 from distilclip import distributed, run
+from distilclip.data.policy import ErrorPolicy
 from distilclip.data.stream import Batch
 from distilclip.errors import InputError
+from distilclip.models.batchnorm import remember_statistics
 from distilclip.models.teacher import Teacher
 from distilclip.progress import track
 from distilclip.train.checkpoint import Progress, Training, complete_checkpoints, folder_name, save_checkpoint
@@ -23,8 +26,9 @@ from distilclip.train.log import Log
 from distilclip.train.objective import Objective
 from distilclip.train.optimizer import Optimization, schedule, set_learning_rate
 from distilclip.train.parallel import clip_gradients_, non_finite_gradients
-from distilclip.train.signals import Signals
+from distilclip.train.signals import Signals, terminate
 from distilclip.train.step import Inputs, StepResult, compute_gradients
+from distilclip.train.stopwatch import Stopwatch
 from distilclip.train.trackers import Writer
 
 LOG_EVERY = 10
@@ -52,59 +56,133 @@ def fit(
     writes one and ends the process. Raises `InputError` naming step, terms and rank when the loss or its gradient stops
     being finite; nothing is updated then, and the state before that step is saved.
     """
-    lines = _Lines(folder, trackers, start=progress.step)
-    student, device = training.student, training.student.clip.device
-    student.clip.model.train()
-    log = Log(device, carried=progress.log)
-    saved_at = time.monotonic()
-    steps = range(progress.step, num_steps)
-    with Signals() as signals:
-        for step in track(steps, "train", num_samples=batch_size) if distributed.rank() == 0 else steps:
+    training.student.clip.model.train()
+    log = Log(training.student.clip.device, carried=progress.log)
+    steps = _Steps(
+        training=training,
+        teacher=teacher,
+        objective=objective,
+        optimization=optimization,
+        num_steps=num_steps,
+        micro_batch=micro_batch,
+        seed=seed,
+        stopwatch=log.stopwatch,
+    )
+    saving = _Saving(folder, training, checkpoints, log)
+    with Signals() as signals, contextlib.closing(_Lines(folder, trackers, start=progress.step)) as lines:
+        for step in _shown(range(progress.step, num_steps), num_samples=batch_size):
             scheduled = checkpoints.scheduled(step + 1, num_steps=num_steps)
-            counted = copy.deepcopy(training.policy)
+            counted, put_back = copy.deepcopy(training.policy), remember_statistics(training.student.clip.model)
             with log.stopwatch.measure("data"):
                 batch = next(batches)
-            with log.stopwatch.measure("teacher"):
-                inputs = _inputs(batch, teacher, device)
-            share = schedule(step, num_steps=num_steps, warmup_steps=optimization.warmup_steps)
-            rate = set_learning_rate(training.optimizer, share)
-            training.optimizer.zero_grad(set_to_none=True)
-            result = compute_gradients(
-                student,
-                objective,
-                inputs,
-                micro_batch=micro_batch,
-                generator=torch.Generator(device).manual_seed(seed * 1_000_003 + step),
-                stopwatch=log.stopwatch,
-                diagnosing=scheduled,
-            )
-            with log.stopwatch.measure("optimizer"):
-                norm = _clip(training, result, max_norm=optimization.gradient_clip)
-                asked = signals.save or checkpoints.due(time.monotonic() - saved_at)
-                loss, saving, stopping = _agree(result.loss, asked, signals.stop)
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    before = Progress(step=step, log=log.state())
-                    _stop_non_finite(folder, replace(training, policy=counted), before, result)
-                _update(training, result, share=share)
+            result, norm = steps.gradients(step, batch, diagnosing=scheduled)
+            loss, save, stop = _agree(result.loss, save=signals.take() or saving.due, stop=signals.stop)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                put_back()
+                saving.save_before(step, counted)
+                _stop_non_finite(step, training, result)
+            learning_rate = steps.update(step, result)
             log.add(result, norm, batch_size)
-            values = {}
+            line: dict[str, float] = {}
             if (step + 1) % LOG_EVERY == 0 or scheduled:  # a line never spans a scheduled checkpoint
-                values = {**log.line(), "learning_rate": rate, "scale": round(float(student.clip.scale.detach()), 4)}
-                values |= result.diagnosis.line() if result.diagnosis is not None else {}
-                lines.write(step + 1, values)
-            if scheduled or saving:
-                signals.save = False
-                after = Progress(step=step + 1, log=log.state())
-                path = folder.child(folder_name(after.step))
-                measures = checkpoints.measures(values)
-                save_checkpoint(path, training, after, scheduled=scheduled, metrics=measures)
-                if distributed.rank() == 0:
-                    checkpoints.prune(folder.path)
-                saved_at = time.monotonic()
-            if stopping and step + 1 < num_steps:
-                lines.close()
-                signals.end()
-    lines.close()
+                line = {**log.line(), "learning_rate": learning_rate, **_after(training, result)}
+                lines.write(step + 1, line)
+            if scheduled or save:
+                saving.save(step + 1, scheduled=scheduled, line=line)
+            if stop and step + 1 < num_steps:
+                break
+        else:
+            return
+    terminate()
+
+
+def _shown(steps: range, *, num_samples: int) -> Iterable[int]:
+    return track(steps, "train", num_samples=num_samples) if distributed.rank() == 0 else steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Steps:
+    """Takes the steps of a run: from a batch to gradients, from gradients to weights."""
+
+    training: Training
+    teacher: Teacher | None
+    objective: Objective
+    optimization: Optimization
+    num_steps: int
+    micro_batch: int
+    seed: int
+    stopwatch: Stopwatch
+
+    def gradients(self, step: int, batch: Batch, *, diagnosing: bool) -> tuple[StepResult, Tensor]:
+        """The step's gradients, clipped, and their norm before that."""
+        student = self.training.student
+        device = student.clip.device
+        with self.stopwatch.measure("teacher"):
+            inputs = _inputs(batch, self.teacher, device)
+        self.training.optimizer.zero_grad(set_to_none=True)
+        result = compute_gradients(
+            student,
+            self.objective,
+            inputs,
+            micro_batch=self.micro_batch,
+            generator=torch.Generator(device).manual_seed(self.seed * 1_000_003 + step),
+            stopwatch=self.stopwatch,
+            diagnosing=diagnosing,
+        )
+        centers = [] if result.classes is None else [result.classes.centers]
+        with self.stopwatch.measure("optimizer"):
+            norm = clip_gradients_(student.parameters(), sharded=centers, max_norm=self.optimization.gradient_clip)
+        return result, norm
+
+    def update(self, step: int, result: StepResult) -> float:
+        """Let weights, class centers and their average follow; the student's learning rate."""
+        training, student = self.training, self.training.student
+        share = schedule(step, num_steps=self.num_steps, warmup_steps=self.optimization.warmup_steps)
+        learning_rate = set_learning_rate(training.optimizer, share)
+        with self.stopwatch.measure("optimizer"):
+            training.optimizer.step()
+            if result.classes is not None:
+                assert student.class_head is not None
+                student.class_head.update(result.classes, share=share)
+            student.limit_scales()
+            if training.average is not None:
+                training.average.update(student.clip.model)
+        return learning_rate
+
+
+class _Saving:
+    """Writes checkpoints, and removes those that are no longer to be kept."""
+
+    def __init__(self, folder: run.Folder, training: Training, checkpoints: Checkpoints, log: Log) -> None:
+        self._folder, self._training, self._checkpoints, self._log = folder, training, checkpoints, log
+        self._saved_at = time.monotonic()
+        self._prune()  # a kill may have come between a checkpoint and this
+
+    @property
+    def due(self) -> bool:
+        """Whether the clock asks for a checkpoint."""
+        return self._checkpoints.due(time.monotonic() - self._saved_at)
+
+    def save(self, done: int, *, scheduled: bool, line: Mapping[str, float]) -> None:
+        """Write the state after `done` steps; `line` is what metrics.jsonl says of it."""
+        progress = Progress(step=done, log=self._log.state())
+        measures = self._checkpoints.measures(line)
+        path = self._folder.child(folder_name(done))
+        save_checkpoint(path, self._training, progress, scheduled=scheduled, metrics=measures)
+        self._prune()
+        self._saved_at = time.monotonic()
+
+    def save_before(self, step: int, policy: ErrorPolicy) -> None:
+        """Write the state before a step that is not taken, unless it is there; `policy` has not counted that step."""
+        there = distributed.on_first(lambda: step == 0 or step in complete_checkpoints(self._folder.path))
+        if not there:
+            progress = Progress(step=step, log=self._log.state())
+            path = self._folder.child(folder_name(step))
+            save_checkpoint(path, replace(self._training, policy=policy), progress, scheduled=False)
+
+    def _prune(self) -> None:
+        if distributed.rank() == 0:
+            self._checkpoints.prune(self._folder.path)
 
 
 class _Lines:
@@ -137,44 +215,46 @@ def _inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inpu
     )
 
 
-def _clip(training: Training, result: StepResult, *, max_norm: float) -> Tensor:
-    centers = [] if result.classes is None else [result.classes.centers]
-    return clip_gradients_(training.student.parameters(), sharded=centers, max_norm=max_norm)
+def _after(training: Training, result: StepResult) -> dict[str, float]:
+    """What a line says of the moment, not of the steps since the line before."""
+    scale = round(float(training.student.clip.scale.detach()), 4)
+    return {"scale": scale, **({} if result.diagnosis is None else result.diagnosis.line())}
 
 
-def _update(training: Training, result: StepResult, *, share: float) -> None:
-    student = training.student
-    training.optimizer.step()
-    if result.classes is not None:
-        assert student.class_head is not None
-        student.class_head.update(result.classes, share=share)
-    student.limit_scales()
-    if training.average is not None:
-        training.average.update(student.clip.model)
+def _agree(loss: Tensor, *, save: bool, stop: bool) -> tuple[float, bool, bool]:
+    """The loss of the global batch, and whether any process is to save or to stop: one message, one transfer.
+
+    Who stops saves.
+    """
+    flags = torch.tensor([float(save or stop), float(stop)], device=loss.device)
+    total, num_saving, num_stopping = distributed.reduce_(torch.cat([loss.view(1), flags])).tolist()
+    return total, num_saving > 0, num_stopping > 0
 
 
-def _agree(loss: Tensor, saving: bool, stopping: bool) -> tuple[float, bool, bool]:
-    """The loss of the global batch, and whether any process is to save or to stop: one message, one transfer."""
-    flags = torch.tensor([float(saving), float(stopping)], device=loss.device)
-    total, save, stop = distributed.reduce_(torch.cat([loss.view(1), flags])).tolist()
-    return total, save > 0, stop > 0
+def _stop_non_finite(step: int, training: Training, result: StepResult) -> NoReturn:
+    """Say what is not finite on which rank.
 
-
-def _stop_non_finite(folder: run.Folder, training: Training, progress: Progress, result: StepResult) -> NoReturn:
-    """Save the state before the step, unless that is there already, and say what is not finite on which rank."""
-    step = progress.step
-    there = distributed.on_first(lambda: step == 0 or step in complete_checkpoints(folder.path))
-    if not there:
-        save_checkpoint(folder.child(folder_name(step)), training, progress, scheduled=False)
+    What the processes have exchanged is bad on all of them; the student's embeddings of a rank's own rows are not.
+    """
     terms = {name: float(value) for name, value in result.terms.items()}
-    bad = [name for name, value in terms.items() if not math.isfinite(value)]
-    reports = distributed.gather_objects((terms, bad, non_finite_gradients(training.student.named_parameters())))
+    parameters: dict[str, Tensor] = {**training.student.named_parameters()}
+    if result.classes is not None:
+        parameters["centers"] = result.classes.centers
+    bad = {
+        "terms": [name for name, value in terms.items() if not math.isfinite(value)],
+        "embeddings": [name for name, rows in result.embeddings.items() if not bool(torch.isfinite(rows).all())],
+        "gradients": non_finite_gradients(parameters)[:3],
+    }
     found = [
-        f"rank {rank}: terms {terms}, not finite: {bad or 'none'}, gradients not finite: {gradients[:3] or 'none'}"
-        for rank, (terms, bad, gradients) in enumerate(reports)
-        if bad or gradients
+        f"rank {rank}: terms {terms}, not finite: {_listed(bad)}"
+        for rank, (terms, bad) in enumerate(distributed.gather_objects((terms, bad)))
     ]
+    kept = f"the state after {step} steps is saved" if step else "no step was done yet"
     raise InputError(
-        f"Step {step + 1}: the loss or its gradient is not finite. {'; '.join(found)}. Nothing was updated; the state "
-        f"after {step} steps is saved. Lower learning_rate, set gradient_clip, or use precision fp32."
+        f"Step {step + 1}: the loss or its gradient is not finite. {'; '.join(found)}. Nothing was updated; {kept}. "
+        "Lower learning_rate, set gradient_clip, or use precision fp32."
     )
+
+
+def _listed(bad: Mapping[str, Sequence[str]]) -> str:
+    return ", ".join(f"{kind} {list(names)}" for kind, names in bad.items() if names) or "none"

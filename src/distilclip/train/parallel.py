@@ -21,6 +21,7 @@ from torch.nn.utils import get_total_norm
 
 from distilclip import distributed, run
 from distilclip.errors import InputError
+from distilclip.models.batchnorm import fixed_statistics, synchronise_batch_norms
 from distilclip.models.clip import Clip
 
 OWNED = ("logit_scale", "logit_bias")
@@ -34,7 +35,7 @@ class Execution:
     strategy: Literal["ddp", "fsdp"] = run.execution("ddp")
     """with several processes: every one has all weights (DDP), or a part (FSDP2)"""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = run.execution("no")
-    """torch.compile's mode for the towers"""
+    """torch.compile's mode for the towers; under fsdp for each of their blocks"""
     activations: Literal["keep", "recompute"] = run.execution("keep")
     """recompute: each block's activations again in the backward pass, for memory"""
 
@@ -57,22 +58,9 @@ class Towers(nn.Module):
         with torch.autocast(pixels.device.type, self._precision, enabled=self._precision != torch.float32):
             features = [self._clip.encode_image(pixels), self._clip.encode_text(tokens)]
             if masked is not None:
-                with _fixed_statistics(self.model):
+                with fixed_statistics(self.model):
                     features.append(self._clip.encode_image(masked))
         return features
-
-
-@contextlib.contextmanager
-def _fixed_statistics(model: nn.Module) -> Iterator[None]:
-    """A block in which batch norms normalise as in training but leave their running statistics alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution) -> nn.Module:
@@ -83,10 +71,12 @@ def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution) ->
     if execution.activations == "recompute":
         _recompute_activations(clip)
     if distributed.world() > 1:
-        _synchronise_batch_norm(clip)
+        synchronise_batch_norms(clip)
     towers: nn.Module = Towers(clip, precision)
     if execution.compile != "no":
-        towers.compile(mode=execution.compile)
+        sharded = distributed.world() > 1 and execution.strategy == "fsdp"  # its messages between blocks end a graph
+        for module in _blocks(towers) if sharded else (towers,):
+            module.compile(mode=execution.compile)
     if distributed.world() == 1:
         return towers
     owned = {name: p for name, p in clip.model.named_parameters() if name in OWNED}
@@ -135,16 +125,6 @@ def _recompute_activations(clip: Clip) -> None:
         raise InputError(f"{clip.name} cannot recompute its activations ({error}). Use --activations keep.") from error
 
 
-def _synchronise_batch_norm(clip: Clip) -> None:
-    norms = [name for name, m in clip.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms and clip.device.type != "cuda":
-        raise InputError(
-            f"{clip.name} normalises over the batch ({norms[0]}), which processes can share on CUDA only. Train it in "
-            "one process, or choose a student with layer norm."
-        )
-    nn.SyncBatchNorm.convert_sync_batchnorm(clip.model)
-
-
 @contextlib.contextmanager
 def gradient_sync(towers: nn.Module, *, now: bool) -> Iterator[None]:
     """Forward and backward of one micro-batch; gradients are summed over processes in the last of them only."""
@@ -167,7 +147,8 @@ def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
 def clip_gradients_(parameters: Sequence[Tensor], *, sharded: Sequence[Tensor], max_norm: float) -> Float[Tensor, ""]:
     """Scale all gradients so that their norm is at most `max_norm` (0: leave them); the norm there was.
 
-    `parameters` have the same gradient on every process, or are FSDP2's; `sharded` are parameters of this process.
+    `parameters` have the same gradient on every process, or are FSDP2's; `sharded` are parameters of this process. A
+    norm that is NaN scales nothing, so that what is not finite can still be told from what is.
     """
     with_gradient = [(p, p.grad) for p in parameters if p.grad is not None]
     replicated = [g for _, g in with_gradient if not isinstance(g, DTensor)]
@@ -180,7 +161,7 @@ def clip_gradients_(parameters: Sequence[Tensor], *, sharded: Sequence[Tensor], 
         square = distributed.reduce_(get_total_norm(parts).to(device).square())
         norm = (get_total_norm(replicated).to(device).square() + square).sqrt()
     if max_norm:
-        torch._foreach_mul_([*replicated, *parts], (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_([*replicated, *parts], (max_norm / (norm + 1e-6)).clamp(max=1.0).nan_to_num(nan=1.0))
     return norm
 
 
@@ -214,6 +195,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def non_finite_gradients(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+def non_finite_gradients(parameters: Mapping[str, Tensor]) -> list[str]:
     """Names of parameters whose gradient on this process holds a NaN or an infinity."""
     return [n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]

@@ -6,17 +6,19 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 
 class Signals:
-    """Notes SIGTERM and SIGUSR1 for the length of a `with` block; `save` and `stop` say what was asked for.
+    """Notes SIGTERM and SIGUSR1 for the length of a `with` block.
 
     Outside the main thread, where Python takes no handlers, and on systems without SIGUSR1, nothing is noted.
     """
 
     def __init__(self) -> None:
-        self.save = self.stop = False
+        self.stop = False
+        """whether the process is to end"""
+        self._num_asked = self._num_taken = 0  # two counts, so that no signal is lost between reading and resetting
         self._before: dict[int, Any] = {}
         self._process = os.getpid()
 
@@ -31,14 +33,22 @@ class Signals:
             signal.signal(number, handler)
         self._before = {}
 
-    def end(self) -> None:
-        """Let the SIGTERM that was held back do what it would have done without this block."""
-        self.__exit__()
-        signal.raise_signal(signal.SIGTERM)
+    def take(self) -> bool:
+        """Whether a checkpoint was asked for since this was last called."""
+        num_asked = self._num_asked
+        asked = num_asked > self._num_taken
+        self._num_taken = num_asked
+        return asked
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:  # a loader process, forked in the block: the signal was meant to end it
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
-        self.save = True
+        self._num_asked += 1
         self.stop = self.stop or number == signal.SIGTERM
+
+
+def terminate() -> NoReturn:
+    """End the process as the SIGTERM would have done that was held back."""
+    signal.raise_signal(signal.SIGTERM)
+    raise SystemExit(128 + signal.SIGTERM)  # where the caller's own handler returns

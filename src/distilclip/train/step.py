@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distilclip import losses
-from distilclip.errors import InputError
 from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.models.heads import Heads
 from distilclip.ops.features import Features
@@ -33,6 +32,8 @@ class StepResult:
     """`cosine_image`, `cosine_text`: to the teacher, after projection"""
     classes: StepClasses | None = None
     """the class centers that took part, with their gradient"""
+    embeddings: dict[str, Float[Tensor, "n dim"]] = field(default_factory=dict)
+    """the student's, of the rows here: `image`, `text` and `masked`"""
     diagnosis: Diagnosis | None = None
     """where it was asked for"""
 
@@ -83,16 +84,6 @@ class Inputs:
     labels: Int[Tensor, " n"] | None = None
 
 
-def require_exact_accumulation(clip: Clip) -> None:
-    """`InputError` for a student whose embedding of a pair depends on the others in its micro-batch."""
-    for name, module in clip.model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise InputError(
-                f"{clip.name} normalises over the batch ({name}): micro-batches would train another model than the "
-                "batch. Leave out --micro-batch, or choose a student with layer norm."
-            )
-
-
 def compute_gradients(
     student: Student,
     objective: Objective,
@@ -118,13 +109,16 @@ def compute_gradients(
     slices = [slice(i, i + micro_batch) for i in range(0, len(inputs.pixels), micro_batch)]
 
     def embed(part: slice) -> list[Tensor]:
-        torch.manual_seed(generator.initial_seed() + share.rows.start + part.start)
+        torch.manual_seed(((generator.initial_seed() << 24) + share.rows.start + part.start) % (1 << 63))
         pixels = normalise_pixels(inputs.pixels[part], student.clip.preprocess_cfg)
         masked = None if masks is None else hide_patches(pixels, masks[part])
         return student.embed(pixels, inputs.tokens[part], masked)
 
+    def copied(features: list[Tensor]) -> list[Tensor]:  # a CUDA graph writes the next call's over them
+        return [feature.clone() for feature in features]
+
     with stopwatch.measure("student"), torch.set_grad_enabled(len(slices) == 1):
-        parts = [embed(part) for part in slices]
+        parts = [embed(part) for part in slices] if len(slices) == 1 else [copied(embed(part)) for part in slices]
         leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts, strict=True)]
     with stopwatch.measure("objective"):
         result = _evaluate(student, objective, leaves, inputs, classes, share, diagnosing=diagnosing)
@@ -175,6 +169,7 @@ def _evaluate(
         terms={name: value.detach() for name, value in terms.items()},
         cosines={} if teacher is None else _cosines(student.heads.project(own), teacher, share),
         classes=classes,
+        embeddings={name: leaf.detach() for name, leaf in zip(("image", "text", "masked"), leaves, strict=False)},
         diagnosis=diagnosis,
     )
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from distilclip.data import files
 from distilclip.errors import InputError
 
 Tracker = Literal["tensorboard", "wandb"]
@@ -15,11 +16,9 @@ class TensorBoard:
     """Event files in `FOLDER/tensorboard`; on resumption TensorBoard drops what a killed run wrote from `start` on."""
 
     def __init__(self, folder: str, *, start: int) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError("--track tensorboard needs the package: pip install 'distilclip[tensorboard]'.") from error
-        self._writer = SummaryWriter(os.path.join(folder, "tensorboard"), purge_step=start + 1 if start else None)
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(files.join(folder, "tensorboard"), purge_step=start + 1 if start else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One scalar a value."""
@@ -32,15 +31,22 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run named after the folder, resumed under the same name; project and account come from wandb's environment."""
+    """A run named after the folder, resumed with it; project and account come from wandb's environment.
+
+    The id is a digest of the folder's env.json, which says when and where the run began, so that folders of one name
+    never share a run. On resumption wandb leaves out steps that it has; their values are the same.
+    """
 
     def __init__(self, folder: str, *, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise InputError("--track wandb needs the package: pip install 'distilclip[wandb]'.") from error
-        name = os.path.basename(folder.rstrip("/"))
-        self._run = wandb.init(dir=folder, name=name, id=name, resume="allow", config=dict(config))
+        import wandb
+
+        self._run = wandb.init(
+            id=files.sha256(files.join(folder, "env.json"))[:16],
+            name=files.absolute(folder).rsplit("/", 1)[-1],
+            dir=None if files.is_url(folder) else folder,
+            resume="allow",
+            config=dict(config),
+        )
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One step's values."""
@@ -55,8 +61,15 @@ Writer = TensorBoard | WeightsAndBiases
 """Takes the lines of metrics.jsonl."""
 
 
+def require_packages(names: Sequence[Tracker]) -> None:
+    """`InputError` where the package of a tracker is missing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise InputError(f"--track {name} needs the package: pip install 'distilclip[{name}]'.")
+
+
 def open_trackers(names: Sequence[Tracker], folder: str, *, config: Mapping[str, Any], start: int) -> list[Writer]:
-    """Writers for the trackers asked for; `InputError` where their package is missing."""
+    """Writers for the trackers asked for, in a training folder whose first `start` steps are done."""
     return [
         TensorBoard(folder, start=start) if name == "tensorboard" else WeightsAndBiases(folder, config=config)
         for name in names

@@ -1,0 +1,65 @@
+"""Batch norms of a student. They make a row's embedding depend on the other rows, so training must know of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import timm.layers
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from distilclip.errors import InputError
+from distilclip.models.clip import Clip
+
+
+def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Every layer that normalises over the batch, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
+
+
+def require_exact_accumulation(clip: Clip) -> None:
+    """`InputError` for a student whose embedding of a pair depends on the others in its micro-batch."""
+    for name in batch_norms(clip.model):
+        raise InputError(
+            f"{clip.name} normalises over the batch ({name}): micro-batches would train another model than the "
+            "batch. Leave out --micro-batch, or choose a student with layer norm."
+        )
+
+
+def synchronise_batch_norms(clip: Clip) -> None:
+    """Let batch norms take their statistics from the rows of all processes; `InputError` where that needs CUDA."""
+    for name in batch_norms(clip.model):
+        if clip.device.type != "cuda":
+            raise InputError(
+                f"{clip.name} normalises over the batch ({name}), which processes can share on CUDA only. Train it in "
+                "one process, or choose a student with layer norm."
+            )
+    timm.layers.convert_sync_batchnorm(clip.model)  # torch's own drops the activation inside timm's norms
+
+
+@contextlib.contextmanager
+def fixed_statistics(model: nn.Module) -> Iterator[None]:
+    """A block in which batch norms normalise as in training but leave their running statistics alone."""
+    norms = [norm for norm in batch_norms(model).values() if norm.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def remember_statistics(model: nn.Module) -> Callable[[], None]:
+    """A function that puts the running statistics back to what they are now."""
+    buffers = [buffer for norm in batch_norms(model).values() for buffer in norm.buffers(recurse=False)]
+    copies = [buffer.clone() for buffer in buffers]
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for buffer, copy in zip(buffers, copies, strict=True):
+            buffer.copy_(copy)
+
+    return put_back
