@@ -39,17 +39,25 @@ def peer(x: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     return groups_and_representatives(rows, *decided(x, *near, metric, margin=MARGIN))
 
 
-def pairs_near(rows: np.ndarray, limit: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row numbers (left below right) and squared distances of all pairs that faiss finds below a squared limit."""
+def pairs_near(
+    rows: np.ndarray, limit: float, *, incremental: bool = False
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row numbers (left below right) and squared distances of all pairs that faiss finds below a squared limit.
+
+    With `incremental` rows join the index just before they are searched for, so each pair is met once: half the work.
+    """
     index = faiss.IndexFlatL2(rows.shape[1])
-    index.add(rows)
+    if not incremental:
+        index.add(rows)
     lefts, rights, distances = [], [], []
     for start in range(0, len(rows), QUERIES):
+        if incremental:
+            index.add(rows[start : start + QUERIES])
         bounds, squared, right = index.range_search(rows[start : start + QUERIES], limit)
         left = start + np.repeat(np.arange(len(bounds) - 1), np.diff(bounds).astype(np.int64))
-        once = left < right
-        lefts.append(left[once])
-        rights.append(right[once])
+        once = left > right if incremental else left < right
+        lefts.append(right[once] if incremental else left[once])
+        rights.append(left[once] if incremental else right[once])
         distances.append(squared[once])
     return np.concatenate(lefts), np.concatenate(rights), np.concatenate(distances)
 
@@ -132,7 +140,7 @@ def one_search(num_rows: int, dim: int) -> list[str]:
     margin = 0.01 * squared_threshold(THRESHOLD, "cosine")
     rows = x.astype(np.float32)
     start = time.perf_counter()
-    near = pairs_near(rows, squared_threshold(THRESHOLD, "cosine") + margin)
+    near = pairs_near(rows, squared_threshold(THRESHOLD, "cosine") + margin, incremental=True)
     searched = time.perf_counter() - start
     balance(x[:10_000], threshold=THRESHOLD, metric="euclidean")  # compiled
     lines = []
@@ -143,7 +151,9 @@ def one_search(num_rows: int, dim: int) -> list[str]:
         theirs = groups_and_representatives(rows, *decided(x, *near, metric, margin=margin))
         equal = "identical groups" if same_groups(ours, theirs) else "DIFFERENT GROUPS"
         what = f"{num_rows:,} x {dim}, {metric} {THRESHOLD}"
-        lines.append(f"{what}: {equal}; our balance {seconds:.1f} s, faiss' range search alone {searched:.0f} s")
+        lines.append(
+            f"{what}: {equal}; our balance {seconds:.1f} s, faiss' range search alone, each pair once, {searched:.0f} s"
+        )
     return lines
 
 

@@ -192,6 +192,10 @@ def write_objectnet(root: Path) -> None:
     (base / "mappings").mkdir()
     (base / "mappings" / "folder_to_objectnet_label.json").write_text(json.dumps(folders))
     (base / "mappings" / "objectnet_to_imagenet_1k.json").write_text(json.dumps(shared))
+    # The real list has a line for each of ImageNet's classes, in an order of its own; these numbers are the usual ones.
+    write_lines(base / "mappings" / "imagenet_to_label_2012_v2", ["banana", "digital clock", "analog clock"])
+    usual = {"954": 0, "530": 1, "409": 2}
+    (base / "mappings" / "pytorch_to_imagenet_2012_id.json").write_text(json.dumps(usual))
 
 
 def write_karpathy(root: Path, name: str, folder: str) -> None:
@@ -253,6 +257,7 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
     "imagenet-r": lambda root, _: write_class_folders(root / "imagenet-r", list(subset_ids("r")), count=1),
     "imagenet-sketch": lambda root, _: write_class_folders(root / "sketch", list(wordnet_ids()), count=1),
     "objectnet": lambda root, _: write_objectnet(root),
+    "objectnet-by-imagenet": lambda root, _: write_objectnet(root),
     "coco": lambda root, _: write_karpathy(root, "coco", "val2014"),
     "flickr30k": lambda root, _: write_karpathy(root, "flickr30k", "flickr30k-images"),
 }

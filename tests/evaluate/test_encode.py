@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from distilclip.data.policy import ErrorPolicy
 from distilclip.data.samples import decode_image
@@ -57,6 +58,20 @@ def test_files_and_samples_of_a_tar_give_the_same_features(clip: Clip, tmp_path:
     uri = write_tar(tmp_path / "a.tar", [(os.path.basename(r.uri), Path(r.uri).read_bytes()) for r in refs])
     samples = [ImageRef(uri=uri, key=e.key, offset=e.offset, size=e.size) for e in open_shard(uri).index()]
     assert torch.equal(encode_images(clip, refs).embedding, encode_images(clip, samples).embedding)
+
+
+def test_a_border_is_cut_off_before_anything_else(clip: Clip, tmp_path: Path) -> None:
+    inner = picture(3)
+    framed = Image.new("RGB", (inner.width + 4, inner.height + 4), (255, 0, 0))
+    framed.paste(inner, (2, 2))
+    refs = []
+    for name, image, border in (("inner.png", inner, 0), ("framed.png", framed, 2)):
+        (tmp_path / name).write_bytes(encoded(image, "PNG"))
+        refs.append(ImageRef(uri=str(tmp_path / name), border=border))
+    found = encode_images(clip, refs).embedding
+    assert torch.equal(found[0], found[1])
+    whole = encode_images(clip, [dataclasses.replace(refs[1], border=0)]).embedding
+    assert not torch.equal(found[0], whole[0])
 
 
 def test_an_unreadable_image_raises_and_names_itself(clip: Clip, tmp_path: Path) -> None:

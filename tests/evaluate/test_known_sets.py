@@ -62,6 +62,8 @@ def test_the_list_says_of_each_set_whether_it_is_there(tmp_path: Path, monkeypat
     (food,) = (p for p in paragraphs if p.startswith("food101"))
     assert f"not found; looked for {tmp_path}/food-101/meta" in food
     assert "torchvision.datasets.Food101" in food
+    (cifar,) = (p for p in paragraphs if p.startswith("cifar10 "))
+    assert "to test, top-1; 0.2 GB; terms: ask its publisher" in cifar
     assert "get it: " in describe_catalogue(None)
 
 
@@ -211,15 +213,65 @@ def test_objectnet_keeps_the_shared_classes_and_loses_its_frame(
 ) -> None:
     found = labelled("objectnet", tmp_path, monkeypatch)
     assert found.classes.names == ("Alarm clock", "Banana")
+    assert found.classes.prompted == (("alarm clock", "banana"), (0, 1))
     assert found.test.labels.tolist() == [0, 0, 1, 1]
     assert {image.border for image in found.test.images} == {2}
+    assert found.record["border"] == 2
+    assert len(found.templates) == 80
+
+
+def test_objectnet_by_imagenet_is_named_by_every_class_that_it_maps_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = labelled("objectnet-by-imagenet", tmp_path, monkeypatch)
+    assert found.classes.names == ("Alarm clock", "Banana")
+    assert found.classes.prompted == (("analog clock", "digital clock", "banana"), (0, 0, 1))
+    assert found.test.labels.tolist() == [0, 0, 1, 1]
+    assert {image.border for image in found.test.images} == {2}
+
+
+def test_objectnets_frame_is_cut_off_in_a_webdataset_too(tmp_path: Path) -> None:
+    made_sets.write_webdataset(tmp_path / "wds_objectnet", ["alarm clock", "banana"], ["a {c}."])
+    found = load_known_set(CATALOGUE["objectnet"], data_root=str(tmp_path))
+    assert isinstance(found, LabelledSet)
+    assert {image.border for image in found.test.images} == {2}
+
+
+@pytest.mark.parametrize(
+    ("slip", "message"),
+    [
+        ("n0153117", "'n0153117' is none of the 200 WordNet ids of this set. Did you mean 'n01531178'"),
+        ("n01440764", "ImageNet's class 'tench': is this the folder of another set"),
+        ("Goldfinch", "Rename it: 'Goldfinch' has the id 'n01531178'"),
+        ("11", "Numbers need classnames.txt"),
+    ],
+)
+def test_a_class_folder_that_is_no_wordnet_id_of_the_set_gets_a_suggestion(
+    slip: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_sets.write("imagenet-a", tmp_path, monkeypatch)
+    folder = tmp_path / "imagenet-a" / "n01531178"
+    folder.rename(folder.with_name(slip))
+    assert message in broken(CATALOGUE["imagenet-a"], tmp_path)
+
+
+def test_a_slip_in_a_wordnet_id_is_told_in_folders_of_splits_too(tmp_path: Path) -> None:
+    made_sets.write_class_folders(tmp_path / "imagenet-sketch" / "test", ["n01440764", "n0144353"], count=1)
+    message = broken(CATALOGUE["imagenet-sketch"], tmp_path)
+    assert "the class 'n0144353' is none of the 1000 WordNet ids of this set. Did you mean 'n01443537'" in message
+
+
+def test_numbered_shards_of_imagenet_need_names(tmp_path: Path) -> None:
+    made_sets.write_webdataset(tmp_path / "wds_imagenet1k", ["tench", "goldfish"], ["a {c}."])
+    (tmp_path / "wds_imagenet1k" / "classnames.txt").unlink()
+    assert "the class '0' is none of the 1000 WordNet ids" in broken(CATALOGUE["imagenet"], tmp_path)
 
 
 def test_a_class_folder_too_few_or_too_many_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made_sets.write("imagenet-a", tmp_path, monkeypatch)
     folder = tmp_path / "imagenet-a" / "n01531178"
     folder.rename(folder.with_name("n00000000"))
-    with pytest.raises(InputError, match="'n00000000' is none of its 200 classes"):
+    with pytest.raises(InputError, match="'n00000000' is none of the 200 WordNet ids"):
         load_known_set(CATALOGUE["imagenet-a"], data_root=str(tmp_path))
     folder.with_name("n00000000").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="1 of 200 class folders are missing, first n01531178"):

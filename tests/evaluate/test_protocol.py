@@ -16,6 +16,7 @@ from distilclip.evaluate.encode import Encoding, Output, encode_images, encode_t
 from distilclip.evaluate.protocol import Protocol, View
 from distilclip.evaluate.scores import Score
 from distilclip.evaluate.sets import load_set
+from distilclip.evaluate.zero_shot import zero_shot
 from distilclip.models.clip import Clip, load_clip
 from distilclip.ops.probe import linear_probe
 from tests.conftest import encoded, picture, write_tar
@@ -169,6 +170,17 @@ def test_templates_replace_the_sets_own_and_are_recorded(clip: Clip, tmp_path: P
         for templates in (None, ("{}",))
     )
     assert own != other
+
+
+def test_of_a_classs_prompt_names_the_nearest_counts_for_student_and_teacher(clip: Clip, colours: str) -> None:
+    dataset = labelled(colours)
+    classes = dataclasses.replace(dataset.classes, prompt_names=(("night", "coal", "dark"), ("snow",)))
+    several = dataclasses.replace(dataset, classes=classes)
+    found = by_metric(measure(clip, several, tasks=("zero-shot", "agreement"), teacher=view(clip, several)))
+    by_hand = zero_shot(clip, several)
+    assert found["zero-shot", "top1"].value == by_hand.top1
+    assert found["zero-shot", "top1"].chance == 0.5
+    assert found["agreement", "top1_agreement"].value == 1.0
 
 
 def test_all_probes_are_measured_on_one_encoding(clip: Clip, colours: str) -> None:

@@ -78,6 +78,28 @@ def test_sizes_and_prompts_that_differ_from_the_published_are_said() -> None:
     assert "not CLIP's prompts" in table.notes[1]
 
 
+def test_a_variant_of_a_set_takes_part_in_no_average() -> None:
+    (table,) = build_tables([row("objectnet", 0.4), row("imagenet-a", 0.2), row("objectnet-by-imagenet", 0.9)])
+    assert table.columns[:2] == ["model", "mean of 2 of 5 robustness sets"]
+    assert table.rows[0][1] == "30.0"
+    assert not any("mean of 3" in column for column in table.columns)
+
+
+def test_what_retrieval_searched_and_what_probes_saw_is_said() -> None:
+    details = {"captions": "all", "caption_prefix": "", "num_captions": 25_010, "published_num_test": 5000}
+    recall = {"task": "retrieval", "metric": "image_to_text_r1"}
+    (table,) = build_tables([row("coco", 0.3, num_test=4999, details=details, **recall)])
+    assert table.notes == [
+        "coco: 4,999 test images; the published set has 5,000.",
+        "coco: 4,999 images, 25,010 captions; any own caption counts.",
+    ]
+    details = {"captions": "first", "caption_prefix": "a photo of ", "num_captions": 9}
+    (table,) = build_tables([row("mine", 0.3, num_test=9, details=details, **recall)])
+    assert table.notes == ["mine: 9 images, 9 captions; the first caption of each image only, behind 'a photo of '."]
+    (table,) = build_tables([row(name, 0.3, task="linear-probe", details={"features": "backbone"}) for name in "ab"])
+    assert table.notes == ["Features before the projection."]
+
+
 def test_latex_has_its_special_characters_escaped() -> None:
     (table,) = build_tables([row("a_b & 50%", 0.5)])
     assert table.latex() == (

@@ -55,6 +55,17 @@ def test_imagenet_is_named_by_open_clip() -> None:
     assert found.names_of(["n01440764"], aliases={}, where="here") == ("tench",)
 
 
+def test_a_label_that_is_no_wordnet_id_gets_a_suggestion() -> None:
+    with pytest.raises(InputError, match="Did you mean 'n01440764'"):
+        wording_of(CATALOGUE["imagenet"]).names_of(["n0144076"], aliases={}, where="here")
+
+
+def test_templates_without_names_say_whose_the_names_are() -> None:
+    pytest.importorskip("clip_benchmark")
+    assert wording_of(CATALOGUE["sun397"]).source.endswith("class names of the set itself")
+    assert "itself" not in wording_of(CATALOGUE["pets"]).source
+
+
 def test_without_any_source_the_labels_are_the_names_and_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wording, "_clip_benchmark", lambda: {"names": {}, "templates": {}})
     found = wording_of(CATALOGUE["food101"])

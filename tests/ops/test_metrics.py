@@ -11,7 +11,6 @@ from distilclip.ops.metrics import (
     mean_interval,
     mean_kl,
     mean_per_class,
-    retrieval_ranks,
     row_tiles,
     target_rank,
     top_k_accuracy,
@@ -68,52 +67,6 @@ def test_tiles_cover_every_row_once() -> None:
     covered = [row for tile in row_tiles(103, 10, tile_elements=70) for row in range(tile.start, tile.stop)]
     assert covered == list(range(103))
     assert next(row_tiles(5, 10**9)) == slice(0, 1)
-
-
-# Retrieval
-
-
-def naive_ranks(image: torch.Tensor, text: torch.Tensor, image_of_text: torch.Tensor) -> tuple[list[int], list[int]]:
-    """Sort every list, look for the first own entry."""
-    scores = image @ text.T
-    captions = scores.argsort(dim=1, descending=True, stable=True)
-    images = scores.T.argsort(dim=1, descending=True, stable=True)
-    image_ranks = [[int(image_of_text[j]) for j in captions[i]].index(i) for i in range(len(image))]
-    return image_ranks, [images[j].tolist().index(int(image_of_text[j])) for j in range(len(text))]
-
-
-@pytest.mark.parametrize("tile_elements", [1, 40, 1 << 24])
-def test_retrieval_equals_sorting_the_full_matrix(tile_elements: int) -> None:
-    image, text = coarse(12, 3, seed=1), coarse(30, 3, seed=2)  # small integers: exact products, many ties
-    image_of_text = torch.cat([torch.arange(12), torch.randint(0, 12, (18,))])
-    found = retrieval_ranks(image, text, image_of_text, tile_elements=tile_elements)
-    assert tuple(ranks.tolist() for ranks in found) == naive_ranks(image, text, image_of_text)
-
-
-def test_any_of_an_images_captions_counts() -> None:
-    image = torch.eye(2)
-    text = torch.tensor([[0.1, 0.9], [0.9, 0.1], [0.2, 0.8]])  # the first caption of image 0 is bad, its second good
-    image_ranks, text_ranks = retrieval_ranks(image, text, torch.tensor([0, 0, 1]))
-    assert image_ranks.tolist() == [0, 1]
-    assert text_ranks.tolist() == [1, 0, 0]
-
-
-def test_permuting_images_permutes_their_ranks() -> None:
-    generator = torch.Generator().manual_seed(3)
-    image, text = torch.randn(9, 4, generator=generator), torch.randn(18, 4, generator=generator)
-    owner = torch.arange(18) % 9
-    order = torch.randperm(9, generator=generator)
-    image_ranks, text_ranks = retrieval_ranks(image, text, owner)
-    permuted, same = retrieval_ranks(image[order], text, order.argsort()[owner])
-    assert torch.equal(permuted, image_ranks[order])
-    assert torch.equal(same, text_ranks)
-
-
-def test_an_image_without_a_caption_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs a caption"):
-        retrieval_ranks(torch.eye(2), torch.eye(2), torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match="another image"):
-        retrieval_ranks(torch.eye(2), torch.eye(3, 2), torch.tensor([0, 1, 2]))
 
 
 # Two models

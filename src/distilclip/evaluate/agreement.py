@@ -37,7 +37,7 @@ def agreement(
     """Compare image embeddings of the same n images and, with the text classifiers of both, what is made of them."""
     top1 = top5 = kl = None
     if classifiers is not None:
-        num_classes = len(classifiers[0].weight)
+        num_classes = classifiers[0].num_classes
         num_agreed, sum_overlap, sum_kl = 0, 0.0, 0.0
         for rows in row_tiles(len(student), num_classes):
             ours, theirs = classifiers[0].logits(student[rows]), classifiers[1].logits(teacher[rows])

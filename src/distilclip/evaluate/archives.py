@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,10 @@ def list_stl10(path: str) -> Listing:
         # Stored by channel, column by column.
         pixels = np.fromfile(uri, np.uint8).reshape(-1, 3, STL_SIDE, STL_SIDE).transpose(0, 3, 2, 1)
         labels = np.fromfile(files.join(folder, f"{split}_y.bin"), np.uint8)
-        splits[split] = [(array_ref(uri, i, pixels[i]), names[label - 1]) for i, label in enumerate(labels)]
+        splits[split] = [
+            (array_ref(uri, i, pixels[i]), label_at(names, int(number) - 1, where=f"{uri}, image {i}"))
+            for i, number in enumerate(labels)
+        ]
     folds = tuple(np.array(line.split(), np.int64) for line in read_lines(files.join(folder, "fold_indices.txt")))
     if len(folds) != STL_FOLDS:
         raise InputError(f"{folder}/fold_indices.txt has {len(folds)} folds, not {STL_FOLDS}. Unpack the set again.")
@@ -179,6 +182,13 @@ def array_ref(uri: str, row: int, pixels: np.ndarray) -> ImageRef:
     return ImageRef(uri=uri, key=f"{row:06}", pixels=np.ascontiguousarray(pixels))
 
 
+def label_at(labels: Sequence[str], number: int, *, where: str) -> str:
+    """The label of a class number; `InputError` for one out of range, which as an index would count from the end."""
+    if not 0 <= number < len(labels):
+        raise InputError(f"{where}: the class number {number} is out of range: the set has {len(labels)} classes.")
+    return labels[number]
+
+
 def _from_torchvision(
     reader: Callable[..., Any],
     path: str,
@@ -194,7 +204,9 @@ def _from_torchvision(
         dataset = reader(path, split=name, loader=str, **options)
         labels = [str(label) for label in dataset.classes]
         rows = (dataset[i] for i in range(len(dataset)))
-        found[split] = [(ImageRef(uri=os.fspath(place)), labels[label]) for place, label in rows]
+        found[split] = [
+            (ImageRef(uri=os.fspath(place)), label_at(labels, number, where=os.fspath(place))) for place, number in rows
+        ]
     return Listing(splits=found, labels=tuple(labels), record=record or {})
 
 
@@ -207,8 +219,8 @@ def _cifar(reader: Callable[..., Any], path: str) -> Listing:
         labels = list(dataset.classes)
         uri = files.join(path, dataset.base_folder, split)
         splits[split] = [
-            (array_ref(uri, row, pixels), labels[label])
-            for row, (pixels, label) in enumerate(zip(dataset.data, dataset.targets, strict=True))
+            (array_ref(uri, row, pixels), label_at(labels, number, where=f"{uri}, image {row}"))
+            for row, (pixels, number) in enumerate(zip(dataset.data, dataset.targets, strict=True))
         ]
     return Listing(splits=splits, labels=tuple(labels))
 

@@ -1,6 +1,12 @@
-"""Every published set that can be named: the papers' 14, five of robustness, two of retrieval. Facts only."""
+"""Every published set that can be named: the papers' 14, five of robustness, two of retrieval. Facts only.
+
+Sizes and licences are as in `paper_sets`; the size of ImageNet-Sketch is from its own page. Licences of repositories
+are what their authors say of the data there; the images were collected from the web.
+"""
 
 from __future__ import annotations
+
+import dataclasses
 
 from distilclip.evaluate.known_set import KnownSet
 from distilclip.evaluate.paper_sets import PAPER_SETS
@@ -16,7 +22,7 @@ _OTHER_SETS = (
         num_test=10_000,
         size="1.3 GB",
         source="imagenetv2-matched-frequency.tar.gz of Recht et al. (2019)",
-        licence="MIT",
+        licence="MIT",  # LICENSE of modestyachts/ImageNetV2
     ),
     KnownSet(
         name="imagenet-a",
@@ -29,7 +35,7 @@ _OTHER_SETS = (
         num_test=7_500,
         size="0.7 GB",
         source="imagenet-a.tar of Hendrycks et al. (2021)",
-        licence="MIT",
+        licence="MIT",  # LICENSE of hendrycks/natural-adv-examples
     ),
     KnownSet(
         name="imagenet-r",
@@ -42,7 +48,6 @@ _OTHER_SETS = (
         num_test=30_000,
         size="2.2 GB",
         source="imagenet-r.tar of Hendrycks et al. (2021)",
-        licence="MIT",
     ),
     KnownSet(
         name="imagenet-sketch",
@@ -53,9 +58,9 @@ _OTHER_SETS = (
         webdataset=("imagenet_sketch",),
         num_classes=1000,
         num_test=50_889,
-        size="7.6 GB",
+        size="7.8 GB",
         source="ImageNet-Sketch.zip of Wang et al. (2019)",
-        licence="MIT",
+        licence="MIT",  # LICENSE of HaohanWang/ImageNet-Sketch
     ),
     KnownSet(
         name="objectnet",
@@ -66,9 +71,9 @@ _OTHER_SETS = (
         webdataset=("objectnet",),
         num_classes=113,
         num_test=18_574,
-        size="190 GB",
+        border=2,
         source="objectnet-1.0.zip of Barbu et al. (2019); its password is the consent to its terms",
-        licence="CC BY 4.0 and never to be trained on",
+        licence="CC BY 4.0 with two clauses: never to tune a model, images only with their border",  # timm/objectnet
     ),
     KnownSet(
         name="coco",
@@ -77,9 +82,9 @@ _OTHER_SETS = (
         inner=("dataset_coco.json", "coco_test_karpathy.json"),
         webdataset=("mscoco_captions",),
         num_test=5_000,
-        size="6.3 GB",
+        size="6.6 GB",
         source="val2014.zip of COCO, and Karpathy's dataset_coco.json or CLIP_benchmark's coco_test_karpathy.json",
-        licence="captions CC BY 4.0, photographs by Flickr's terms",
+        licence="captions CC BY 4.0, photographs by Flickr's terms",  # COCO's terms of use
     ),
     KnownSet(
         name="flickr30k",
@@ -88,14 +93,18 @@ _OTHER_SETS = (
         inner=("dataset_flickr30k.json", "flickr30k_test_karpathy.txt"),
         webdataset=("flickr30k",),
         num_test=1_000,
-        size="4.1 GB",
         source="flickr30k-images of Young et al. (2014), and Karpathy's dataset_flickr30k.json or CLIP_benchmark's "
         "flickr30k_test_karpathy.txt",
-        licence="non-commercial research and education",
+        licence="non-commercial research and education",  # README of BryanPlummer/flickr30k_entities
     ),
 )
 
-CATALOGUE: dict[str, KnownSet] = {known.name: known for known in (*PAPER_SETS, *_OTHER_SETS)}
+_BY_NAME = {known.name: known for known in (*PAPER_SETS, *_OTHER_SETS)}
+_OBJECTNET_BY_IMAGENET = dataclasses.replace(
+    _BY_NAME["objectnet"], name="objectnet-by-imagenet", group="variant", webdataset=()
+)  # a webdataset lacks the archive's map to ImageNet's classes
+
+CATALOGUE: dict[str, KnownSet] = {**_BY_NAME, _OBJECTNET_BY_IMAGENET.name: _OBJECTNET_BY_IMAGENET}
 
 GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(known.name for known in CATALOGUE.values() if known.group == group)

@@ -20,16 +20,25 @@ class Classes:
     """The classes of a set: what its folders or `.cls` files call them, and the names that prompts use.
 
     `source` is the file or folder they come from, for messages. `named` is False where nothing but numbers is known, so
-    that no prompt can be written.
+    that no prompt can be written. Where prompts are not written with the names, `prompt_names` has those of each class,
+    one or several.
     """
 
     labels: tuple[str, ...]
     names: tuple[str, ...]
     source: str
     named: bool = True
+    prompt_names: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @cached_property
+    def prompted(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
+        """The names that prompts are written with, and the number of the class that each is of."""
+        groups = self.prompt_names or tuple((name,) for name in self.names)
+        pairs = [(name, number) for number, group in enumerate(groups) for name in group]
+        return tuple(name for name, _ in pairs), tuple(number for _, number in pairs)
 
     @cached_property
     def _by_label(self) -> dict[str, list[int]]:

@@ -35,6 +35,14 @@ def is_folder(path: str) -> bool:
     return bool(fs.isdir(inner))
 
 
+def check_data_root(path: str) -> None:
+    """Raise `InputError` for a data root that is no folder: every set would only seem to be missing."""
+    if not is_folder(path):
+        raise InputError(
+            f"--data-root {path} is not a folder, or does not exist. It is the folder that the published sets lie in."
+        )
+
+
 def folder_of(path: str) -> str:
     """The folder itself, or the one that a pattern's files lie in."""
     return path if is_folder(path) else path.rpartition("/")[0] or "."

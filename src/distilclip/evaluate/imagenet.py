@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.resources
 import json
+from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
+from open_clip import IMAGENET_CLASSNAMES
 from timm.data import ImageNetInfo
 
 from distilclip.data import files
-from distilclip.errors import InputError
-from distilclip.evaluate.dataset import ImageRef
+from distilclip.errors import InputError, did_you_mean
+from distilclip.evaluate.classes import read_lines
 from distilclip.evaluate.folders import SplitName, list_folder
 from distilclip.evaluate.labelled import Labelled, Listing, images_of
-
-OBJECTNET_BORDER = 2  # pixels of red frame on each side
 
 
 @cache
 def wordnet_ids() -> tuple[str, ...]:
     """The 1000 classes by WordNet id, in the order of their numbers; timm ships them."""
     return tuple(ImageNetInfo().label_names())
+
+
+@cache
+def names_by_id() -> dict[str, str]:
+    """CLIP's name of every class by WordNet id; open_clip ships them."""
+    return dict(zip(wordnet_ids(), IMAGENET_CLASSNAMES, strict=True))
 
 
 @cache
@@ -69,22 +77,61 @@ def list_imagenet_sketch(path: str) -> Listing:
 
 
 def list_objectnet(path: str) -> Listing:
-    """ObjectNet's images of the classes that it shares with ImageNet, told apart among themselves by its own names.
+    """ObjectNet's images of the 113 classes that it shares with ImageNet, told apart by its own names in lower case."""
+    listing, _ = _shared_with_imagenet(path)
+    names = tuple((label.lower(),) for label in listing.labels)
+    return dataclasses.replace(listing, prompt_names=names, record={"classes": "ObjectNet's names"})
 
-    A frame of two pixels is cut off, as its authors ask.
+
+def list_objectnet_by_imagenet(path: str) -> Listing:
+    """The same images, each class by the names of the ImageNet classes that it maps to, of which the nearest counts.
+
+    That is how a classifier of ImageNet's classes is put to the test (Wortsman et al. 2022, WiSE-FT: `project_logits`).
+    Lines of `imagenet_to_label_2012_v2` are numbered by ILSVRC 2012, `pytorch_to_imagenet_2012_id.json` turns them
+    into the usual numbers.
     """
+    listing, shared = _shared_with_imagenet(path)
+    folder = files.join(_inner(path, "objectnet-1.0"), "mappings")
+    lines = read_lines(files.join(folder, "imagenet_to_label_2012_v2"))
+    usual = {int(line): int(number) for number, line in _mapping(folder, "pytorch_to_imagenet_2012_id").items()}
+    number_of = {label: usual[line] for line, label in enumerate(lines)}
+    names = tuple(
+        tuple(IMAGENET_CLASSNAMES[number_of[name]] for name in shared[label].split("; ")) for label in listing.labels
+    )
+    return dataclasses.replace(listing, prompt_names=names, record={"classes": "ImageNet's names, the nearest counts"})
+
+
+def unknown_wordnet_id(label: str, ids: Sequence[str], *, where: str) -> InputError:
+    """The error for a class that is none of a set's WordNet ids: what it is, or what may have been meant."""
+    names = names_by_id()
+    said = f"{where}: the class {label!r} is none of the {len(ids)} WordNet ids of this set."
+    if label in names:
+        return InputError(f"{said} It is ImageNet's class {names[label]!r}: is this the folder of another set?")
+    if label.isdecimal():
+        return InputError(f"{said} Numbers need classnames.txt beside them, with a class a line.")
+    called = [known for known in ids if names[known].casefold() == label.replace("_", " ").casefold()]
+    if called:
+        return InputError(f"{said} Rename it: {label!r} has the id {' or '.join(map(repr, called))}.")
+    return InputError(f"{said} {did_you_mean(label, ids)}")
+
+
+def _shared_with_imagenet(path: str) -> tuple[Listing, dict[str, str]]:
+    """ObjectNet's images of the shared classes by its labels, and what each shared label is called in ImageNet."""
     folder = _inner(path, "objectnet-1.0")
-    by_folder = json.loads(files.read_bytes(files.join(folder, "mappings", "folder_to_objectnet_label.json")))
-    shared = json.loads(files.read_bytes(files.join(folder, "mappings", "objectnet_to_imagenet_1k.json")))
+    by_folder = _mapping(files.join(folder, "mappings"), "folder_to_objectnet_label")
+    shared = _mapping(files.join(folder, "mappings"), "objectnet_to_imagenet_1k")
     rows: Labelled = []
     labels = []
     for name, label in sorted(by_folder.items()):
         if label in shared:
             labels.append(label)
-            found = images_of(files.join(folder, "images", name), label)
-            rows += [(ImageRef(uri=image.uri, border=OBJECTNET_BORDER), label) for image, label in found]
-    record = {"border": OBJECTNET_BORDER, "classes": "those shared with ImageNet, by ObjectNet's names"}
-    return Listing(splits={"test": rows}, labels=tuple(labels), record=record)
+            rows += images_of(files.join(folder, "images", name), label)
+    return Listing(splits={"test": rows}, labels=tuple(labels)), shared
+
+
+def _mapping(folder: str, name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(files.read_bytes(files.join(folder, f"{name}.json")))
+    return found
 
 
 def _by_wordnet_id(folder: str, ids: tuple[str, ...]) -> Labelled:
@@ -92,9 +139,7 @@ def _by_wordnet_id(folder: str, ids: tuple[str, ...]) -> Labelled:
     found = list_folder(folder)[0]
     unknown = sorted(set(found) - set(ids))
     if unknown:
-        raise InputError(
-            f"{folder}: the folder {unknown[0]!r} is none of its {len(ids)} classes. Unpack the set again."
-        )
+        raise unknown_wordnet_id(unknown[0], ids, where=folder)
     missing = [label for label in ids if label not in set(found)]
     if missing:
         raise InputError(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from distilclip.evaluate.dataset import Metric
 
-Group = Literal["paper", "robustness", "retrieval"]
+Group = Literal["paper", "robustness", "retrieval", "variant"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,6 +18,8 @@ class KnownSet:
     in that folder or right in the data root, or of `inner`, in that folder only. `webdataset` are CLIP_benchmark's
     names. `prompts` is its section in openai/CLIP's prompts.md, `benchmark` its key in clip-benchmark. `aliases` give
     the prompt's class name for labels that share no words with it. A set whose classes `may_be_empty` has dead links.
+    `border` pixels are cut off each side of its images. A `variant` measures another set by another rule, and takes
+    part in no average. `size` and `licence` are empty where they are not known for sure.
     """
 
     name: str
@@ -27,9 +29,9 @@ class KnownSet:
     inner: tuple[str, ...] = ()
     webdataset: tuple[str, ...] = ()
     num_test: int
-    size: str
     source: str
-    licence: str
+    size: str = ""
+    licence: str = ""
     num_classes: int = 0
     num_train: int = 0
     metric: Metric = "top1"
@@ -37,3 +39,4 @@ class KnownSet:
     benchmark: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
     may_be_empty: bool = False
+    border: int = 0

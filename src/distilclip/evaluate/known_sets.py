@@ -12,9 +12,10 @@ from distilclip.errors import InputError
 from distilclip.evaluate import archives, imagenet, karpathy
 from distilclip.evaluate.classes import CLASSNAMES_FILE, Classes, read_classes
 from distilclip.evaluate.dataset import LabelledSet, MissingSet, PairSet
-from distilclip.evaluate.folders import is_folder, list_folder, split_of
+from distilclip.evaluate.folders import SplitName, is_folder, list_folder, split_of
 from distilclip.evaluate.known_set import KnownSet
 from distilclip.evaluate.labelled import (
+    Labelled,
     Listing,
     build_set,
     list_images,
@@ -47,6 +48,7 @@ LISTINGS: dict[str, Callable[[str], Listing]] = {
     "imagenet-r": imagenet.list_imagenet_r,
     "imagenet-sketch": imagenet.list_imagenet_sketch,
     "objectnet": imagenet.list_objectnet,
+    "objectnet-by-imagenet": imagenet.list_objectnet_by_imagenet,
 }
 CAPTIONED: dict[str, Callable[[str], Captioned]] = {"coco": karpathy.list_coco, "flickr30k": karpathy.list_flickr30k}
 """Readers of the original layouts by set, of labelled images and of captions."""
@@ -123,6 +125,8 @@ def _load_labelled(known: KnownSet, place: Place, record: dict[str, Any], prompt
         "folder": list_images,
     }
     listing = readers[place.layout](place.path)
+    if known.border:
+        listing = _without_border(listing, known.border)
     worded = _worded(known, place, listing, prompts)
     record = {**record, **listing.record, "prompts": worded.source, "clips_prompts": worded.is_clips}
     return build_set(
@@ -134,6 +138,14 @@ def _load_labelled(known: KnownSet, place: Place, record: dict[str, Any], prompt
         metric=known.metric,
         may_be_empty=known.may_be_empty,
     )
+
+
+def _without_border(listing: Listing, border: int) -> Listing:
+    splits: dict[SplitName, Labelled] = {
+        split: [(dataclasses.replace(image, border=border), label) for image, label in rows]
+        for split, rows in listing.splits.items()
+    }
+    return dataclasses.replace(listing, splits=splits, record={**listing.record, "border": border})
 
 
 @dataclass(frozen=True)
@@ -149,6 +161,9 @@ class _Worded:
 def _worded(known: KnownSet, place: Place, listing: Listing, prompts: str | None) -> _Worded:
     """Names and templates: the folder's own where it has both and the user names no other, else the best known."""
     wording = wording_of(known, prompts=prompts)
+    if listing.prompt_names:
+        classes = Classes(listing.labels, listing.labels, place.path, prompt_names=listing.prompt_names)
+        return _Worded(classes, wording.templates, wording.source, wording.is_clips)
     own, templates = None, None
     if place.layout != "archive":
         templates = own_templates(place.path)

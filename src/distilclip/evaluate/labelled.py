@@ -35,11 +35,13 @@ class Listing:
     """A set before its labels have become class numbers.
 
     `labels` are all there are, in the set's own order (empty: those observed, sorted); `folds` are rows of the training
-    split; `record` is what a score should remember of how the set was read.
+    split; `record` is what a score should remember of how the set was read. `prompt_names` are what prompts call each
+    label, where the set itself says so.
     """
 
     splits: Mapping[SplitName, Labelled]
     labels: tuple[str, ...] = ()
+    prompt_names: tuple[tuple[str, ...], ...] = ()
     folds: tuple[Int[np.ndarray, " _"], ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from distilclip.evaluate.catalogue import CATALOGUE
+from distilclip.evaluate.folders import check_data_root
 from distilclip.evaluate.known_set import KnownSet
 from distilclip.evaluate.known_sets import locate, places_looked_at
 
 
 def describe_catalogue(data_root: str | None) -> str:
-    """A paragraph for each set: found or not and where, what it holds, how to get it, its size and its terms."""
+    """A paragraph for each set: found or not and where, what it holds, how to get it, its size and its terms.
+
+    Raises `InputError` for a data root that is no folder.
+    """
+    if data_root is not None:
+        check_data_root(data_root)
     return "\n\n".join(_paragraph(known, data_root) for known in CATALOGUE.values())
 
 
 def _paragraph(known: KnownSet, data_root: str | None) -> str:
-    lines = [f"{known.name:16} {_contents(known)}; {known.size}; {known.licence}"]
+    facts = (_contents(known), known.size, known.licence or "terms: ask its publisher")
+    lines = [f"{known.name:22} {'; '.join(fact for fact in facts if fact)}"]
     place = locate(known, data_root) if data_root else None
     if place is not None:
         lines.append(f"    found: {place.path} ({place.layout})")

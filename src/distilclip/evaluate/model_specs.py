@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 import torch
+from PIL import Image
 
 from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
@@ -14,17 +15,33 @@ from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.embedders import Embedder, ModelEmbedder
 from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.stored import StoreEmbedder
-from distilclip.models.clip import load_clip
+from distilclip.models.clip import Clip, load_clip
 
 
 def open_embedder(
     spec: str, *, name: str, weights: str | None, device: torch.device, encoding: Encoding, cache: FeatureCache
 ) -> Embedder:
-    """A finished store, or whatever `load_clip` opens, under the name that the table shows."""
+    """A finished store, or whatever `load_clip` opens, under the name that the table shows.
+
+    Raises `InputError` for a model that cannot be loaded, and for one whose towers differ in width.
+    """
     if files.exists(files.join(spec, "manifest.parquet")):
         return StoreEmbedder(spec, name=name)
     clip = load_clip(spec, weights=weights, device=device)
+    check_widths(clip)
     return ModelEmbedder(dataclasses.replace(clip, name=name), encoding, cache)
+
+
+def check_widths(clip: Clip) -> None:
+    """Raise `InputError` for a model whose images and texts have no space in common; one black image is encoded."""
+    with torch.no_grad():
+        black = clip.preprocess(Image.new("RGB", (clip.image_size, clip.image_size)))[None].to(clip.device)
+        image_dim = int(clip.encode_image(black).shape[1])
+    if image_dim != clip.dim:
+        raise InputError(
+            f"{clip.name}: its image embeddings have {image_dim} dimensions, its text embeddings {clip.dim}; they need "
+            "the same. Project the image tower to embed_dim (timm_proj in the vision_cfg of its architecture)."
+        )
 
 
 def split_model(spec: str) -> tuple[str, str]:

@@ -83,8 +83,9 @@ class Protocol:
         images = self._encode(model, test, outputs, name=f"{dataset.name}-test")
         if not isinstance(dataset, LabelledSet) or not dataset.classes.named:
             return View(images=images)
-        templates = self.templates_of(dataset)
-        return View(images=images, classifier=model.classifier(dataset.classes.names, templates))
+        names, classes = dataset.classes.prompted
+        classifier = model.classifier(names, self.templates_of(dataset))
+        return View(images=images, classifier=classifier.of_classes(classes) if classifier else None)
 
     def measure(self, model: Embedder, dataset: EvaluationSet, *, teacher: View | None = None) -> Measurement:
         """All scores of a model on a set, of the tasks that apply to it; `teacher` is its view of the same set.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distilclip.ops.metrics import retrieval_ranks
+from distilclip.ops.retrieval import retrieval_ranks
 
 
 @dataclass(frozen=True, kw_only=True)

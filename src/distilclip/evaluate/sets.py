@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from distilclip.errors import InputError, did_you_mean
 from distilclip.evaluate.catalogue import CATALOGUE, GROUPS
 from distilclip.evaluate.dataset import EvaluationSet, LabelledSet, PairSet
+from distilclip.evaluate.folders import check_data_root
 from distilclip.evaluate.known_sets import load_known_set
 from distilclip.evaluate.labelled import read_folder, read_tars
 from distilclip.evaluate.paired import read_pairs
@@ -37,6 +38,7 @@ def load_set(spec: str, *, data_root: str | None = None, prompts: str | None = N
         return KINDS[kind](name, path)
     if data_root is None:
         raise InputError(f"The set {name!r} is read from a data root: give --data-root, or name its own folder.")
+    check_data_root(data_root)
     return load_known_set(CATALOGUE[path], data_root=data_root, prompts=prompts)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distilclip.evaluate.catalogue import GROUPS
+from distilclip.evaluate.catalogue import CATALOGUE, GROUPS
 from distilclip.evaluate.references import REFERENCE_MODEL, reference
 
 TASKS = {
@@ -109,7 +109,7 @@ def _averages(keys: Sequence[_Key], values: _Values, models: Sequence[str]) -> d
     """Means over the papers' groups and, where there are sets of one's own, over all; each says over how many."""
     names = {key[0] for key in keys}
     groups = {group: members for group, members in GROUPS.items() if names & set(members)}
-    own = names - {name for members in GROUPS.values() for name in members}
+    own = names - set(CATALOGUE)
     if own:
         groups = {**groups, "": tuple(names)}
     measured = [model for model in models if model != REFERENCE_MODEL]
@@ -164,14 +164,28 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
         notes.append(f"{row['set']}: {row['num_unreadable']} images could not be read and are left out.")
     details = row.get("details", {})
     expected, found = details.get("published_num_test"), row["num_test"] + row["num_unreadable"]
-    if expected and row["task"] == "zero-shot" and expected != found:
+    of_images = row["task"] != "agreement" and row["metric"] != "text_to_image_r1"
+    if expected and of_images and expected != found:
         notes.append(f"{row['set']}: {found:,} test images; the published set has {expected:,}.")
+    if row["metric"] == "image_to_text_r1":
+        notes.append(_retrieval_rule(row["set"], row["num_test"], details))
+    if "features" in details:
+        notes.append(
+            {"backbone": "Features before the projection.", "projected": "Projected features."}[details["features"]]
+        )
     if details.get("clips_prompts") is False and row["task"] == "zero-shot":
         notes.append(
             f"{row['set']}: class names are the set's own labels, in one template, not CLIP's prompts. Install "
             "clip-benchmark (extra `eval`), or give --prompts."
         )
     return notes
+
+
+def _retrieval_rule(name: str, num_images: int, details: Mapping[str, Any]) -> str:
+    """What was searched, and what counts as found."""
+    which = "any own caption counts" if details["captions"] == "all" else "the first caption of each image only"
+    prefix = f", behind {details['caption_prefix']!r}" if details["caption_prefix"] else ""
+    return f"{name}: {num_images:,} images, {details['num_captions']:,} captions; {which}{prefix}."
 
 
 def _escaped(text: str) -> str:

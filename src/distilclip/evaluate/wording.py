@@ -17,11 +17,11 @@ from functools import cache
 from importlib import metadata
 from typing import Any
 
-from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+from open_clip import OPENAI_IMAGENET_TEMPLATES
 
 from distilclip.errors import InputError, did_you_mean
 from distilclip.evaluate.classes import DEFAULT_TEMPLATES
-from distilclip.evaluate.imagenet import wordnet_ids
+from distilclip.evaluate.imagenet import names_by_id, unknown_wordnet_id
 from distilclip.evaluate.known_set import KnownSet
 from distilclip.evaluate.prompts import prompts_of
 
@@ -41,8 +41,11 @@ class Wording:
     by_label: Mapping[str, str] | None = None
 
     def names_of(self, labels: Sequence[str], *, aliases: Mapping[str, str], where: str) -> tuple[str, ...]:
-        """The name of each label; see `match_names`."""
+        """The name of each label; see `match_names`. Raises `InputError` for a label that has none."""
         if self.by_label is not None:
+            for label in labels:
+                if label not in self.by_label:
+                    raise unknown_wordnet_id(label, tuple(self.by_label), where=where)
             return tuple(self.by_label[label] for label in labels)
         if self.names is None:
             return tuple(readable(label) for label in labels)
@@ -51,7 +54,7 @@ class Wording:
 
 def wording_of(known: KnownSet, *, prompts: str | None = None) -> Wording:
     """The best names and templates there are for a set; `prompts` is the path of openai/CLIP's prompts.md."""
-    if known.group == "robustness" or known.name == "imagenet":
+    if known.group in ("robustness", "variant") or known.name == "imagenet":
         return _imagenet_wording(known)
     if prompts is not None:
         found = prompts_of(prompts, known.prompts)
@@ -60,10 +63,13 @@ def wording_of(known: KnownSet, *, prompts: str | None = None) -> Wording:
     shipped = _clip_benchmark()
     if known.benchmark in shipped["templates"]:
         listed = shipped["names"].get(known.benchmark)
+        version = metadata.version("clip-benchmark")
         return Wording(
             templates=tuple(template.replace("{c}", "{}") for template in shipped["templates"][known.benchmark]),
             names=tuple(listed) if listed else None,
-            source=f"clip-benchmark {metadata.version('clip-benchmark')}",
+            source=f"clip-benchmark {version}"
+            if listed
+            else f"clip-benchmark {version}, class names of the set itself",
             is_clips=True,
         )
     return Wording(templates=DEFAULT_TEMPLATES, source="the set's own labels", is_clips=False)
@@ -107,10 +113,9 @@ def readable(label: str) -> str:
 def _imagenet_wording(known: KnownSet) -> Wording:
     templates = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
     source = f"open_clip {metadata.version('open_clip_torch')}"
-    if known.name == "objectnet":
-        return Wording(templates=templates, source=f"{source}, with ObjectNet's own class names", is_clips=True)
-    by_label = dict(zip(wordnet_ids(), IMAGENET_CLASSNAMES, strict=True))
-    return Wording(templates=templates, by_label=by_label, source=source, is_clips=True)
+    if known.name.startswith("objectnet"):
+        return Wording(templates=templates, source=f"{source}, with ObjectNet's own classes", is_clips=True)
+    return Wording(templates=templates, by_label=names_by_id(), source=source, is_clips=True)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,14 +23,33 @@ from distilclip.ops.metrics import mean_per_class, row_tiles, target_rank
 
 @dataclass(frozen=True, kw_only=True)
 class TextClassifier:
-    """One unit vector per class, and the model's scale, which makes cosines logits."""
+    """One unit vector per name, and the model's scale, which makes cosines logits.
 
-    weight: Float[Tensor, "k dim"]
+    Names and classes are the same unless `classes` has the class of each name: then the nearest name of a class counts.
+    """
+
+    weight: Float[Tensor, "r dim"]
     scale: float
+    classes: Int[Tensor, " r"] | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes are told apart."""
+        return len(self.weight) if self.classes is None else int(self.classes.max()) + 1
+
+    def of_classes(self, classes: Sequence[int]) -> TextClassifier:
+        """The same classifier, its names being of these classes."""
+        if list(classes) == list(range(len(self.weight))):
+            return self
+        return dataclasses.replace(self, classes=torch.tensor(classes))
 
     def logits(self, image: Float[Tensor, "n dim"]) -> Float[Tensor, "n k"]:
         """Scaled cosine similarities, in float32."""
-        return self.scale * (image @ self.weight.T)
+        scores = self.scale * (image @ self.weight.T)
+        if self.classes is None:
+            return scores
+        largest = scores.new_full((len(scores), self.num_classes), -torch.inf)
+        return largest.scatter_reduce_(1, self.classes.expand_as(scores), scores, reduce="amax")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,9 +132,10 @@ def zero_shot(
     templates = tuple(templates) if templates is not None else chosen.templates
     check_templates(templates, source="templates")
     found = encode_images(model, chosen.test.images, encoding=encoding, policy=policy, description=chosen.name)
+    names, classes = chosen.classes.prompted
     return classify(
         found.embedding,
         torch.from_numpy(chosen.test.labels)[found.rows],
-        text_classifier(model, chosen.classes.names, templates, encoding=encoding),
+        text_classifier(model, names, templates, encoding=encoding).of_classes(classes),
         num_unreadable=found.num_unreadable,
     )

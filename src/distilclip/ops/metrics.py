@@ -1,4 +1,4 @@
-"""Accuracies, ranks, recall, agreement of two models, and bootstrap intervals.
+"""Accuracies, ranks, agreement of two models, and bootstrap intervals.
 
 One rule settles every tie: among equal scores the smaller index comes first. A rank is the number of candidates
 strictly ahead of the target plus the equal ones with a smaller index, so a constant scorer gets chance, not 100 %.
@@ -56,51 +56,6 @@ def mean_per_class(correct: Bool[Tensor, " n"], labels: Int[Tensor, " n"]) -> fl
     hits = torch.bincount(labels[correct], minlength=len(total))
     present = total > 0
     return (hits[present].double() / total[present].double()).mean().item()
-
-
-def retrieval_ranks(
-    image: Float[Tensor, "n dim"],
-    text: Float[Tensor, "m dim"],
-    image_of_text: Int[Tensor, " m"],
-    *,
-    tile_elements: int = TILE_ELEMENTS,
-) -> tuple[Int[Tensor, " n"], Int[Tensor, " m"]]:
-    """Rank of each image's best own caption among all captions, and of each caption's image among all images.
-
-    `image_of_text[j]` is the image that caption j describes; an image may own any number of captions, one at the
-    least. A tile holds some queries against the whole gallery, so all scores that are compared with each other come
-    from one product and round alike; the n x m matrix never exists. Raises `ValueError` for an image without a caption,
-    and for embeddings that are not finite.
-    """
-    if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
-        raise ValueError("embeddings hold NaN or infinity: the model's outputs are broken")
-    num_captions = torch.bincount(image_of_text, minlength=len(image))
-    if len(num_captions) > len(image) or (num_captions == 0).any():
-        raise ValueError(f"every one of the {len(image)} images needs a caption, and no caption another image")
-    own = _captions_of(image_of_text, num_captions)
-    image_ranks = [
-        _best_own_rank(image[rows] @ text.T, own[rows])
-        for rows in row_tiles(len(image), len(text), tile_elements=tile_elements)
-    ]
-    text_ranks = [
-        target_rank(text[rows] @ image.T, image_of_text[rows])
-        for rows in row_tiles(len(text), len(image), tile_elements=tile_elements)
-    ]
-    return torch.cat(image_ranks), torch.cat(text_ranks)
-
-
-def _captions_of(image_of_text: Int[Tensor, " m"], num_captions: Int[Tensor, " n"]) -> Int[Tensor, "n c"]:
-    """The captions of each image in ascending order; where it has fewer than the most, its first fills up."""
-    order = image_of_text.argsort(stable=True)
-    first = num_captions.cumsum(0) - num_captions
-    place = torch.arange(int(num_captions.max()), device=order.device)
-    return order[first[:, None] + torch.where(place < num_captions[:, None], place, 0)]
-
-
-def _best_own_rank(scores: Float[Tensor, "r m"], own: Int[Tensor, "r c"]) -> Int[Tensor, " r"]:
-    # Of equal ones the first: its rank is the smallest.
-    best = own.gather(1, scores.gather(1, own).argmax(dim=1, keepdim=True))
-    return target_rank(scores, best[:, 0])
 
 
 def linear_cka(x: Float[Tensor, "n dx"], y: Float[Tensor, "n dy"]) -> float:

@@ -51,7 +51,8 @@ class Config:
     list: bool = False
     """only say of every published set where it is, or how to get it"""
     weights: tuple[str, ...] = ()
-    """weights files of models given as open_clip names, as NAME=FILE (one model: FILE)"""
+    """weights files of models given as open_clip names, as NAME=FILE (one model: FILE); OpenAI's need the
+    architecture that ends in -quickgelu"""
     tasks: tuple[Task, ...] = ALL_TASKS
     """what to measure, where it applies: agreement needs --teacher, the probes a set with training images"""
     teacher: str | None = None
