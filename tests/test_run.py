@@ -64,6 +64,21 @@ def test_require_names_the_missing_stage(tmp_path: Path) -> None:
     assert run.require(out, stage="embed")["num_rows"] == 5
 
 
+def test_require_tells_the_store_that_a_folder_was_made_from(tmp_path: Path) -> None:
+    stores = [str(tmp_path / name) for name in ("store", "other")]
+    for number, store in enumerate(stores):
+        run.open_folder(store, stage="embed", config=Config(out=store)).finish({"number": number})
+    out = str(tmp_path / "balance")
+    folder = run.open_folder(out, stage="balance", config=Config(out=out), inputs=[(stores[0], "embed")])
+    folder.finish({})
+    run.require(out, stage="balance", store=stores[0])
+    with pytest.raises(InputError, match="made from another store than .*other"):
+        run.require(out, stage="balance", store=stores[1])
+    (tmp_path / "balance" / "inputs.json").unlink()
+    with pytest.raises(InputError, match=r"balance has no inputs.json"):
+        run.require(out, stage="balance", store=stores[0])
+
+
 def test_nan_is_never_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range"):
         run.write_json(str(tmp_path / "result.json"), {"loss": float("nan")})

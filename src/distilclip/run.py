@@ -130,8 +130,13 @@ def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any
         raise InputError(
             f"{path} is unfinished (no result.json): run `distilclip {stage} {path}/config.json` to finish it."
         )
-    if store is not None and read_json(folder.child("inputs.json"))["embed"] != result_digest(store):
-        raise InputError(f"{path} was made from another store than {store}. Run `distilclip {stage}` on this one.")
+    if store is not None:
+        if not files.exists(folder.child("inputs.json")):
+            raise InputError(
+                f"{path} has no inputs.json to say which store it was made from: make it again, elsewhere."
+            )
+        if read_json(folder.child("inputs.json")).get("embed") != result_digest(store):
+            raise InputError(f"{path} was made from another store than {store}. Run `distilclip {stage}` on this one.")
     return folder.result()
 
 

@@ -226,6 +226,37 @@ def test_labels_alone_are_partial_fc(batch: Batch) -> None:
     )
 
 
+def partial_fc(student: Tensor, centers: Tensor, labels: Tensor, sampled: list[int], scale: float) -> Tensor:
+    """An et al. 2021, the softmax over positive and sampled negative classes, as printed: one exponential at a time."""
+    losses = []
+    for x, y in zip(student, labels.tolist(), strict=True):
+        exponentials = {j: torch.exp(scale * (centers[j] / centers[j].norm()) @ x) for j in sampled}
+        losses.append(-torch.log(exponentials[y] / sum(exponentials.values())))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("class_scale", [1.0, 64.0])
+@pytest.mark.parametrize("tile", [None, (4, 7)])
+def test_labels_alone_with_sampled_classes_are_partial_fc(
+    batch: Batch, class_scale: float, tile: tuple[int, int] | None
+) -> None:
+    student, teacher, centers, labels = batch
+    classes = sample_classes(labels, K, 0.7, torch.Generator().manual_seed(0))
+    negatives = set(classes.tolist()) - set(labels.tolist())
+    assert 0 < len(negatives) < K - len(labels.unique())
+    expected = partial_fc(student, centers, labels, sorted({*labels.tolist(), *negatives}), class_scale)
+    by_student, by_centers = torch.autograd.grad(expected, [student, centers])
+    options: dict[str, Any] = {"alpha": 1.0, "class_scale": class_scale, "tile": tile}
+
+    loss = cluster(*batch, **options, classes=classes).total
+    assert_all_close([loss, *torch.autograd.grad(loss, [student, centers])], [expected, by_student, by_centers])
+
+    # As the class head trains: the sampled rows are a leaf of their own, and labels count among them.
+    rows = centers[classes].detach().requires_grad_()
+    loss = cluster(student, teacher, rows, positions(labels, classes), **options).total
+    assert_all_close([loss, *torch.autograd.grad(loss, [student, rows])], [expected, by_student, by_centers[classes]])
+
+
 @pytest.mark.parametrize("tile", [None, (4, 7)])
 def test_half_precision_at_scale_100_is_finite_and_computed_in_float32(
     unit_rows: Make, tile: tuple[int, int] | None
