@@ -72,10 +72,10 @@ def test_require_tells_the_store_that_a_folder_was_made_from(tmp_path: Path) -> 
     folder = run.open_folder(out, stage="balance", config=Config(out=out), inputs=[(stores[0], "embed")])
     folder.finish({})
     run.require(out, stage="balance", store=stores[0])
-    with pytest.raises(InputError, match="made from another store than .*other"):
+    with pytest.raises(InputError, match=r"made from another store than .*other"):
         run.require(out, stage="balance", store=stores[1])
     (tmp_path / "balance" / "inputs.json").unlink()
-    with pytest.raises(InputError, match=r"balance has no inputs.json"):
+    with pytest.raises(InputError, match=r"balance has no inputs\.json"):
         run.require(out, stage="balance", store=stores[0])
 
 

@@ -143,6 +143,16 @@ def test_scores_alone_make_a_page_without_students(tmp_path: Path) -> None:
     assert "Results of 1 stage folder." in page.html
 
 
+def test_one_model_under_several_names_is_pointed_out(tmp_path: Path) -> None:
+    row = {"set": "shape", "task": "zero-shot", "metric": "top1", "value": 0.5}
+    names = {"centers-400": "a", "all-terms": "a", "centers-40": "b"}
+    rows = [{**row, "model": name, "model_digest": digest(weights)} for name, weights in names.items()]
+    write_stage(tmp_path, "evaluate", {"rows": rows, "models": []})
+    html = page_of(tmp_path).html
+    assert html.count("the same weights") == 1
+    assert "centers-400 = all-terms: the same weights." in html
+
+
 def test_chaining_is_pointed_out(tmp_path: Path) -> None:
     write_run(tmp_path)
     assert "chained together" not in page_of(tmp_path).html

@@ -1,4 +1,4 @@
-"""A whole recipe: order, resume, SIGKILL in every stage, and refusals."""
+"""Whole recipes, one and several: order, sharing, resume, SIGKILL in every stage, and refusals."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
+from distilclip import cli, config
 from distilclip.errors import InputError
 from distilclip.stages import run as run_stage
 from tests.ranks import server
 
+RECIPES = Path(__file__).parents[2] / "recipes"
 RECIPE = """
 out = "unused"
 [report]
@@ -60,6 +62,14 @@ models = ["teacher=@train/teacher", "clip-kd=@train/clip-kd", "clip-cid=@train/c
 sets = ["tar:@corpus/eval/shape", "pairs:@corpus/eval/retrieval"]
 probe_l2 = 1.0
 num_workers = 0
+[export.kept]
+what = "keys"
+store = "@embed"
+groups = "@balance"
+[export.student]
+what = "open_clip"
+model = "@train/clip-cid"
+evaluation = "@evaluate"
 """
 
 ORDER = [
@@ -71,6 +81,8 @@ ORDER = [
     "cluster",
     "train/clip-cid",
     "evaluate",
+    "export/kept",
+    "export/student",
     "report",
 ]
 
@@ -83,8 +95,26 @@ def recipe(tmp_path: Path, tiny_clip_json: str) -> str:
     return str(path)
 
 
-def run(recipe: str, out: Path) -> dict[str, Any]:
-    return run_stage.main(run_stage.Config(recipe=recipe, out=str(out)))
+@pytest.fixture
+def two_recipes(recipe: str, tmp_path: Path) -> tuple[str, str]:
+    """`eight.toml` and `four.toml`, which differ in the number of centers."""
+    eight, four = tmp_path / "eight.toml", tmp_path / "four.toml"
+    text = (
+        Path(recipe).read_text().replace("clip-cid", "eight").replace('objective = "eight"', 'objective = "clip-cid"')
+    )
+    eight.write_text(text)
+    four.write_text(text.replace("num_centers = 8", "num_centers = 4").replace("eight", "four"))
+    return str(eight), str(four)
+
+
+def run(recipe: str, out: Path, *other_recipes: str) -> dict[str, Any]:
+    return run_stage.main(run_stage.Config(recipe=recipe, other_recipes=other_recipes, out=str(out)))
+
+
+def read_all(*paths: str) -> list[run_stage.Step]:
+    """The steps of several recipes, in the folder `out`."""
+    tables = {Path(path).stem: config.read_recipe(path) for path in paths}
+    return run_stage.read_all_steps(tables, out="out", seed=None)
 
 
 def steady_contents(out: Path) -> dict[str, Any]:
@@ -92,7 +122,7 @@ def steady_contents(out: Path) -> dict[str, Any]:
     contents: dict[str, Any] = {}
     for path in sorted(out.rglob("*")):
         name = str(path.relative_to(out))
-        if path.is_dir() or path.name == "env.json" or name.startswith(("report/", "evaluate/cache/")):
+        if path.is_dir() or path.name == "env.json" or name.startswith("report/") or "evaluate/cache/" in name:
             continue  # the page shows speeds and dates; cached features are named by when their files changed
         if path.name == "metrics.jsonl":
             lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -104,8 +134,6 @@ def steady_contents(out: Path) -> dict[str, Any]:
 
 
 def test_steps_run_after_those_they_use_whatever_the_order_of_the_file(recipe: str, tmp_path: Path) -> None:
-    from distilclip import config
-
     steps = run_stage.read_steps(config.read_recipe(recipe), out="here", seed=5, source="recipe")
     assert [step.path for step in steps] == ORDER
     assert steps[0].config.seed == 5
@@ -124,27 +152,104 @@ def test_killed_in_every_stage_and_run_again_equals_an_undisturbed_run(
     killed = Path("run")
     num_killed = 0
     for step in ORDER:
-        process = server().Process(target=run, args=(recipe, killed))
-        process.start()
-        while not (killed / step / "config.json").exists() and process.is_alive():
-            time.sleep(0.001)
-        time.sleep(0.05)  # into the stage's work
-        process.kill()
-        process.join()
-        num_killed += not (killed / step / "result.json").exists()
-    assert num_killed >= len(ORDER) // 2  # a quick stage may have finished; most were caught at work
+        num_killed += kill_in(killed / step, recipe, killed)
+    assert num_killed >= 4  # a quick stage may have finished; most were caught at work
     run(recipe, killed)
     assert steady_contents(killed) == steady_contents(tmp_path / "undisturbed" / "run")
+
+
+def kill_in(step: Path, *args: Any) -> bool:
+    """Run in a process that is killed when it has begun a step; whether the step was still unfinished."""
+    process = server().Process(target=run, args=args)
+    process.start()
+    while not (step / "config.json").exists() and process.is_alive():
+        time.sleep(0.001)
+    time.sleep(0.05)  # into the stage's work
+    process.kill()
+    process.join()
+    return not (step / "result.json").exists()
 
 
 def test_a_second_run_computes_nothing(recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = run(recipe, out)
     assert first["steps"] == ORDER
-    times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path != out / "result.json" and path.is_file()}
-    run(recipe, out)
-    again = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path != out / "result.json" and path.is_file()}
-    assert again == times
+    times = modification_times(out)
+    assert run(recipe, out) == first
+    assert modification_times(out) == times
+
+
+def modification_times(out: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
+
+
+def test_several_recipes_share_equal_steps_and_one_report(two_recipes: tuple[str, str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert cli.main(["run", *two_recipes, "--out", str(out)]) == 0
+    result = json.loads((out / "result.json").read_text())
+    shared = ["corpus", "train/teacher", "embed", "train/clip-kd", "balance", "export/kept"]
+    assert result["shared"] == {f"four/{path}": f"eight/{path}" for path in shared}
+    assert not any((out / "four" / path).exists() for path in (*shared, "report"))
+    assert (out / "four/cluster/result.json").exists()
+    page = (out / "report/index.html").read_text()
+    table = page[page.index("<table") : page.index("</table>")]
+    assert [table.count(f"</span>{name}</span>") for name in ("teacher", "clip-kd", "eight", "four")] == [1] * 4
+    times = modification_times(out)
+    run(two_recipes[0], out, two_recipes[1])
+    assert modification_times(out) == times
+
+
+def test_several_recipes_killed_and_run_again_equal_an_undisturbed_run(
+    two_recipes: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("undisturbed", "killed"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path / "undisturbed")
+    run(two_recipes[0], Path("run"), two_recipes[1])
+    monkeypatch.chdir(tmp_path / "killed")
+    killed = Path("run")
+    steps = ("eight/train/teacher", "four/cluster", "four/train/four", "four/evaluate")
+    assert sum(kill_in(killed / step, two_recipes[0], killed, two_recipes[1]) for step in steps) >= 2
+    run(two_recipes[0], killed, two_recipes[1])
+    assert steady_contents(killed) == steady_contents(tmp_path / "undisturbed" / "run")
+
+
+def test_a_step_is_shared_only_where_all_it_reads_is(two_recipes: tuple[str, str]) -> None:
+    eight, four = two_recipes
+    by_path = {step.path: step.config for step in read_all(eight, four)}
+    assert by_path["four/embed"].out == "out/eight/embed"
+    assert by_path["four/cluster"].store == "out/eight/embed"
+    assert by_path["four/train/four"].clusters == by_path["four/cluster"].out == "out/four/cluster"
+    assert by_path["four/evaluate"].models[0] == "teacher=out/eight/train/teacher"
+    assert by_path["report"].folders.count("out/eight/corpus") == 1
+    Path(four).write_text(Path(four).read_text().replace("num_pairs = 160", "num_pairs = 80"))
+    assert all(step.config.out == f"out/{step.path}" for step in read_all(eight, four))
+
+
+def test_recipes_whose_folders_would_be_one_are_refused(two_recipes: tuple[str, str], tmp_path: Path) -> None:
+    eight, four = two_recipes
+    with pytest.raises(InputError, match="Several recipes need --out"):
+        run_stage.main(run_stage.Config(recipe=eight, other_recipes=(four,)))
+    with pytest.raises(InputError, match=r"eight.toml: its folder would be eight, and so would another's"):
+        run(eight, tmp_path / "out", four, eight)
+    with pytest.raises(InputError, match="its folder would be report"):
+        run(eight, tmp_path / "out", str(tmp_path / "report.toml"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_ablations_share_what_they_have_in_common_and_evaluate_all_they_train() -> None:
+    paths = sorted(str(path) for path in RECIPES.glob("ablation-*.toml"))
+    assert [Path(path).stem for path in paths] == [
+        f"ablation-{n}" for n in ("centers", "losses", "teacher", "threshold")
+    ]
+    steps = read_all(*paths)
+    for path in paths:
+        name = Path(path).stem
+        trained = {s.path.rpartition("/")[2]: s.config.out for s in steps if s.path.startswith(f"{name}/train/")}
+        (evaluate,) = (s.config for s in steps if s.path == f"{name}/evaluate")
+        assert dict(model.split("=") for model in evaluate.models) == trained
+    folders = {s.config.out for s in steps if s.stage == "train"}
+    assert len(folders) == 2 + 4 + 6 + 5 + 2 - 3  # two teachers; CLIP on 59 % stands twice, CLIP-CID three times
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -104,10 +105,33 @@ def test_a_student_begins_with_its_teachers_weights(
     common = {"store": store, "objective": "clip-kd", "student": json.dumps(shallow), "num_steps": 1}
     nearness = {}
     for name, init in (("scratch", ()), ("inherited", (f"inherit:{tiny_clip_folder}",))):
-        train.main(config(tmp_path / name, tiny_clip_json, init=init, **common))
+        result = train.main(config(tmp_path / name, tiny_clip_json, init=init, **common))
+        assert result.get("fresh") == ([] if init else None)  # every weight came from the teacher, or nobody asked
         nearness[name] = steady_metrics(tmp_path / name)[0]["cosine_text"]
     assert nearness["inherited"] == pytest.approx(1, abs=1e-3)  # the text tower is the whole teacher's
     assert nearness["scratch"] < 0.9
+
+
+def test_tensorboard_shows_the_lines_of_metrics_jsonl(tars: list[str], tiny_clip_json: str, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "out"
+    train.main(config(out, tiny_clip_json, data=tuple(tars), track=("tensorboard",)))
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    expected = [(line["step"], pytest.approx(line["loss"])) for line in steady_metrics(out)]
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == expected
+    assert len(expected) == 2
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_written(
+    tars: list[str], tiny_clip_json: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"pip install 'distilclip\[wandb\]'"):
+        train.main(config(tmp_path / "out", tiny_clip_json, data=tuple(tars), track=("wandb",)))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

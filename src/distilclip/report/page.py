@@ -137,8 +137,11 @@ def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict
 
 
 def _remarks(scores: Sequence[Score]) -> list[str]:
-    """What a reader of the table must know: scores that do not exist, pictures that could not be read."""
-    remarks: dict[str, None] = {}
+    """What a reader of the table must know: one model under several names, scores and pictures that are not there."""
+    names: dict[str, dict[str, None]] = {}
+    for score in scores:
+        names.setdefault(score.digest, {})[score.model] = None
+    remarks = dict.fromkeys(f"{' = '.join(same)}: the same weights." for same in names.values() if len(same) > 1)
     for score in scores:
         if score.value is None and score.reason:
             remarks[f"{score.set}, {title(score.task).lower()}: no {title(score.metric)} score, {score.reason}."] = None

@@ -2,6 +2,9 @@
 
 `[train.teacher]` is the step `train/teacher` and writes `OUT/train/teacher`; elsewhere in the recipe
 `@train/teacher` stands for that folder, and a bare `@` for the run's own.
+
+Several recipes have a folder each, `OUT/RECIPE`, and one report over all of them, `OUT/report`. A step that equals one
+of an earlier recipe, down to the folders it reads, is that step: computed once, and `@` stands for where it lies.
 """
 
 from __future__ import annotations
@@ -10,7 +13,9 @@ import dataclasses
 import importlib
 import re
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
 from rich.console import Console
@@ -21,7 +26,7 @@ from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
 
 REFERENCE = re.compile(r"(?:^|(?<=[=:]))@([\w./-]*)")
-STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "report")
+STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "export", "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,66 +35,130 @@ class Config:
 
     recipe: str
     """TOML file whose tables are the steps"""
+    other_recipes: tuple[str, ...] = ()
+    """further recipes (`distilclip run A.toml B.toml --out OUT`): every recipe has a folder in OUT named as its file,
+    equal steps are computed once, and one report over all takes the place of the [report] tables"""
     out: str | None = None
-    """folder for all steps (default: the recipe's own `out`)"""
+    """folder for all steps (default: the recipe's own `out`; several recipes need one)"""
     seed: int | None = None
     """replaces the seed of every step that has one"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of a recipe: `train/teacher` is stage `train`, named `teacher`."""
+    """One step of a run: `path` is `train/teacher`, and of several recipes `RECIPE/train/teacher`.
+
+    Its folder is `config.out`: the path below the run's, or where the step of an earlier recipe lies that it equals.
+    """
 
     stage: str
-    name: str
+    path: str
     config: Any
-
-    @property
-    def path(self) -> str:
-        """Its folder below the run's."""
-        return f"{self.stage}/{self.name}" if self.name else self.stage
 
 
 def main(config: Config) -> dict[str, Any]:
     """Run all steps; every config is checked before the first step starts."""
-    tables = recipes.read_recipe(config.recipe)
-    out = config.out or tables.get("out")
-    if not out:
-        raise InputError(f'{config.recipe} names no `out` folder: add `out = "runs/NAME"` or give --out.')
-    steps = read_steps(tables, out=out, seed=config.seed, source=config.recipe)
+    if config.other_recipes:
+        out, steps, summary = _several(config)
+    else:
+        out, steps, summary = _one(config)
     folder = run.open_folder(out, stage="run", config=dataclasses.replace(config, out=out))
+    shared = _shared(steps, out)
     console = Console(stderr=True)
     for number, step in enumerate(steps, start=1):
-        state = " (finished before)" if run.Folder(step.config.out, step.stage).finished else ""
+        finished = run.Folder(step.config.out, step.stage).finished
+        state = f" (is {shared[step.path]})" if step.path in shared else " (finished before)" if finished else ""
         console.print(f"[bold]{number}/{len(steps)} {step.path}[/bold]{state}", highlight=False)
         started = time.perf_counter()
         importlib.import_module(f"distilclip.stages.{step.stage}").main(step.config)
         if not state:
             console.print(f"    {time.perf_counter() - started:.1f} s", highlight=False)
-    summary = {"recipe": tables, "steps": [step.path for step in steps]}
     if folder.finished and folder.result() == {"stage": "run", **summary}:
         return folder.result()
     return folder.finish(summary)
 
 
-def read_steps(tables: dict[str, Any], *, out: str, seed: int | None, source: str) -> list[Step]:
+def _one(config: Config) -> tuple[str, list[Step], dict[str, Any]]:
+    """Folder, steps and result of a run of one recipe."""
+    tables = recipes.read_recipe(config.recipe)
+    out = config.out or tables.get("out")
+    if not out:
+        raise InputError(f'{config.recipe} names no `out` folder: add `out = "runs/NAME"` or give --out.')
+    steps = read_steps(tables, out=out, seed=config.seed, source=config.recipe)
+    return out, steps, {"recipe": tables, "steps": [step.path for step in steps]}
+
+
+def _several(config: Config) -> tuple[str, list[Step], dict[str, Any]]:
+    """Folder, steps and result of a run of several recipes."""
+    if not config.out:
+        raise InputError("Several recipes need --out, the folder for theirs and for the report over all.")
+    paths = (config.recipe, *config.other_recipes)
+    names = [PurePath(path).stem for path in paths]
+    for name, path in zip(names, paths, strict=True):
+        if [*names, "report"].count(name) > 1:
+            raise InputError(f"{path}: its folder would be {name}, and so would another's. Rename the recipe's file.")
+    tables = {name: recipes.read_recipe(path) for name, path in zip(names, paths, strict=True)}
+    steps = read_all_steps(tables, out=config.out, seed=config.seed)
+    summary = {"recipes": tables, "steps": [step.path for step in steps], "shared": _shared(steps, config.out)}
+    return config.out, steps, summary
+
+
+def _shared(steps: Sequence[Step], out: str) -> dict[str, str]:
+    """Of each step that is one of an earlier recipe, the path of that."""
+    below = files.join(out, "")
+    places = {step.path: step.config.out.removeprefix(below) for step in steps}
+    return {path: place for path, place in places.items() if path != place}
+
+
+def read_all_steps(tables: Mapping[str, dict[str, Any]], *, out: str, seed: int | None) -> list[Step]:
+    """The steps of several recipes, by name, and the report over all of them.
+
+    Raises `InputError` as `read_steps` does.
+    """
+    steps: list[Step] = []
+    for name, own_tables in tables.items():
+        kept = {stage: table for stage, table in own_tables.items() if stage != "report"}
+        own = read_steps(kept, out=files.join(out, name), seed=seed, source=name, earlier=steps)
+        steps += [dataclasses.replace(step, path=f"{name}/{step.path}") for step in own]
+    values = {
+        "folders": list(dict.fromkeys(step.config.out for step in steps)),
+        "out": files.join(out, "report"),
+        "title": ", ".join(tables),
+    }
+    report = recipes.build(_config_type("report"), values, stage="report")
+    return [*steps, Step(stage="report", path="report", config=report)]
+
+
+def read_steps(
+    tables: dict[str, Any], *, out: str, seed: int | None, source: str, earlier: Sequence[Step] = ()
+) -> list[Step]:
     """The recipe's steps with their configs, `@` references replaced by folders of this run, each after those it uses.
 
-    Raises `InputError` for an unknown stage, an unknown reference, and steps that wait for one another.
+    A step that equals one of `earlier` has that one's config, folder included. Raises `InputError` for an unknown
+    stage, an unknown reference, and steps that wait for one another.
     """
     values = _step_values(tables, source=source)
     if not values:
         raise InputError(f"{source} has no steps. Add a table such as [embed].")
     steps = []
+    folders = {"": out}
     for path in _in_order(values, source=source):
-        stage, _, name = path.partition("/")
+        stage = path.partition("/")[0]
         config_type = _config_type(stage)
-        resolved = {key: _resolve(value, out) for key, value in values[path].items()}
+        resolved = {key: _resolve(value, folders) for key, value in values[path].items()}
         resolved["out"] = files.join(out, path)
         if seed is not None and "seed" in recipes.field_names(config_type):
             resolved["seed"] = seed
-        steps.append(Step(stage=stage, name=name, config=recipes.build(config_type, resolved, stage=stage)))
+        config = recipes.build(config_type, resolved, stage=stage)
+        config = next((step.config for step in earlier if _equal(config, step.config)), config)
+        folders[path] = config.out
+        steps.append(Step(stage=stage, path=path, config=config))
     return steps
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Whether two steps' configs say the same but for the folder."""
+    return type(one) is type(other) and dataclasses.replace(one, out=other.out) == other
 
 
 def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, Any]]:
@@ -131,19 +200,30 @@ def _references(values: list[Any], path: str, paths: list[str], source: str) -> 
         if isinstance(value, list):
             found |= _references(value, path, paths, source)
         for reference in REFERENCE.findall(value) if isinstance(value, str) else []:
-            step = next((p for p in paths if reference == p or reference.startswith(f"{p}/")), None)
+            step = _step_of(reference, paths)
             if reference and step is None:
                 raise InputError(f"{source}, [{path}]: @{reference} is no step. {did_you_mean(reference, paths)}")
             found |= {step} if step else set(paths) - {path}
     return found
 
 
-def _resolve(value: Any, out: str) -> Any:
+def _step_of(reference: str, paths: Iterable[str]) -> str | None:
+    """The step whose folder, or something in it, a reference names."""
+    return next((path for path in paths if reference == path or reference.startswith(f"{path}/")), None)
+
+
+def _resolve(value: Any, folders: Mapping[str, str]) -> Any:
+    """A value with its references replaced: a step's name by its folder, nothing by the run's."""
     if isinstance(value, list):
-        return [_resolve(item, out) for item in value]
+        return [_resolve(item, folders) for item in value]
     if not isinstance(value, str):
         return value
-    return REFERENCE.sub(lambda match: files.join(out, match.group(1)) if match.group(1) else out, value)
+
+    def place(match: re.Match[str]) -> str:
+        step = _step_of(match.group(1), folders) or ""
+        return folders[step] + match.group(1)[len(step) :]
+
+    return REFERENCE.sub(place, value)
 
 
 def _config_type(stage: str) -> Any:
