@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -90,13 +89,17 @@ def test_resuming_from_any_checkpoint_equals_an_undisturbed_run(
 
 
 def test_sigkill_and_rerun_give_the_undisturbed_bytes(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
+    # Every run in a process of its own: libraries that other tests load into this one may move the last bits.
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
     common = {"store": prepared.store, "objective": "clip-kd", "num_steps": 40, "keep_checkpoints": 50}
-    train.main(config(undisturbed, tiny_clip_json, **common))
-    again = config(killed, tiny_clip_json, **common)
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps({"stage": "train", **run.config_values(again)}))
-    process = subprocess.Popen([sys.executable, "-m", "distilclip.cli", "train", str(recipe)], env=os.environ)
+    commands = {}
+    for out in (undisturbed, killed):
+        recipe = tmp_path / f"{out.name}.json"
+        values = run.config_values(config(out, tiny_clip_json, **common))
+        recipe.write_text(json.dumps({"stage": "train", **values}))
+        commands[out] = [sys.executable, "-m", "distilclip.cli", "train", str(recipe)]
+    subprocess.run(commands[undisturbed], check=True)
+    process = subprocess.Popen(commands[killed])
     deadline = time.monotonic() + 120
     while not (killed / "checkpoints/step-000004/state.json").exists() and time.monotonic() < deadline:
         assert process.poll() is None
@@ -104,7 +107,7 @@ def test_sigkill_and_rerun_give_the_undisturbed_bytes(prepared: Prepared, tiny_c
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (killed / "result.json").exists()
-    train.main(again)
+    subprocess.run(commands[killed], check=True)
     assert (killed / "result.json").read_bytes() == (undisturbed / "result.json").read_bytes()
     assert steady_metrics(killed) == steady_metrics(undisturbed)
     assert contents(undisturbed / "checkpoints") == contents(killed / "checkpoints")
