@@ -20,8 +20,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-SLOW_SECONDS = 10.0  # a run longer than this is repeated three times, not five
-VERY_SLOW_SECONDS = 30.0  # and one longer than this is not repeated: noise of seconds does not change its ratio
+SLOW_SECONDS = 20.0  # a run longer than this is repeated three times, not five
+VERY_SLOW_SECONDS = 60.0  # and one longer than this is not repeated: noise of seconds does not change its ratio
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,9 +11,9 @@ from torch import nn
 
 from distilclip.errors import InputError
 from distilclip.models.batchnorm import (
+    RunningStatistics,
     batch_norms,
     fixed_statistics,
-    remember_statistics,
     require_exact_accumulation,
     synchronise_batch_norms,
 )
@@ -60,8 +60,9 @@ def test_running_statistics_stay_fixed_or_are_put_back(cnn: Clip) -> None:
     with fixed_statistics(cnn.model):
         fixed = cnn.encode_image(pixels)
     assert all(torch.equal(value, before[name]) for name, value in cnn.model.named_buffers())
-    put_back = remember_statistics(cnn.model)
+    statistics = RunningStatistics(cnn.model)
+    statistics.remember()
     assert torch.equal(cnn.encode_image(pixels), fixed)  # normalised as in training, both times
     assert not all(torch.equal(value, before[name]) for name, value in cnn.model.named_buffers())
-    put_back()
+    statistics.put_back()
     assert all(torch.equal(value, before[name]) for name, value in cnn.model.named_buffers())

@@ -41,7 +41,10 @@ def test_every_stage_by_hand() -> None:
     assert train.gpu_seconds - towers == pytest.approx((whole.gpu_seconds - towers) / 2)
     assert train.seconds(machines) == train.gpu_seconds / 4
     assert train.price(machines) == pytest.approx(train.gpu_seconds / 1800)
-    assert costs.head_bytes(1000, 512, sample_rate=0.1, num_ranks=1) == pytest.approx(1000 * 512 * 4 * 3.1)
+    on_host = costs.train(DATA, machines, TOWERS, sample_rate=0.5, centers_state="host", **options)  # type: ignore[arg-type]
+    assert train.gpu_bytes - on_host.gpu_bytes == 250 * (2 * 4 * 512 + 8)  # a quarter of the rows on each of four
+    # Weight, two moments, the sampled rows and their gradient; a count of every row.
+    assert costs.head_memory(1000, 512, sample_rate=0.1).device == 1000 * 512 * 4 * 3.2 + 8 * 1000
 
 
 def test_laion_on_h100_takes_the_published_gpu_hours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

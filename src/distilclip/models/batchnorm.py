@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import timm.layers
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from distilclip.errors import InputError
@@ -52,14 +52,23 @@ def fixed_statistics(model: nn.Module) -> Iterator[None]:
             norm.track_running_stats = True
 
 
-def remember_statistics(model: nn.Module) -> Callable[[], None]:
-    """A function that puts the running statistics back to what they are now."""
-    buffers = [buffer for norm in batch_norms(model).values() for buffer in norm.buffers(recurse=False)]
-    copies = [buffer.clone() for buffer in buffers]
+class RunningStatistics:
+    """The running statistics of a model's batch norms, which can be put back to an earlier moment's."""
 
-    @torch.no_grad()
-    def put_back() -> None:
-        for buffer, copy in zip(buffers, copies, strict=True):
-            buffer.copy_(copy)
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [buffer for norm in batch_norms(model).values() for buffer in norm.buffers(recurse=False)]
+        self._remembered = [buffer.clone() for buffer in self._buffers]
 
-    return put_back
+    def remember(self) -> None:
+        """Take note of what they are now."""
+        _copy(self._buffers, self._remembered)
+
+    def put_back(self) -> None:
+        """Make them what they were when they were last noted."""
+        _copy(self._remembered, self._buffers)
+
+
+@torch.no_grad()
+def _copy(source: list[Tensor], target: list[Tensor]) -> None:
+    if target:
+        torch._foreach_copy_(target, source)

@@ -6,7 +6,6 @@ pairs that the forest already joins at a smaller distance, most are dropped unde
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from distilclip.ops.groups import ForestBuilder
 from distilclip.ops.metric import distance, squared, squared_threshold
-from distilclip.ops.points import ROUNDING, Points
+from distilclip.ops.points import ROUNDING, Points, float32_sums
 from distilclip.ops.search import Collector
 
 HALF_ROUNDING = 2.0**-11  # of one float16 number, relative
@@ -47,7 +46,7 @@ def compare_all(
     limit = squared_threshold(threshold, metric)
     blocks = _Blocks(points, rows, kind=kind, device=device)
     end = len(rows) if split is None else split
-    with _exact_sums():
+    with float32_sums():
         for a in range(0, end, size):
             left, left_block = blocks.at(a, min(a + size, end))
             for b in range(a if split is None else split, len(rows), size):
@@ -85,18 +84,6 @@ class _Blocks:
 def _free_bytes(device: torch.device) -> int:
     """Of an accelerator's memory; of others nothing is known, so nothing is taken."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
-
-
-@contextlib.contextmanager
-def _exact_sums() -> Iterator[None]:
-    """Products of float16 accumulated in float32, as `product_error` assumes."""
-    settings = torch.backends.cuda.matmul
-    reduced = settings.allow_fp16_reduced_precision_reduction
-    settings.allow_fp16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_fp16_reduced_precision_reduction = reduced
 
 
 def product_error(dim: int, radius: float, kind: torch.dtype) -> float:

@@ -6,8 +6,6 @@ products only say which centers can be it; so tiles, devices and number formats 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from distilclip.ops.contraction import Contraction
 from distilclip.ops.nearest import SLACK, CenterSketches, update_labels
-from distilclip.ops.points import ROUNDING, Points
+from distilclip.ops.points import ROUNDING, Points, float32_sums
 from distilclip.ops.sketches import Sketches, choose_contraction
 
 PART = 1 << 16  # rows whose sketches are held at a time where they are met once
@@ -152,7 +150,7 @@ class DeviceCenters:
         error += code.shape[1] * ROUNDING * (length * self.length + 1)  # of the sum in float32
         largest = row.new_empty((len(row), len(self.code) // RUN))
         for start in range(0, len(self.code), ROWS):
-            with _float32_sums():
+            with float32_sums():
                 tile = _product(code, self.code[start : start + ROWS])
             torch.amax(tile.view(len(row), -1, RUN), dim=2, out=largest[:, start // RUN : (start + ROWS) // RUN])
         near = largest >= (largest.amax(dim=1) - 2 * error)[:, None]
@@ -178,18 +176,6 @@ class DeviceCenters:
         center = torch.where(product == best[row], center, len(self.centers))
         first = center.new_full((len(near),), len(self.centers)).scatter_reduce_(0, row, center, "amin")
         return first, best * scale
-
-
-@contextlib.contextmanager
-def _float32_sums() -> Iterator[None]:
-    """No partial sums in bfloat16, which CUDA libraries may otherwise use."""
-    settings = torch.backends.cuda.matmul
-    reduced = settings.allow_bf16_reduced_precision_reduction
-    settings.allow_bf16_reduced_precision_reduction = False
-    try:
-        yield
-    finally:
-        settings.allow_bf16_reduced_precision_reduction = reduced
 
 
 def _product(left: BFloat16[Tensor, "n dim"], right: BFloat16[Tensor, "m dim"]) -> Float32[Tensor, "n m"]:

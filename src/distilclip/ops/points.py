@@ -136,6 +136,21 @@ def product_error(dim: int, radius: float) -> float:
     return 4 * (dim + 8) * ROUNDING * radius**2
 
 
+@contextlib.contextmanager
+def float32_sums() -> Iterator[None]:
+    """A block in which CUDA sums products of half-precision factors in float32, partial sums too."""
+    settings = torch.backends.cuda.matmul
+    names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
+    before = {name: getattr(settings, name) for name in names}
+    try:
+        for name in names:
+            setattr(settings, name, False)
+        yield
+    finally:
+        for name, allowed in before.items():
+            setattr(settings, name, allowed)
+
+
 def in_threads(function: Callable[[int, int], Any], count: int, *, at_least: int = 1) -> None:
     """Call `function(start, stop)` over equal slices of `range(count)`, one per core; for work without the GIL."""
     num_slices = max(1, min(torch.get_num_threads(), count // at_least))

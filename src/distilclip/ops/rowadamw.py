@@ -65,36 +65,37 @@ def update_rows_(
     # In float64: 1 - beta^step in float32 loses digits while step is small.
     step_size = (learning_rate / (1 - betas[0] ** count.double())).to(values)
     root_correction = (1 - betas[1] ** count.double()).rsqrt().to(values)
-    decay = 1 - learning_rate * weight_decay
+    factors = _Factors(step_size, root_correction, 1 - learning_rate * weight_decay, betas, eps)
     tensors = values, gradient, state.exp_avg, state.exp_avg_sq
-    if all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors):
-        _update_on_cpu(*tensors, rows, step_size, root_correction, decay, betas, eps)
-    else:
-        _update_by_torch(*tensors, rows, step_size, root_correction, decay, betas, eps)
+    on_cpu = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+    (_update_on_cpu if on_cpu else _update_by_torch)(values, gradient, state, rows, factors)
 
 
-def _update_by_torch(
-    values: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor | None,
-    step_size: Tensor,
-    root_correction: Tensor,
-    decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
+@dataclass(frozen=True)
+class _Factors:
+    """What an update multiplies by; the first two of every row."""
+
+    step_size: Float[Tensor, " c"]
+    root_correction: Float[Tensor, " c"]
+    decay: float
+    betas: tuple[float, float]
+    eps: float
+
+
+def _update_by_torch(values: Tensor, gradient: Tensor, state: RowState, rows: Tensor | None, factors: _Factors) -> None:
     """On any device: blocks of rows are taken to the values' device, and put back."""
+    betas = factors.betas
+    moments = state.exp_avg, state.exp_avg_sq
     for block in blocks(len(gradient), max(1, _BLOCK_ENTRIES // max(1, values.shape[1]))):
         taken = block if rows is None else rows[block]
-        w, first, second = (_take(tensor, taken).to(values.device) for tensor in (values, exp_avg, exp_avg_sq))
+        w, first, second = (_take(tensor, taken).to(values.device) for tensor in (values, *moments))
         own = gradient[block]
         first.lerp_(own, 1 - betas[0])
         second.mul_(betas[1]).addcmul_(own, own, value=1 - betas[1])
-        denominator = second.sqrt().mul_(root_correction[block, None]).add_(eps)
-        w.mul_(decay).sub_(torch.div(first, denominator, out=denominator).mul_(step_size[block, None]))
-        for tensor, changed in ((values, w), (exp_avg, first), (exp_avg_sq, second)):
+        denominator = second.sqrt().mul_(factors.root_correction[block, None]).add_(factors.eps)
+        torch.div(first, denominator, out=denominator)
+        w.mul_(factors.decay).sub_(denominator.mul_(factors.step_size[block, None]))
+        for tensor, changed in zip((values, *moments), (w, first, second), strict=True):
             _put(tensor, taken, changed)
 
 
@@ -114,23 +115,13 @@ def _put(tensor: Tensor, rows: Tensor | slice | None, changed: Tensor) -> None:
         tensor[slice(None) if rows is None else rows] = changed
 
 
-def _update_on_cpu(
-    values: Tensor,
-    gradient: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rows: Tensor | None,
-    step_size: Tensor,
-    root_correction: Tensor,
-    decay: float,
-    betas: tuple[float, float],
-    eps: float,
-) -> None:
+def _update_on_cpu(values: Tensor, gradient: Tensor, state: RowState, rows: Tensor | None, factors: _Factors) -> None:
     """The same in one pass over memory: each number of a row is read and written once."""
-    matrices = [tensor.detach().numpy() for tensor in (values, gradient, exp_avg, exp_avg_sq)]
-    columns = step_size.numpy(), root_correction.numpy()
+    matrices = [tensor.detach().numpy() for tensor in (values, gradient, state.exp_avg, state.exp_avg_sq)]
+    columns = factors.step_size.numpy(), factors.root_correction.numpy()
     index = np.arange(len(gradient)) if rows is None else rows.numpy()
-    constants = np.array([decay, betas[0], 1 - betas[0], betas[1], 1 - betas[1], eps], np.float32)
+    beta1, beta2 = factors.betas
+    constants = np.array([factors.decay, beta1, 1 - beta1, beta2, 1 - beta2, factors.eps], np.float32)
 
     def update(start: int, stop: int) -> None:
         _update_rows(*matrices, index, *columns, constants, start, stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from distilclip.plan.flops import Cost
 from distilclip.plan.hardware import Gpu, constant
@@ -123,6 +124,7 @@ def train(
     global_batch: int,
     num_centers: int,
     sample_rate: float,
+    centers_state: Literal["device", "host"] = "device",
 ) -> StageCost:
     """The student forward and backward, and the cluster term over its share of the classes."""
     samples = epochs * data.num_kept
@@ -131,19 +133,48 @@ def train(
     gpu = machines.gpu
     seconds = towers / (gpu.peak_flops * constant("train_utilisation"))
     head_seconds = head / (gpu.peak_flops * constant("head_utilisation"))
+    memory = head_memory(
+        num_centers, teacher_dim, world=machines.num_gpus, sample_rate=sample_rate, state=centers_state
+    )
     return StageCost(
         stage="train",
         gpu_seconds=samples * (seconds + head_seconds),
-        gpu_bytes=ADAM_BYTES * student.num_parameters
-        + head_bytes(num_centers, teacher_dim, sample_rate=sample_rate, num_ranks=machines.num_gpus)
-        + global_batch * (student.dim + teacher_dim) * 2 * 4,
+        gpu_bytes=float(
+            ADAM_BYTES * student.num_parameters + memory.device + global_batch * (student.dim + teacher_dim) * 2 * 4
+        ),
         disk_bytes=12.0 * (student.num_parameters + num_centers * teacher_dim),
         read_bytes=samples * (data.bytes_per_pair + 4 * teacher_dim),
         decoded=samples,
-        because=f"{samples:.3g} samples of {towers / 1e9:,.0f} GFLOP, the cluster term {head / 1e9:,.0f} GFLOP more",
+        because=f"{samples:.3g} samples of {towers / 1e9:,.0f} GFLOP, the cluster term {head / 1e9:,.0f} GFLOP more; "
+        f"class head {memory.device / 1e9:,.1f} GB of each GPU, {memory.host / 1e9:,.1f} GB of its host",
     )
 
 
-def head_bytes(num_centers: int, dim: int, *, sample_rate: float, num_ranks: int) -> float:
-    """A rank's share of the class head: weight and two moments of its rows, the gradient of the sampled ones."""
-    return num_centers / num_ranks * dim * 4 * (3 + sample_rate)
+@dataclass(frozen=True, kw_only=True)
+class HeadMemory:
+    """Bytes that one rank's part of a class head takes while training."""
+
+    device: int
+    host: int
+
+
+def head_memory(
+    num_classes: int,
+    dim: int,
+    *,
+    world: int = 1,
+    sample_rate: float = 1.0,
+    state: Literal["device", "host"] = "device",
+) -> HeadMemory:
+    """Memory on each of `world` ranks: float32 centers, the rows of a step and their gradient, AdamW's state.
+
+    `state` is `device` or `host`, where the moments live. The classes present in a batch may exceed `sample_rate`; the
+    cluster loss needs O(n dim + 256 k) beside (ops.clusterloss).
+    """
+    rows = -(-num_classes // world)
+    sampled = round(sample_rate * rows)
+    moments = rows * (2 * 4 * dim + 8)
+    of_a_step = sampled if sample_rate == 1 else 2 * sampled  # the gradient; and a copy of the rows, unless it is all
+    values = 4 * dim * (rows + of_a_step)
+    on_host = state == "host"
+    return HeadMemory(device=values + (0 if on_host else moments), host=moments if on_host else 0)

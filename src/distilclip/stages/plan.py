@@ -47,6 +47,8 @@ class Config:
     """pairs of a step"""
     sample_rate: float = 0.1
     """share of the classes in the cluster term at a step"""
+    centers_state: Literal["device", "host"] = "device"
+    """where AdamW's moments of the class centers live"""
     out: str | None = None
     """write the plan as JSON to this file too"""
 
@@ -89,6 +91,7 @@ def main(config: Config) -> dict[str, Any]:
             global_batch=config.global_batch,
             num_centers=config.num_centers,
             sample_rate=config.sample_rate,
+            centers_state=config.centers_state,
         ),
     ]
     result = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,33 +147,3 @@ def _parts(folder: str) -> list[tuple[int, int, str]]:
     found = [(m, name) for name in names if (m := re.fullmatch(r"(\d+)-(\d+)\.safetensors", name))]
     parts = [(int(m.group(1)), int(m.group(2)), files.join(folder, name)) for m, name in found]
     return sorted(part for part in parts if part[0] < part[1])
-
-
-@dataclass(frozen=True, kw_only=True)
-class HeadMemory:
-    """Bytes that one rank's part of a class head takes while training."""
-
-    device: int
-    host: int
-
-
-def head_memory(
-    num_classes: int,
-    dim: int,
-    *,
-    world: int = 1,
-    sample_rate: float = 1.0,
-    state: Literal["device", "host"] = "device",
-) -> HeadMemory:
-    """Memory on each of `world` ranks: float32 centers, the rows of a step and their gradient, AdamW's state.
-
-    `state` is `device` or `host`, where the moments live. The classes present in a batch may exceed `sample_rate`; the
-    cluster loss needs O(n dim + 256 k) beside (ops.clusterloss).
-    """
-    rows = -(-num_classes // world)
-    sampled = round(sample_rate * rows)
-    moments = rows * (2 * 4 * dim + 8)
-    of_a_step = sampled if sample_rate == 1 else 2 * sampled  # the gradient; and a copy of the rows, unless it is all
-    values = 4 * dim * (rows + of_a_step)
-    on_host = state == "host"
-    return HeadMemory(device=values + (0 if on_host else moments), host=moments if on_host else 0)

@@ -17,7 +17,7 @@ from distilclip import distributed, run
 from distilclip.data.policy import ErrorPolicy
 from distilclip.data.stream import Batch
 from distilclip.errors import InputError
-from distilclip.models.batchnorm import remember_statistics
+from distilclip.models.batchnorm import RunningStatistics
 from distilclip.models.teacher import Teacher
 from distilclip.progress import track
 from distilclip.train.checkpoint import Progress, Training, complete_checkpoints, folder_name, save_checkpoint
@@ -69,16 +69,18 @@ def fit(
         stopwatch=log.stopwatch,
     )
     saving = _Saving(folder, training, checkpoints, log)
+    statistics = RunningStatistics(training.student.clip.model)
     with Signals() as signals, contextlib.closing(_Lines(folder, trackers, start=progress.step)) as lines:
         for step in _shown(range(progress.step, num_steps), num_samples=batch_size):
             scheduled = checkpoints.scheduled(step + 1, num_steps=num_steps)
-            counted, put_back = copy.deepcopy(training.policy), remember_statistics(training.student.clip.model)
+            counted = copy.deepcopy(training.policy)
+            statistics.remember()
             with log.stopwatch.measure("data"):
                 batch = next(batches)
             result, norm = steps.gradients(step, batch, diagnosing=scheduled)
             loss, save, stop = _agree(result.loss, save=signals.take() or saving.due, stop=signals.stop)
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                put_back()
+                statistics.put_back()
                 saving.save_before(step, counted)
                 _stop_non_finite(step, training, result)
             learning_rate = steps.update(step, result)
