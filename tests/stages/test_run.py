@@ -248,7 +248,7 @@ def test_recipes_whose_folders_would_be_one_are_refused(two_recipes: tuple[str, 
 def test_ablations_share_what_they_have_in_common_and_evaluate_all_they_train() -> None:
     paths = sorted(str(path) for path in RECIPES.glob("ablation-*.toml"))
     assert [Path(path).stem for path in paths] == [
-        f"ablation-{n}" for n in ("centers", "losses", "teacher", "threshold")
+        f"ablation-{n}" for n in ("centers", "losses", "teacher", "teaching", "threshold")
     ]
     steps = read_all(*paths)
     for path in paths:
@@ -257,7 +257,8 @@ def test_ablations_share_what_they_have_in_common_and_evaluate_all_they_train() 
         (evaluate,) = (s.config for s in steps if s.path == f"{name}/evaluate")
         assert dict(model.split("=") for model in evaluate.models) == trained
     folders = {s.config.out for s in steps if s.stage == "train"}
-    assert len(folders) == 2 + 4 + 6 + 5 + 2 - 3  # two teachers; CLIP on 59 % stands twice, CLIP-CID three times
+    # Three teachers, and the students of the tables; CLIP on 59 % stands twice, CLIP-CID three times.
+    assert len(folders) == 3 + (4 + 6 + 5 + 2 - 3) + 6
 
 
 @pytest.mark.parametrize(
