@@ -29,9 +29,9 @@ class Case:
     """One row of the table.
 
     `setup` builds the inputs from a fixed seed; `ours` and `peer` take them. `peer` is None where it does not fit into
-    memory. `equal` judges the two results; None where the two sides compute different things on purpose. `result_mb` is
-    what either side must return (gradients, say): it is subtracted from the measured peak, so that the table shows
-    working memory only.
+    memory. `equal` judges the two results; None where the two sides compute different things on purpose. `result_mb`
+    says of the inputs what either side must return (gradients, say): it is subtracted from the measured peak, so that
+    the table shows working memory only.
     """
 
     name: str
@@ -39,7 +39,7 @@ class Case:
     ours: Callable[[Any], Any]
     peer: Callable[[Any], Any] | None
     equal: Callable[[Any, Any], bool] | None
-    result_mb: float = 0.0
+    result_mb: Callable[[Any], float] = lambda inputs: 0.0
     peer_memory: bool = True  # False where a second run of the peer, for its memory, would take minutes
 
 
@@ -134,7 +134,7 @@ def _peak_mb(case: Case, function: Callable[[Any], Any]) -> float | None:
         Path("/proc/self/clear_refs").write_text("5")  # forgets the high-water mark of the set-up
         before = _status_kb("VmRSS")
         _result = function(inputs)
-        peak = (_status_kb("VmHWM") - before) * 1024 / 1e6 - case.result_mb
+        peak = (_status_kb("VmHWM") - before) * 1024 / 1e6 - case.result_mb(inputs)
         os.write(write_end, repr(peak).encode())
         os._exit(0)  # no interpreter shutdown: the parent's open files are not this child's to flush
     os.close(write_end)

@@ -15,7 +15,7 @@ from distilclip.models.heads import Heads
 from distilclip.ops.features import Features
 from distilclip.train.classhead import ClassHead
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import build_optimizer
+from distilclip.train.optimizer import Optimization, build_optimizer
 from distilclip.train.parallel import Execution, build_towers, clip_gradients_
 from distilclip.train.step import Inputs, Student, compute_gradients
 
@@ -90,7 +90,7 @@ def our_step(method: Objective, sizes: Sizes, machine: Machine | None = None, *,
         towers=towers,
         class_head=head,
     )
-    optimizer = build_optimizer(student.named_parameters(), learning_rate=LEARNING_RATE, weight_decay=0.2)
+    optimizer = build_optimizer(student.named_parameters(), Optimization(learning_rate=LEARNING_RATE, weight_decay=0.2))
     scale = torch.tensor(100.0, device=clip.device)
     inputs = Inputs(
         pixels=batch.pixels,

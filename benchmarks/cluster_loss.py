@@ -64,7 +64,7 @@ def case(n: int, dim: int, k: int, *, fits: bool = True) -> Case:
         ours=ours,
         peer=materialised if fits else None,
         equal=equal,
-        result_mb=_gradients_mb(n, dim, k),
+        result_mb=lambda inputs: _gradients_mb(n, dim, k),
     )
 
 
@@ -75,7 +75,7 @@ def sampled_case(n: int, dim: int, k: int) -> Case:
         ours=ours_sampled,
         peer=ours,
         equal=None,
-        result_mb=_gradients_mb(n, dim, k),
+        result_mb=lambda inputs: _gradients_mb(n, dim, k),
     )
 
 

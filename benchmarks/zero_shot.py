@@ -50,7 +50,7 @@ def zero_shot_ours(inputs: Labelled) -> dict[str, float]:
     """Ranks, and every score with its interval and baselines, as the stage writes them."""
     found = classify(inputs.image, inputs.labels, TextClassifier(weight=inputs.weight, scale=100.0))
     base = Score(set="x", task="zero-shot", metric="", value=None, num_classes=len(inputs.weight))
-    return values(zero_shot_scores(found, base, headline="top1", seed=0))
+    return values(zero_shot_scores(found, base, headline="top1"))
 
 
 def zero_shot_peer(inputs: Labelled) -> dict[str, float]:
@@ -71,7 +71,7 @@ def zero_shot_peer(inputs: Labelled) -> dict[str, float]:
 def retrieval_ours(inputs: Paired) -> dict[str, float]:
     found = retrieval(inputs.image, inputs.text, inputs.image_of_text)
     base = Score(set="x", task="retrieval", metric="", value=None)
-    return values(retrieval_scores(found, inputs.image_of_text, base, seed=0))
+    return values(retrieval_scores(found, inputs.image_of_text, base))
 
 
 def retrieval_peer(inputs: Paired) -> dict[str, float]:

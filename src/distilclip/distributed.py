@@ -27,16 +27,20 @@ T = TypeVar("T")
 def job(device: str = "auto") -> Iterator[torch.device]:
     """This process's device; for the length of the block it belongs to the process group that torchrun asks for.
 
-    Each process takes the CUDA device of its local rank. Without torchrun there is no group. Raises `InputError` where
-    a machine has fewer CUDA devices than processes, and for devices that cannot exchange tensors.
+    Each process takes the CUDA device of its local rank, and touches no other. Without torchrun there is no group.
+    Raises `InputError` where a machine has fewer CUDA devices than processes, and for devices that cannot exchange
+    tensors.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield resolve_device(device)
-        return
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda"):
+        device = _own_cuda_device(int(os.environ["LOCAL_RANK"]))
     resolved = resolve_device(device)
-    if resolved.type == "cuda":
-        resolved = _own_cuda_device(int(os.environ["LOCAL_RANK"]))
-    elif resolved.type != "cpu":
+    if resolved.type == "cuda" and resolved.index is not None:
+        torch.cuda.set_device(resolved)  # events and streams belong to the current device
+    if not several:
+        yield resolved
+        return
+    if resolved.type not in ("cuda", "cpu"):
         raise InputError(f"Several processes train on CUDA or on the CPU, not on {resolved}. Use --device cpu.")
     # Host tensors are reduced as well (counts, signals), hence gloo beside NCCL.
     dist.init_process_group("cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo")
@@ -46,14 +50,13 @@ def job(device: str = "auto") -> Iterator[torch.device]:
         dist.destroy_process_group()
 
 
-def _own_cuda_device(local_rank: int) -> torch.device:
+def _own_cuda_device(local_rank: int) -> str:
     if local_rank >= torch.cuda.device_count():
         raise InputError(
             f"torchrun started process {local_rank + 1} on a machine with {torch.cuda.device_count()} CUDA devices. "
             "Lower --nproc-per-node."
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    return f"cuda:{local_rank}"
 
 
 def rank() -> int:

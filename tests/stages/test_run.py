@@ -11,7 +11,9 @@ import pytest
 
 from distilclip import cli, config
 from distilclip.errors import InputError
+from distilclip.models.architectures import STUDENTS
 from distilclip.stages import run as run_stage
+from distilclip.train.objective import objective
 from tests.ranks import server
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -259,6 +261,15 @@ def test_ablations_share_what_they_have_in_common_and_evaluate_all_they_train() 
     folders = {s.config.out for s in steps if s.stage == "train"}
     # Three teachers, and the students of the tables; CLIP on 59 % stands twice, CLIP-CID three times.
     assert len(folders) == 3 + (4 + 6 + 5 + 2 - 3) + 6
+
+
+def test_the_papers_own_recipes_name_their_students_and_settings() -> None:
+    steps = read_all(*(str(RECIPES / f"clip-{name}.toml") for name in ("kd", "cid")))
+    trained = {step.path.rpartition("/")[2]: step.config for step in steps if step.stage == "train"}
+    assert {config.student for name, config in trained.items() if name != "vit-b-32"} == set(STUDENTS)
+    assert {(c.objective, c.batch_size) for c in trained.values()} == {("clip-kd", 1024), ("clip-cid", 32768)}
+    assert objective("clip-cid", trained["vit-b-32"].terms).sample_rate == 0.1
+    assert all(config.optimization.beta2 == 0.98 for config in trained.values())
 
 
 @pytest.mark.parametrize(

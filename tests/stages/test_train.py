@@ -162,6 +162,23 @@ def test_a_student_with_batch_norm_refuses_micro_batches(
         train.main(config(tmp_path / "student", student, store=prepared.store, student=student, micro_batch=4))
 
 
+def test_cuda_graphs_refuse_micro_batches(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="--compile max-autotune replays one CUDA graph"):
+        train.main(config(tmp_path / "x", tiny_clip_json, store=prepared.store, micro_batch=4, compile="max-autotune"))
+
+
+def test_a_live_teacher_takes_micro_batches_and_the_towers_precision(
+    prepared: Prepared, tiny_clip_json: str, tiny_clip_folder: str, tmp_path: Path
+) -> None:
+    common: dict[str, Any] = {"data": tuple(prepared.tars), "live_teacher": tiny_clip_folder, "objective": "clip-kd"}
+    for name, values in {"once": {}, "parts": {"micro_batch": 3}, "half": {"precision": "bf16"}}.items():
+        train.main(config(tmp_path / name, tiny_clip_json, num_steps=1, **common, **values))
+    once, parts, half = (steady_metrics(tmp_path / name)[0] for name in ("once", "parts", "half"))
+    assert once == pytest.approx(parts, rel=1e-4)
+    assert half["relational"] != once["relational"]
+    assert half["relational"] == pytest.approx(once["relational"], rel=0.05)
+
+
 def test_a_finished_run_is_left_alone(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
     out = tmp_path / "student"
     first = train.main(config(out, tiny_clip_json, store=prepared.store))

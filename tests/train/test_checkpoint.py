@@ -21,7 +21,7 @@ from distilclip.train.checkpoint import (
 )
 from distilclip.train.keeping import Checkpoints
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import build_optimizer
+from distilclip.train.optimizer import Optimization, build_optimizer
 from distilclip.train.step import compute_gradients
 from tests.train.made import make_inputs, make_student
 
@@ -30,7 +30,7 @@ def build(tiny_clip_json: str, seed: int, *, decay: float = 0.5) -> Training:
     student = make_student(tiny_clip_json, seed=seed)
     return Training(
         student=student,
-        optimizer=build_optimizer(student.named_parameters(), learning_rate=1e-2, weight_decay=0.1),
+        optimizer=build_optimizer(student.named_parameters(), Optimization(learning_rate=1e-2, weight_decay=0.1)),
         policy=ErrorPolicy("skip"),
         average=Average(student.clip.model, decay=decay) if decay else None,
     )

@@ -76,7 +76,14 @@ def test_a_gradient_that_is_no_number_leaves_the_others_for_the_report() -> None
 
 
 def test_a_model_without_checkpointing_is_named(tiny_clip_json: str) -> None:
-    vision = {"timm_model_name": "cnn_w8", "timm_pool": "max", "timm_proj": "linear", "image_size": 32}
+    vision = {"timm_model_name": "pit_ti_224", "timm_pool": "", "timm_proj": "linear", "image_size": 224}
     architecture = json.dumps(json.loads(tiny_clip_json) | {"vision_cfg": vision})
-    with pytest.raises(InputError, match="--activations keep"):
+    with pytest.raises(InputError, match=r"cannot recompute its activations .*Use --activations keep"):
+        make_student(architecture, execution=Execution(activations="recompute"))
+
+
+def test_batch_norms_and_recomputed_activations_exclude_each_other(tiny_clip_json: str) -> None:
+    vision = {"timm_model_name": "resnet10t", "timm_pool": "", "timm_proj": "linear", "image_size": 32}
+    architecture = json.dumps(json.loads(tiny_clip_json) | {"vision_cfg": vision})
+    with pytest.raises(InputError, match=r"batch norms \(such as .*would see every batch twice"):
         make_student(architecture, execution=Execution(activations="recompute"))

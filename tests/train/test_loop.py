@@ -15,7 +15,7 @@ from distilclip.train.keeping import Checkpoints
 from distilclip.train.log import Log
 from distilclip.train.loop import _agree, _Saving, _stop_non_finite
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import build_optimizer
+from distilclip.train.optimizer import Optimization, build_optimizer
 from distilclip.train.step import compute_gradients
 from tests.ranks import run_ranks
 from tests.train.made import make_inputs, make_student
@@ -24,7 +24,7 @@ from tests.train.test_checkpoint import made_checkpoints
 
 def build(architecture: str) -> Training:
     student = make_student(architecture)
-    optimizer = build_optimizer(student.named_parameters(), learning_rate=1e-3, weight_decay=0.1)
+    optimizer = build_optimizer(student.named_parameters(), Optimization(learning_rate=1e-3, weight_decay=0.1))
     return Training(student=student, optimizer=optimizer, policy=ErrorPolicy("skip"))
 
 

@@ -9,7 +9,7 @@ from tests.train.made import make_student
 
 def test_every_parameter_is_in_exactly_one_group(tiny_clip_json: str) -> None:
     student = make_student(tiny_clip_json)
-    built = build_optimizer(student.named_parameters(), learning_rate=1e-3, weight_decay=0.2)
+    built = build_optimizer(student.named_parameters(), Optimization(learning_rate=1e-3, weight_decay=0.2))
     grouped = [id(p) for group in built.param_groups for p in group["params"]]
     expected = [*student.clip.model.parameters(), *student.heads.parameters()]
     assert sorted(grouped) == sorted(id(p) for p in expected)
@@ -18,7 +18,7 @@ def test_every_parameter_is_in_exactly_one_group(tiny_clip_json: str) -> None:
 def test_biases_norms_scales_and_positions_do_not_decay(tiny_clip_json: str) -> None:
     student = make_student(tiny_clip_json)
     named = student.named_parameters()
-    built = build_optimizer(named, learning_rate=1e-3, weight_decay=0.2)
+    built = build_optimizer(named, Optimization(learning_rate=1e-3, weight_decay=0.2))
     decay = {id(p): group["weight_decay"] for group in built.param_groups for p in group["params"]}
     assert decay[id(named["model.logit_scale"])] == 0
     assert decay[id(named["model.ln_final.weight"])] == 0
@@ -29,7 +29,9 @@ def test_biases_norms_scales_and_positions_do_not_decay(tiny_clip_json: str) -> 
 
 
 def test_every_group_follows_the_schedule(tiny_clip_json: str) -> None:
-    built = build_optimizer(make_student(tiny_clip_json).named_parameters(), learning_rate=1e-3, weight_decay=0.2)
+    built = build_optimizer(
+        make_student(tiny_clip_json).named_parameters(), Optimization(learning_rate=1e-3, weight_decay=0.2)
+    )
     assert set_learning_rate(built, 0.5) == pytest.approx(5e-4)
     assert {group["lr"] for group in built.param_groups} == {5e-4}
 

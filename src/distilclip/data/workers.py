@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -10,6 +13,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from distilclip.errors import InputError
+
+MOST_WORKERS = 16
 
 
 def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
@@ -28,6 +33,7 @@ def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) 
         sampler=tasks,
         num_workers=num_workers,
         collate_fn=_identity,
+        worker_init_fn=_leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws its base seed from the global random state
         **parallel,
@@ -36,6 +42,31 @@ def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) 
         if isinstance(result, InputError):
             raise result
         yield result
+
+
+def default_workers() -> int:
+    """A process for each core that this process of the training has to itself but one, at most `MOST_WORKERS`."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """In a loader process: a signal to the whole job (a preemption) is for the parent, which still needs batches.
+
+    SIGTERM ends a loader process only where its parent sent it. A thread waits for it, since a handler in Python is not
+    told who did.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # not on macOS
+        return
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+            pass
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _identity(result: Any) -> Any:

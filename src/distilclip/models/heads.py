@@ -1,4 +1,4 @@
-"""What training adds to a student and export drops: projections into the teacher's space, scales, class centers."""
+"""What training adds to a student and export drops: projections into the teacher's space, and scales."""
 
 from __future__ import annotations
 

@@ -50,18 +50,25 @@ def stored_teachers(stores: Sequence[Store], *, device: torch.device) -> Teacher
     return features
 
 
-def live_teacher(clip: Clip) -> Teacher:
+def live_teacher(clip: Clip, *, precision: torch.dtype, micro_batch: int) -> Teacher:
     """A teacher run on every batch, on its own view of each picture and with its own tokenizer.
 
-    The stream must show crops at the teacher's size too.
+    The stream must show crops at the teacher's size too. `precision` is that of its towers (autocast), `micro_batch`
+    how many pairs it takes at a time.
     """
+
+    def encode(batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
+        assert batch.teacher_pixels is not None
+        pixels = batch.teacher_pixels[part].to(clip.device, non_blocking=True)
+        tokens = clip.tokenizer(batch.captions[part]).to(clip.device)
+        image = clip.encode_image(normalise_pixels(pixels, clip.preprocess_cfg))
+        return image, clip.encode_text(tokens)
 
     @torch.no_grad()
     def features(batch: Batch) -> tuple[Features, ...]:
-        assert batch.teacher_pixels is not None
-        pixels: Tensor = normalise_pixels(batch.teacher_pixels.to(clip.device), clip.preprocess_cfg)
-        tokens = clip.tokenizer(batch.captions).to(clip.device)
-        image, text = clip.encode_image(pixels), clip.encode_text(tokens)
+        with torch.autocast(clip.device.type, precision, enabled=precision != torch.float32):
+            parts = [encode(batch, slice(i, i + micro_batch)) for i in range(0, len(batch), micro_batch)]
+        image, text = (torch.cat(column) for column in zip(*parts, strict=True))
         return (Features(image=image, text=text, scale=clip.scale, bias=clip.bias),)
 
     return features

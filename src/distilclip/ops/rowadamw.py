@@ -62,9 +62,9 @@ def update_rows_(
     """
     count = _take(state.step, rows).add_(1)
     _put(state.step, rows, count)
-    # In float64: 1 - beta^step in float32 loses digits while step is small.
-    step_size = (learning_rate / (1 - betas[0] ** count.double())).to(values)
-    root_correction = (1 - betas[1] ** count.double()).rsqrt().to(values)
+    # As expm1: 1 - beta^step loses digits in float32 while step is small, and not every device has float64.
+    one_less = [-torch.expm1(count.to(values) * (math.log(beta) if beta else -math.inf)) for beta in betas]
+    step_size, root_correction = learning_rate / one_less[0], one_less[1].rsqrt()
     factors = _Factors(step_size, root_correction, 1 - learning_rate * weight_decay, betas, eps)
     tensors = values, gradient, state.exp_avg, state.exp_avg_sq
     on_cpu = all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)

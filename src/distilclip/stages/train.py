@@ -16,6 +16,7 @@ from distilclip.data.groups import read_centers
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.store import Store
 from distilclip.data.stream import PairStream, open_stream
+from distilclip.data.workers import default_workers
 from distilclip.errors import InputError
 from distilclip.models.batchnorm import require_exact_accumulation
 from distilclip.models.clip import Clip, create_clip, load_clip, load_named
@@ -42,6 +43,7 @@ from distilclip.train.step import Student
 from distilclip.train.trackers import Tracker, open_trackers, require_packages
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # what compiles to them
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +75,8 @@ class Config:
     batch_size: int = 256
     """pairs per step"""
     micro_batch: int | None = run.execution(None)
-    """pairs whose activations a process holds at once (default: all of its own); the gradients are the same"""
+    """pairs whose activations a process holds at once (default: all of its own); the gradients are the same, but for
+    other draws of dropout where a model has it"""
     num_steps: int = 1000
     """optimisation steps"""
     optimization: Optimization = field(default_factory=Optimization)
@@ -83,7 +86,7 @@ class Config:
     max_bad_ratio: float = 0.05
     """share of samples that may fail; a row drawn by the seed stands in, and is counted. 0 stops at the first"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """of the towers (autocast); losses are always float32"""
+    """of the towers and a live teacher's (autocast); losses are always float32"""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     execution: Execution = field(default_factory=Execution)
     centers_state: Literal["device", "host"] = run.execution("device")
@@ -92,8 +95,8 @@ class Config:
     """write the metrics to these as well"""
     device: str = run.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
-    num_workers: int = run.execution(1)
-    """processes that read and decode; 0 reads in the training process"""
+    num_workers: int | None = run.execution(None)
+    """processes that read and decode (default: one per core but one, up to 16); 0 reads in the training process"""
 
     def __post_init__(self) -> None:
         method = objective(self.objective, self.terms)
@@ -121,7 +124,7 @@ class Config:
             raise InputError(
                 f"warmup_steps is {self.optimization.warmup_steps}, more than num_steps, {self.num_steps}."
             )
-        if self.num_workers < 0 or self.seed < 0:
+        if (self.num_workers or 0) < 0 or self.seed < 0:
             raise InputError("num_workers and seed must be at least 0.")
         if self.checkpoints.keep_best not in ("none", "loss") and not method.needs_teacher:
             raise InputError(f"keep_best {self.checkpoints.keep_best} compares with a teacher, which this run has not.")
@@ -160,10 +163,14 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     first = distributed.rank() == 0
     fit(
         folder,
-        stream.batches(start=progress.step, stop=config.num_steps, num_workers=config.num_workers),
+        stream.batches(
+            start=progress.step,
+            stop=config.num_steps,
+            num_workers=default_workers() if config.num_workers is None else config.num_workers,
+        ),
         training,
         progress,
-        teacher=_teacher(method, stores, live, device),
+        teacher=_teacher(config, method, stores, live, device),
         objective=method,
         optimization=config.optimization,
         checkpoints=config.checkpoints,
@@ -204,6 +211,11 @@ def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[
     heads = _heads(config, method, clip, stores=stores, live=live).to(clip.device)
     if (config.micro_batch or config.batch_size) * distributed.world() < config.batch_size:
         require_exact_accumulation(clip)
+        if config.execution.compile in CUDA_GRAPHS:
+            raise InputError(
+                f"--compile {config.execution.compile} replays one CUDA graph for all micro-batches, over the "
+                "gradients of those before. Use --compile default, or a --micro-batch of a process's whole share."
+            )
     return Student(
         clip=clip,
         heads=heads,
@@ -219,11 +231,7 @@ def _training(config: Config, student: Student, stream: PairStream) -> Training:
         stream.policy.forget()  # what failed while indexing failed once, not once a process
     return Training(
         student=student,
-        optimizer=build_optimizer(
-            student.named_parameters(),
-            learning_rate=optimization.learning_rate,
-            weight_decay=optimization.weight_decay,
-        ),
+        optimizer=build_optimizer(student.named_parameters(), optimization),
         policy=stream.policy,
         average=Average(student.clip.model, decay=optimization.average_decay) if optimization.average_decay else None,
     )
@@ -292,7 +300,12 @@ def _class_head(config: Config, device: torch.device) -> ClassHead:
     )
 
 
-def _teacher(method: Objective, stores: Sequence[Store], live: Clip | None, device: torch.device) -> Teacher | None:
+def _teacher(
+    config: Config, method: Objective, stores: Sequence[Store], live: Clip | None, device: torch.device
+) -> Teacher | None:
     if not method.needs_teacher:
         return None
-    return live_teacher(live) if live is not None else stored_teachers(stores, device=device)
+    if live is None:
+        return stored_teachers(stores, device=device)
+    precision, micro_batch = PRECISIONS[config.precision], config.micro_batch or config.batch_size
+    return live_teacher(live, precision=precision, micro_batch=micro_batch)

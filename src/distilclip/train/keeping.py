@@ -26,7 +26,7 @@ class Checkpoints:
     keep_checkpoints: int = run.execution(2)
     """how many of the last checkpoints stay on disk"""
     keep_best: Literal["none", "loss", "cosine_image", "cosine_text", "agreement"] = run.execution("none")
-    """metric whose best checkpoint stays as well: the lowest loss, the highest of the others"""
+    """metric of the last training batches whose best checkpoint stays as well: lowest loss, highest of the others"""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "keep_checkpoints"):

@@ -34,6 +34,12 @@ class Optimization:
     """steps of linear warm-up before the cosine"""
     weight_decay: float = 0.2
     """of matrices; biases, norms, scales and positions have none"""
+    beta1: float = 0.9
+    """decay of AdamW's mean of gradients"""
+    beta2: float = 0.98
+    """decay of AdamW's mean of squared gradients; CLIP takes 0.98 for transformers, 0.999 for ResNets"""
+    eps: float = 1e-6
+    """AdamW's constant in the denominator; CLIP takes 1e-6 for transformers, 1e-8 for ResNets"""
     centers_learning_rate: float = 1e-6
     """peak learning rate of the class centers (CLIP-CID: more makes training collapse)"""
     centers_weight_decay: float = 0.0
@@ -49,17 +55,14 @@ class Optimization:
         for name in ("warmup_steps", "weight_decay", "centers_weight_decay", "gradient_clip"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0.")
-        if not 0 <= self.average_decay < 1:
-            raise InputError(f"average_decay is {self.average_decay}; it must be at least 0 and below 1.")
+        for name in ("average_decay", "beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
+        if self.eps <= 0:
+            raise InputError(f"eps is {self.eps}; it must be positive.")
 
 
-def build_optimizer(
-    parameters: Mapping[str, nn.Parameter],
-    *,
-    learning_rate: float,
-    weight_decay: float,
-    betas: tuple[float, float] = (0.9, 0.98),
-) -> torch.optim.AdamW:
+def build_optimizer(parameters: Mapping[str, nn.Parameter], optimization: Optimization) -> torch.optim.AdamW:
     """AdamW over named parameters. No decay on biases, norms, scales and positions (anything of fewer than two
     dimensions). Class centers have an optimizer of their own (train.classhead).
     """
@@ -69,10 +72,15 @@ def build_optimizer(
             decays = parameter.ndim >= 2 and not any(part in POSITIONS for part in name.split("."))
             groups.setdefault((decays, isinstance(parameter, DTensor)), []).append(parameter)  # kernels take no mixture
     lists: list[dict[str, Any]] = [
-        {"params": params, "weight_decay": weight_decay if decays else 0.0, "peak": learning_rate}
+        {
+            "params": params,
+            "weight_decay": optimization.weight_decay if decays else 0.0,
+            "peak": optimization.learning_rate,
+        }
         for (decays, _), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
-    return torch.optim.AdamW(lists, lr=learning_rate, betas=betas, eps=1e-6, fused=True)
+    betas = optimization.beta1, optimization.beta2
+    return torch.optim.AdamW(lists, lr=optimization.learning_rate, betas=betas, eps=optimization.eps, fused=True)
 
 
 def schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:

@@ -21,7 +21,7 @@ from torch.nn.utils import get_total_norm
 
 from distilclip import distributed, run
 from distilclip.errors import InputError
-from distilclip.models.batchnorm import fixed_statistics, synchronise_batch_norms
+from distilclip.models.batchnorm import batch_norms, fixed_statistics, synchronise_batch_norms
 from distilclip.models.clip import Clip
 
 OWNED = ("logit_scale", "logit_bias")
@@ -117,6 +117,11 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _recompute_activations(clip: Clip) -> None:
+    if norms := batch_norms(clip.model):
+        raise InputError(
+            f"{clip.name} has batch norms (such as {next(iter(norms))}), whose running statistics would see every "
+            "batch twice. Use --activations keep."
+        )
     try:
         if hasattr(clip.model.visual, "trunk"):
             clip.model.visual.trunk.set_grad_checkpointing(True)  # open_clip would log its failure and go on

@@ -41,9 +41,11 @@ class Signals:
         return asked
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._process:  # a loader process, forked in the block: the signal was meant to end it
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
+        if os.getpid() != self._process:  # another process, forked in the block: nobody there takes note
+            if number == signal.SIGTERM:
+                signal.signal(number, signal.SIG_DFL)
+                signal.raise_signal(number)
+            return
         self._num_asked += 1
         self.stop = self.stop or number == signal.SIGTERM
 

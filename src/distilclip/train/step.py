@@ -52,9 +52,13 @@ class Student:
         return self.towers(pixels, tokens, masked)
 
     def limit_scales(self) -> None:
-        """Hold every learned scale at 100 or less, in the parameter itself, so that what is saved is what was used."""
+        """Hold every learned scale at 100 or less, in the parameter itself, so that what is saved is what was used.
+
+        The scale of a model with a bias goes where it learns to: those of published SigLIPs are above 100.
+        """
+        own = [] if self.clip.bias is not None else [self.clip.model.logit_scale]
         with torch.no_grad():
-            for log_scale in (self.clip.model.logit_scale, *self.heads.log_scales()):
+            for log_scale in (*own, *self.heads.log_scales()):
                 log_scale.clamp_(max=math.log(100))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:

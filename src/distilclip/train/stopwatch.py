@@ -1,4 +1,4 @@
-"""Where the time of a step goes: data, student, objective, optimizer."""
+"""Where the time of a step goes: data, teacher, student, objective, optimizer."""
 
 from __future__ import annotations
 

@@ -64,7 +64,8 @@ Writer = TensorBoard | WeightsAndBiases
 def require_packages(names: Sequence[Tracker]) -> None:
     """`InputError` where the package of a tracker is missing."""
     for name in names:
-        if importlib.util.find_spec(name) is None:
+        found = importlib.util.find_spec(name)
+        if found is None or found.origin is None:  # a folder of that name, such as wandb's own logs, is no package
             raise InputError(f"--track {name} needs the package: pip install 'distilclip[{name}]'.")
 
 
