@@ -64,9 +64,9 @@ def test_readme_commands_run(
     """The README's own session on tiny pairs: only sizes and architectures are made smaller."""
     teacher = json.loads(tiny_clip_json)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("open_clip.list_models", lambda: ["ViT-L-14"])
+    monkeypatch.setattr("open_clip.list_models", lambda: ["ViT-L-14-quickgelu"])
     monkeypatch.setattr("open_clip.get_model_config", lambda name: teacher)
-    safetensors.torch.save_file(create_clip("ViT-L-14", seed=0).model.state_dict(), "l14.safetensors")
+    safetensors.torch.save_file(create_clip("ViT-L-14-quickgelu", seed=0).model.state_dict(), "l14.safetensors")
     pair_tars(shards=2, rows=12)
     (tmp_path / "my-labelled-set").mkdir()
     (tmp_path / "my-labelled-set/classnames.txt").write_text("cat\ndog\n")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from distilclip.data import files
 from distilclip.data.groups import Groups, Labels, write_groups, write_labels
+from distilclip.data.rows import Rows
 from distilclip.data.shards import open_shard
-from distilclip.data.store import Rows, Store, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.store import Store, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.data.views import Views
 
 TEACHER = {"name": "tiny", "digest": "1", "preprocessing": "p", "tokenizer": "t", "precision": "fp32", "scale": 10.0}

@@ -1,14 +1,29 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from distilclip.data.policy import EARLY, ErrorPolicy
 from distilclip.errors import InputError
+from distilclip.stages import embed, train
+
+CONFIGS = {"embed": dataclasses.fields(embed.Config), "train": dataclasses.fields(train.Config)}
 
 
 def test_raise_stops_at_the_first_and_names_file_member_reason_and_remedy() -> None:
     with pytest.raises(InputError, match=r"a\.tar: 7: too many pixels: 9 x 9\..*raise --max-pixels.*--on-error skip"):
         ErrorPolicy("raise").bad("too many pixels: 9 x 9", where="a.tar: 7")
+
+
+def test_the_remedy_names_flags_that_the_stage_at_hand_has() -> None:
+    with pytest.raises(InputError) as raised:
+        ErrorPolicy("raise").bad("too many pixels", where="a.tar: 7")
+    for stage, flag in (("embed", "--max-pixels"), ("embed", "--on-error"), ("train", "--max-bad-ratio")):
+        assert flag in str(raised.value)
+        assert f"{flag.removeprefix('--').replace('-', '_')}" in {field.name for field in CONFIGS[stage]}
+        assert f"`{stage}`" in str(raised.value)
+    assert {"max_pixels", "on_error"}.isdisjoint(field.name for field in CONFIGS["train"])
 
 
 def test_skip_counts_by_reason_without_detail() -> None:

@@ -96,6 +96,29 @@ def test_round_trip(tmp_path: Path, remote: bool) -> None:
     store.verify()
 
 
+def test_columns_of_a_row_table_are_read_alone(tmp_path: Path) -> None:
+    store = write_store(str(tmp_path))
+    table = store.columns(1, "valid", "key")
+    assert table.column_names == ["valid", "key"]
+    assert table["key"].to_pylist() == ["1/0 ключ", "1/1 ключ", "1/2 ключ"]
+    assert table["valid"].to_pylist() == [True, False, True]
+    write_shard(
+        str(tmp_path),
+        0,
+        rows_of(0, num=2),
+        image=unit(2, 0),
+        text=unit(2, 0),
+        uri="0.tar",
+        num_bytes=100,
+        source_digest="s",
+        truncated=False,
+        teacher=TEACHER,
+    )
+    for read in (store.rows, lambda shard: store.columns(shard, "valid")):
+        with pytest.raises(InputError, match=r"000000\.rows\.parquet has 2 rows, the manifest says 3"):
+            read(0)
+
+
 def test_writing_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_store(str(tmp_path / name))

@@ -231,6 +231,14 @@ def test_a_wrong_key_deep_in_a_tar_is_never_joined(tmp_path: Path, num_workers: 
         list(opened.batches(stop=1, num_workers=num_workers))
 
 
+def test_a_stream_opens_without_whole_row_tables(joined: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Store, "rows", lambda store, shard: pytest.fail("digests and reasons are read for nothing"))
+    opened = stream(**joined)
+    assert opened.loader.table.key.to_pylist() == [
+        f"{7 * shard + row:05d}" for shard in range(3) for row in (1, 3, 4, 5, 6)
+    ]
+
+
 def test_groups_and_clusters_of_another_store_are_refused(tmp_path: Path, joined: dict[str, str]) -> None:
     groups = read_groups(joined["groups"], 1)
     fewer = Groups(**{name: value[:-1] for name, value in vars(groups).items()})

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import fsspec
@@ -75,6 +76,37 @@ def test_parquet_reads_rows_in_any_order_with_a_small_cache(tmp_path: Path, monk
         shard.read(5, 0)
 
 
+def test_all_parquet_files_of_a_process_share_one_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = pa.table({"image": pa.array(IMAGES, pa.binary()), "caption": list("abcde")})
+    monkeypatch.setattr("distilclip.data.tables.CACHE_BYTES", int(2.5 * table.nbytes))
+    shards = []
+    for name in "abc":
+        pq.write_table(table, tmp_path / f"{name}.parquet")
+        shards.append(open_shard(str(tmp_path / f"{name}.parquet")))
+    decoded: list[int] = []
+    read_row_group = pq.ParquetFile.read_row_group
+
+    def counted(file: pq.ParquetFile, group: int, **options: object) -> pa.Table:
+        decoded.append(group)
+        return read_row_group(file, group, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counted)
+
+    def num_decoded(names: str) -> int:
+        decoded.clear()
+        for name in names:
+            assert shards["abc".index(name)].read(3, 0).image == IMAGES[3]
+        return len(decoded)
+
+    assert num_decoded("ababba") == 2  # two fit
+    assert num_decoded("ca") == 1  # the third put out the one unused the longest, b
+    assert num_decoded("b") == 1  # and b, again, c
+    shards[0].close()
+    assert num_decoded("cb") == 1  # c fits beside b, since what a held is gone
+    for shard in shards:
+        shard.close()
+
+
 @pytest.mark.parametrize("suffix", ["csv", "tsv"])
 def test_a_folder_with_a_table(tmp_path: Path, suffix: str) -> None:
     comma = "," if suffix == "csv" else "\t"
@@ -107,6 +139,46 @@ def test_one_bad_row_of_a_table_condemns_itself_alone(tmp_path: Path) -> None:
     assert shard.read(0, 0).caption == "fine"
     with pytest.raises(BadSample, match="caption is not UTF-8"):
         shard.read(1, 0)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+def test_rows_of_a_table_are_found_again_by_number(tmp_path: Path, end: str, mark: str) -> None:
+    (tmp_path / "0.jpg").write_bytes(IMAGES[0])
+    lines = [
+        "caption,filepath,place",
+        "",
+        '"two',
+        'lines, ""quoted""",0.jpg,1',
+        "",
+        "",
+        "длинный,0.jpg,2",
+        "short,0.jpg",
+    ]
+    path = tmp_path / "pairs.csv"
+    path.write_text(mark + end.join(lines) + end * 2, encoding="utf-8", newline="")
+    expected = [(f'two{end}lines, "quoted"', "1"), ("длинный", "2"), ("short", None)]
+    shard = open_shard(str(path))
+    assert [(entry.key, entry.offset, entry.error) for entry in shard.index()] == [("0.jpg", i, "") for i in range(3)]
+    for row in (2, 0, 1, 0):
+        sample = shard.read(row, 0)
+        assert (sample.caption, sample.meta["place"], sample.image) == (*expected[row], IMAGES[0])
+    with pytest.raises(InputError, match="has no row 3"):
+        shard.read(3, 0)
+    shard.close()
+
+
+def test_a_table_is_not_held_in_memory(tmp_path: Path) -> None:
+    (tmp_path / "0.jpg").write_bytes(IMAGES[0])
+    path = tmp_path / "pairs.csv"
+    path.write_text("filepath,caption\n" + "".join(f"0.jpg,a caption that has number {i}\n" for i in range(20_000)))
+    shard = open_shard(str(path))
+    tracemalloc.start()
+    assert shard.read(12_345, 0).caption == "a caption that has number 12345"
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert held < 20_000 * 20
+    shard.close()
 
 
 def test_a_table_without_its_columns_says_so(tmp_path: Path) -> None:

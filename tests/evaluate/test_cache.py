@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,8 +17,9 @@ from distilclip.evaluate.cache import FeatureCache, images_digest
 from distilclip.evaluate.dataset import ImageRef
 from distilclip.evaluate.embedders import ModelEmbedder
 from distilclip.evaluate.encode import Encoding, ImageFeatures, Output, encode_images
+from distilclip.evaluate.zero_shot import text_classifier
 from distilclip.models.clip import Clip, create_clip, load_clip
-from tests.conftest import encoded, picture
+from tests.conftest import TINY_CLIP, encoded, picture
 
 
 @pytest.fixture
@@ -134,3 +137,46 @@ def test_images_in_memory_are_known_by_their_pixels() -> None:
     one, same, other = (ImageRef(uri="a", pixels=p) for p in (pixels, pixels.copy(), pixels + 1))
     assert images_digest([one]) == images_digest([same]) != images_digest([other])
     assert json.dumps(images_digest([one]))
+
+
+def test_equal_weights_in_another_architecture_are_another_model(refs: list[ImageRef], tmp_path: Path) -> None:
+    cache = FeatureCache(str(tmp_path / "cache"))
+    clips = [create_clip(json.dumps({**TINY_CLIP, "quick_gelu": quick}), seed=1) for quick in (False, True)]
+    plain, quick = (ModelEmbedder(clip, Encoding(), cache) for clip in clips)
+    assert plain.digest == quick.digest
+    assert plain.identity != quick.identity
+    for model, clip in zip((plain, quick), clips, strict=True):
+        assert torch.equal(images(model, refs).embedding, encode_images(clip, refs).embedding)
+        found = model.classifier(["cat"], ["a {}."])
+        assert found is not None
+        assert torch.equal(found.weight, text_classifier(clip, ["cat"], ["a {}."]).weight)
+    assert not torch.equal(images(plain, refs).embedding, images(quick, refs).embedding)
+
+
+def test_a_file_is_looked_at_once_for_all_models(
+    clip: Clip, refs: list[ImageRef], tmp_path: Path, tiny_clip_json: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_at: Counter[str] = Counter()
+    stat = os.stat
+
+    def counted(path: Any, **options: Any) -> os.stat_result:
+        looked_at[str(path)] += 1
+        return stat(path, **options)
+
+    monkeypatch.setattr(os, "stat", counted)
+    cache = FeatureCache(str(tmp_path / "cache"))
+    split = tuple(refs)
+    for own in (clip, create_clip(tiny_clip_json, seed=1)):
+        images(ModelEmbedder(own, Encoding(), cache), split)
+    assert {ref.uri: looked_at[ref.uri] for ref in refs} == {ref.uri: 1 for ref in refs}
+
+
+def test_a_missing_file_is_no_state_of_one(tmp_path: Path) -> None:
+    path = tmp_path / "0.jpg"
+    absent = images_digest([ImageRef(uri=str(path))])
+    path.write_bytes(b"")
+    assert images_digest([ImageRef(uri=str(path))]) != absent
+
+
+def test_a_reference_takes_no_dictionary() -> None:
+    assert not hasattr(ImageRef(uri="a"), "__dict__")  # of ImageNet's training images there are 1.3 million

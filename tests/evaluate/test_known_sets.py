@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,6 +51,11 @@ def test_what_is_not_there_is_missing_and_where_it_was_looked_for_is_known(name:
     assert found.kind == ("pairs" if known.group == "retrieval" else "labelled")
     assert str(tmp_path) in found.reason
     assert len(places_looked_at(known, str(tmp_path))) >= 2
+
+
+def test_the_list_says_by_which_rule_a_variant_is_measured() -> None:
+    (variant,) = (p for p in describe_catalogue(None).split("\n\n") if p.startswith("objectnet-by-imagenet"))
+    assert "113 classes, 18,574 to test, top-1, each class by the nearest of ImageNet's names for it" in variant
 
 
 def test_the_list_says_of_each_set_whether_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +145,15 @@ def test_a_drawn_split_is_the_same_wherever_the_set_lies_and_has_a_digest(
     assert here.record == there.record
     assert len(here.record["drawn_split_sha256"]) == 64
     assert not set(here.splits["train"]) & set(here.splits["test"])
+
+
+def test_the_file_of_caltech_that_is_no_image_is_not_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The archive has 9,145 files, BACKGROUND_Google/tmp among them: 30 each for training leave 6,084 images."""
+    clean = listing("caltech101", tmp_path, monkeypatch)
+    folder = tmp_path / "caltech101" / "101_ObjectCategories"
+    (folder / "BACKGROUND_Google" / "tmp").write_bytes(b"")
+    assert LISTINGS["caltech101"](str(tmp_path)).record == clean.record
+    assert CATALOGUE["caltech101"].num_train + CATALOGUE["caltech101"].num_test == 9_144
 
 
 def test_official_validation_splits_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,6 +293,12 @@ def test_a_class_folder_too_few_or_too_many_is_told(tmp_path: Path, monkeypatch:
         load_known_set(CATALOGUE["imagenet-a"], data_root=str(tmp_path))
 
 
+def test_imagenet_as_it_is_downloaded_is_to_be_sorted(tmp_path: Path) -> None:
+    made_sets.write_class_folders(tmp_path / "imagenet" / "train", ["n01440764", "n01443537"], count=1)
+    made_sets.write_picture(tmp_path / "imagenet" / "val" / "ILSVRC2012_val_00000001.JPEG")
+    assert "the images in val lie in no class folder" in broken(CATALOGUE["imagenet"], tmp_path)
+
+
 # Captions
 
 
@@ -294,8 +315,6 @@ def test_karpathys_test_split_has_all_captions_of_its_images(
 
 
 def test_clip_benchmarks_caption_files_are_read(tmp_path: Path) -> None:
-    import json
-
     for number in (7, 9):
         made_sets.write_picture(tmp_path / "coco" / "val2014" / f"{number}.jpg", number)
         made_sets.write_picture(tmp_path / "flickr30k" / f"{number}.jpg", number)
@@ -319,6 +338,52 @@ def test_clip_benchmarks_caption_files_are_read(tmp_path: Path) -> None:
     (tmp_path / "flickr30k" / "9.jpg").unlink()
     with pytest.raises(InputError, match=r"has captions, but not the image 9\.jpg"):
         load_known_set(CATALOGUE["flickr30k"], data_root=str(tmp_path))
+
+
+def test_captions_keep_their_own_quotation_marks(tmp_path: Path) -> None:
+    made_sets.write_picture(tmp_path / "flickr30k" / "9.jpg")
+    lines = [
+        '9.jpg,"A sign reads ""stop"", in red."',
+        '9.jpg,A sign that reads "stop"',
+        '9.jpg,"Stop" says the sign, in red.',
+        "9.jpg,A man, a dog.",
+        '9.jpg,"A man, a dog."',
+    ]
+    made_sets.write_lines(tmp_path / "flickr30k" / "flickr30k_test_karpathy.txt", ["image,caption", *lines])
+    found = load_known_set(CATALOGUE["flickr30k"], data_root=str(tmp_path))
+    assert isinstance(found, PairSet)
+    assert found.captions == (
+        'A sign reads "stop", in red.',
+        'A sign that reads "stop"',
+        '"Stop" says the sign, in red.',
+        "A man, a dog.",
+        "A man, a dog.",
+    )
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [([9, 7], "coco_test_karpathy.json has no caption for the image 7.jpg"), ([], "coco_test_karpathy.json lists no")],
+)
+def test_an_image_without_captions_names_the_file(images: list[int], message: str, tmp_path: Path) -> None:
+    made_sets.write_picture(tmp_path / "coco" / "val2014" / "9.jpg")
+    content = {
+        "images": [{"id": number, "file_name": f"{number}.jpg"} for number in images],
+        "annotations": [{"image_id": 9, "caption": "nine"}, {"image_id": 7, "caption": " "}],
+    }
+    (tmp_path / "coco" / "coco_test_karpathy.json").write_text(json.dumps(content))
+    assert message in broken(CATALOGUE["coco"], tmp_path)
+
+
+def test_images_of_coco_without_the_split_are_missing_what_names_it(tmp_path: Path) -> None:
+    for folder in ("train2014", "val2014"):
+        made_sets.write_picture(tmp_path / "coco" / folder / "9.jpg")
+    found = load_known_set(CATALOGUE["coco"], data_root=str(tmp_path))
+    assert isinstance(found, MissingSet)
+    assert "with its dataset_coco.json or coco_test_karpathy.json" in found.reason
+    (coco,) = (p for p in describe_catalogue(str(tmp_path)).split("\n\n") if p.startswith("coco"))
+    assert "found: " not in coco
+    assert f"not found; looked for {tmp_path}/coco/dataset_coco.json" in coco
 
 
 # Webdatasets and folders
@@ -383,6 +448,26 @@ def test_a_damaged_archive_names_the_set_and_where_to_get_it(tmp_path: Path, mon
 
 
 @pytest.mark.parametrize(
+    ("name", "path", "content"),
+    [
+        ("food101", "food-101/meta/test.json", "[1]"),  # AttributeError of torchvision's reader
+        ("aircraft", "fgvc-aircraft-2013b/data/images_variant_test.txt", "0000201\n"),
+        ("pets", "oxford-iiit-pet/annotations/test.txt", "Bengal_1\n"),  # IndexError, and ValueError of our own
+        ("coco", "coco/dataset_coco.json", "[]"),  # TypeError
+        ("cars", "stanford_cars/devkit/cars_train_annos.mat", ""),
+    ],
+)
+def test_a_list_that_makes_no_sense_names_the_set(
+    name: str, path: str, content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_sets.write(name, tmp_path, monkeypatch)
+    (tmp_path / path).write_text(content)
+    message = broken(CATALOGUE[name], tmp_path)
+    assert f"{name} in {tmp_path}" in message
+    assert "Get it again" in message
+
+
+@pytest.mark.parametrize(
     ("name", "path", "expected"),
     [
         ("sun397", "SUN397/Testing_01.txt", "lacks Testing_01.txt"),
@@ -400,8 +485,6 @@ def test_a_part_that_is_missing_is_named(
 
 
 def test_an_image_without_its_file_is_told_when_it_is_read(tmp_path: Path) -> None:
-    import json
-
     from distilclip.data.policy import ErrorPolicy
     from distilclip.evaluate.encode import encode_images
     from distilclip.models.clip import create_clip

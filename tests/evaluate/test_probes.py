@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+from distilclip.evaluate import knn_probe
 from distilclip.evaluate.classes import Classes
 from distilclip.evaluate.few_shot import few_shot
 from distilclip.evaluate.knn_probe import knn_predictions
 from distilclip.evaluate.per_class import confusion_table, per_class_table
+from distilclip.evaluate.scores import Score, few_shot_scores
 from tests.ops.test_logistic import blobs
 
 
@@ -22,6 +26,23 @@ def test_knn_equals_the_vote_written_out() -> None:
         for place in nearest:
             votes[y[place]] += torch.exp(similarity[row, place].double() / 0.1)
         assert found[row] == votes.argmax()
+
+
+@pytest.mark.parametrize("tile", [1, 3, 7, 80, 100])
+def test_knn_is_the_same_in_any_tiles(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = blobs(120, 6, 4)
+    whole = knn_predictions(x[:80], y[:80], x[80:], num_neighbours=5)
+    monkeypatch.setattr(knn_probe, "TILE_ROWS", tile)
+    assert torch.equal(knn_predictions(x[:80], y[:80], x[80:], num_neighbours=5), whole)
+
+
+@pytest.mark.parametrize("tile", [1, 2, 100])
+def test_equal_votes_go_to_the_smaller_class_in_any_tiles(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn_probe, "TILE_ROWS", tile)
+    train = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    test = torch.tensor([[1.0, 1.0], [1.0, 0.0]])
+    # The first sees two of each at the same angle; the second its own two nearest; all five fit in.
+    assert knn_predictions(train, torch.tensor([2, 1, 2, 1, 0]), test).tolist() == [1, 2]
 
 
 def test_a_neighbour_nearer_than_the_others_outvotes_them() -> None:
@@ -43,6 +64,17 @@ def test_few_shot_fits_that_many_images_of_each_class() -> None:
     mean = {k: sum(p.accuracy for p in probes) / 3 for k, probes in found.probes.items()}
     assert mean[16] > mean[1]
     assert len({tuple(p.predictions.tolist()) for p in found.probes[1]}) == 3  # the draws differ
+
+
+def test_the_interval_of_a_mean_ends_at_a_share_of_one() -> None:
+    x, y = blobs(200, 6, 3)
+    found = few_shot(x[:100], y[:100], x[100:], y[100:], shots=(2,), num_draws=3)
+    varied = tuple(dataclasses.replace(p, accuracy=a) for p, a in zip(found.probes[2], (1.0, 1.0, 0.9), strict=True))
+    base = Score(set="a", task="few-shot", metric="", value=None, num_classes=3)
+    (score,) = few_shot_scores(dataclasses.replace(found, probes={2: varied}), y[100:], base, metric="top1")
+    assert score.value == pytest.approx(2.9 / 3)
+    assert score.high == 1.0  # Student's t reaches to 1.11
+    assert score.low == pytest.approx(2.9 / 3 - 4.302653 / 30, abs=1e-6)  # deviation 0.1 / sqrt(3), over sqrt(3)
 
 
 def test_few_shot_is_the_same_for_the_same_seed_and_another_for_another() -> None:

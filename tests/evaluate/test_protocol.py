@@ -165,11 +165,23 @@ def test_templates_replace_the_sets_own_and_are_recorded(clip: Clip, tmp_path: P
     write_images(tmp_path / "cat", ["0.jpg"])
     write_images(tmp_path / "dog", ["0.jpg"])
     dataset = labelled(f"folder:{tmp_path}")
-    own, other = (
-        measure(clip, dataset, tasks=("zero-shot",), templates=templates)[0].details["templates_digest"]
-        for templates in (None, ("{}",))
+    own, same, other = (
+        measure(clip, dataset, tasks=("zero-shot",), templates=templates)[0].details
+        for templates in (None, dataset.templates, ("{}",))
     )
-    assert own != other
+    assert own["templates_digest"] == same["templates_digest"] != other["templates_digest"]
+    assert [details["own_templates"] for details in (own, same, other)] == [False, False, True]
+
+
+def test_class_names_are_recorded_by_their_digest(clip: Clip, tmp_path: Path) -> None:
+    write_images(tmp_path / "cat", ["0.jpg"])
+    write_images(tmp_path / "dog", ["0.jpg"])
+    digests = []
+    for names in ("cat\ndog\n", "cat\ttabby\ndog\n"):
+        (tmp_path / "classnames.txt").write_text(names)
+        (score, *_) = measure(clip, labelled(f"folder:{tmp_path}"), tasks=("zero-shot",))
+        digests.append(score.details["classes_digest"])
+    assert digests[0] != digests[1]
 
 
 def test_of_a_classs_prompt_names_the_nearest_counts_for_student_and_teacher(clip: Clip, colours: str) -> None:

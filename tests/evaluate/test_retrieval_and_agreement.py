@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from distilclip.evaluate.agreement import agreement
 from distilclip.evaluate.retrieval import retrieval
+from distilclip.evaluate.scores import Score, retrieval_scores
 from distilclip.evaluate.zero_shot import TextClassifier
+from distilclip.ops.metrics import share_interval
 
 
 def unit(num_rows: int, dim: int, seed: int) -> torch.Tensor:
@@ -39,6 +42,20 @@ def test_recall_grows_with_k_to_one() -> None:
     recalls = [found.image_to_text_recall(k) for k in range(1, 31)]
     assert recalls == sorted(recalls)
     assert recalls[-1] == found.text_to_image_recall(10) == 1.0
+
+
+def test_captions_are_as_uncertain_as_their_images() -> None:
+    """Five captions of an image that are found or missed together are one observation."""
+    image = unit(40, 8, seed=9)
+    pairs = torch.arange(40).repeat_interleave(5)
+    text = torch.where(torch.arange(40)[:, None] % 2 == 0, image, image.roll(1, 0)).repeat_interleave(5, 0)
+    scores = retrieval_scores(
+        retrieval(image, text, pairs), pairs, Score(set="a", task="retrieval", metric="", value=None)
+    )
+    found = {score.metric: score for score in scores}["text_to_image_r1"]
+    assert found.value == 0.5
+    assert found.num_test == 200
+    assert (found.low, found.high) == pytest.approx(share_interval(np.arange(40) % 2 == 0), abs=0.01)
 
 
 def test_a_model_agrees_with_itself() -> None:

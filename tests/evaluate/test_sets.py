@@ -6,10 +6,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from distilclip.data.reader import Reader
 from distilclip.errors import InputError
 from distilclip.evaluate.dataset import LabelledSet, PairSet
+from distilclip.evaluate.embedders import ModelEmbedder
+from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.sets import load_set, parse_spec
+from distilclip.evaluate.stored import StoreEmbedder
+from distilclip.models.clip import load_clip
+from distilclip.stages import embed
 from tests.conftest import encoded, picture, write_tar
 
 
@@ -151,6 +158,56 @@ def test_a_class_without_images_is_named(tmp_path: Path) -> None:
         load_set(f"folder:{tmp_path}")
 
 
+def write_splits(root: Path, *names: str) -> None:
+    for name in names:
+        for label in ("cat", "dog"):
+            write_images(root / name / label, ["0.jpg"])
+
+
+def test_a_folder_that_is_no_split_is_not_made_a_class_with_the_splits(tmp_path: Path) -> None:
+    write_splits(tmp_path, "train", "test")
+    write_images(tmp_path / "unlabeled", ["0.jpg"])
+    with pytest.raises(InputError, match=r"has the folder unlabeled beside (test|train), in which .* Move"):
+        load_set(f"folder:{tmp_path}")
+
+
+def test_a_class_may_have_the_name_of_a_split(tmp_path: Path) -> None:
+    for label in ("car", "train", "bus"):
+        write_images(tmp_path / label, ["0.jpg"])
+    assert labelled(f"folder:{tmp_path}").classes.names == ("bus", "car", "train")
+
+
+def test_trainval_is_for_training_and_dev_is_validation(tmp_path: Path) -> None:
+    write_splits(tmp_path / "a", "trainval", "test")
+    found = labelled(f"folder:{tmp_path}/a")
+    assert found.train is not None
+    assert [image.uri.split("/")[-3] for image in found.train.images] == ["trainval"] * 2
+    write_splits(tmp_path / "b", "train", "dev", "test")
+    found = labelled(f"folder:{tmp_path}/b")
+    assert found.validation is not None
+    assert [image.uri.split("/")[-3] for image in found.validation.images] == ["dev"] * 2
+
+
+@pytest.mark.parametrize("twins", [("train", "trainval"), ("trainval", "val"), ("dev", "val")])
+def test_images_that_would_count_twice_are_refused(tmp_path: Path, twins: tuple[str, str]) -> None:
+    write_splits(tmp_path / "folders", *twins, "test")
+    for name in (*twins, "test"):
+        write_labelled_tar(tmp_path / "tars" / f"{name}-0.tar", ["cat", "dog"])
+    for spec in (f"folder:{tmp_path}/folders", f"tar:{tmp_path}/tars"):
+        with pytest.raises(InputError, match=f"{twins[0]}.*{twins[1]}.* of which two hold images of the same split"):
+            load_set(spec)
+
+
+def test_images_beside_class_folders_are_to_be_sorted(tmp_path: Path) -> None:
+    """ImageNet as it is downloaded: train/WNID/*.JPEG, val/*.JPEG, and its devkit."""
+    write_images(tmp_path / "train" / "n01440764", ["0.JPEG"])
+    write_images(tmp_path / "train" / "n01443537", ["0.JPEG"])
+    write_images(tmp_path / "val", ["ILSVRC2012_val_00000001.JPEG"])
+    (tmp_path / "ILSVRC2012_devkit_t12").mkdir()
+    with pytest.raises(InputError, match=r"images in val lie in no class folder.*valprep\.sh"):
+        load_set(f"folder:{tmp_path}")
+
+
 @pytest.mark.parametrize(
     ("made", "message"),
     [
@@ -182,6 +239,48 @@ def test_tar_folder_with_numbers_and_names(tmp_path: Path) -> None:
     assert found.classes.names == ("circle", "square")
     assert found.train is not None
     assert found.train.labels.tolist() == [0, 1]
+
+
+def test_shards_of_trainval_and_dev_are_not_tested(tmp_path: Path) -> None:
+    for name, labels in (("trainval-0", ["cat", "dog", "dog"]), ("test-0", ["dog", "cat"])):
+        write_labelled_tar(tmp_path / "a" / f"{name}.tar", labels)
+    found = labelled(f"tar:{tmp_path}/a/*.tar")
+    assert found.test.labels.tolist() == [1, 0]
+    assert found.train is not None
+    assert found.train.labels.tolist() == [0, 1, 1]
+    for name, labels in (("train-0", ["cat", "dog"]), ("dev-0", ["dog", "cat", "cat"]), ("test-0", ["dog", "cat"])):
+        write_labelled_tar(tmp_path / "b" / f"{name}.tar", labels)
+    found = labelled(f"tar:{tmp_path}/b")
+    assert found.validation is not None
+    assert found.validation.labels.tolist() == [1, 0, 0]
+
+
+def test_a_shard_that_names_no_split_beside_those_that_do_is_refused(tmp_path: Path) -> None:
+    for name in ("test-0", "train-0", "extra-0"):
+        write_labelled_tar(tmp_path / "set" / f"{name}.tar", ["cat", "dog"])
+    for path in (f"{tmp_path}/set", f"{tmp_path}/set/*.tar"):
+        with pytest.raises(InputError, match=r"extra-0\.tar names no split, and .*/test-0\.tar beside it does"):
+            load_set(f"tar:{path}")
+    assert labelled(f"tar:{tmp_path}/set/{{test,train}}-0.tar").train is not None
+
+
+@pytest.mark.parametrize("kind", ["tar", "pairs"])
+def test_pictures_are_not_read_when_a_set_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    size = 1 << 20
+    members = []
+    for number, label in enumerate(("cat", "dog")):
+        members += [(f"{number}.jpg", bytes(size)), (f"{number}.cls", label.encode()), (f"{number}.txt", b"a pet")]
+    write_tar(tmp_path / "test-0.tar", members)
+    read = Reader.read
+    lengths: list[int] = []
+
+    def counted(self: Reader, offset: int, length: int) -> bytes:
+        lengths.append(length)
+        return read(self, offset, length)
+
+    monkeypatch.setattr(Reader, "read", counted)
+    load_set(f"{kind}:{tmp_path}/test-0.tar")
+    assert 0 < sum(lengths) < size / 10
 
 
 def test_tar_labels_may_be_names(tmp_path: Path) -> None:
@@ -251,16 +350,44 @@ def test_text_files_that_make_no_sense_are_refused(tmp_path: Path, name: str, co
 def test_all_captions_of_an_image_belong_to_it(tmp_path: Path) -> None:
     members = [
         ("0.jpg", encoded(picture(0))),
-        ("0.json", json.dumps({"captions": ["a cat", " ", "a tabby"], "caption": "unused"}).encode()),
+        ("0.json", json.dumps({"captions": ["a cat", " ", "a tabby"], "caption": "a pet"}).encode()),
         ("1.jpg", encoded(picture(1))),
         ("1.txt", b"a dog"),
+        ("1.json", json.dumps({"captions": ["a hound", "a dog"], "caption": "unread"}).encode()),
     ]
     write_tar(tmp_path / "pets" / "test-0.tar", members)
     write_tar(tmp_path / "pets" / "train-0.tar", members)
     found = paired(f"pairs:{tmp_path}/pets")
-    assert found.captions == ("a cat", "a tabby", "a dog")
-    assert found.image_of_text.tolist() == [0, 0, 1]
+    assert found.captions == ("a pet", "a cat", "a tabby", "a dog", "a hound")
+    assert found.image_of_text.tolist() == [0, 0, 0, 1, 1]
     assert len(found.images) == 2
+
+
+def test_the_first_caption_of_a_sample_is_the_one_that_a_store_has(tmp_path: Path, tiny_clip_folder: str) -> None:
+    members = []
+    for number in range(4):
+        further = json.dumps({"captions": [f"further words {number}", f"picture {number}"]}).encode()
+        members += [(f"{number}.jpg", encoded(picture(number))), (f"{number}.txt", f"picture {number}".encode())]
+        members += [(f"{number}.json", further)]
+    tar = write_tar(tmp_path / "test-0.tar", members)
+    store = str(tmp_path / "store")
+    embed.main(embed.Config(out=store, data=(tar,), model=tiny_clip_folder, device="cpu", num_workers=0))
+    dataset = load_set(f"pairs:{tar}")
+    assert isinstance(dataset, PairSet)
+    assert dataset.captions[:2] == ("picture 0", "further words 0")
+    stored, live = (
+        model.captions(dataset, range(0, 8, 2), prefix="")
+        for model in (StoreEmbedder(store, name="s"), ModelEmbedder(load_clip(tiny_clip_folder), Encoding()))
+    )
+    assert stored is not None
+    assert live is not None
+    torch.testing.assert_close(stored, live, atol=2e-3, rtol=0)  # half precision
+
+
+def test_pairs_to_validate_on_stand_in_for_those_to_test(tmp_path: Path) -> None:
+    for name in ("train", "dev"):
+        write_tar(tmp_path / f"{name}-0.tar", [("0.jpg", encoded(picture(0))), ("0.txt", name.encode())])
+    assert paired(f"pairs:{tmp_path}").captions == ("dev",)
 
 
 def test_sample_without_caption_is_kept_with_its_reason(tmp_path: Path) -> None:

@@ -41,8 +41,8 @@ def test_an_average_says_over_how_many_sets_it_is() -> None:
     (table,) = build_tables(rows)
     assert table.columns == ["model", "mean of 2 of 14 papers' sets", "food101", "dtd", "pets"]
     assert table.rows[0] == ["tiny", "60.0", "80.0", "40.0", "-"]
-    assert table.rows[1] == [REFERENCE_MODEL, "64.5", "84.4", "44.5", "87.0"]
-    assert table.notes == ["pets: not found."]
+    assert table.rows[1] == [REFERENCE_MODEL, "64.2", "84.0", "44.4", "87.0"]
+    assert table.notes == ["pets: not found.", f"{REFERENCE_MODEL}: its weights run again."]
 
 
 def test_a_model_that_lacks_a_set_has_no_average() -> None:
@@ -66,6 +66,61 @@ def test_ones_own_sets_are_averaged_among_themselves_and_with_the_others() -> No
     assert table.rows == [["tiny", "30.0", "20.0", "40.0"]]
 
 
+def test_an_average_of_ones_own_sets_says_that_one_is_missing() -> None:
+    (table,) = build_tables([row("mine", 0.2), row("yours", 0.4), row("theirs", None, reason="no training images")])
+    assert table.columns[1] == "mean of 2 of 3 sets"
+
+
+PROBE = {"features": "backbone", "sweep": [[1.0, 0.5]]}
+CAPTIONS = {"captions": "all", "caption_prefix": "", "num_captions": 25_010}
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "metric", "details", "shown"),
+    [
+        ("zero-shot", "cifar10", "top1", {"clips_prompts": True, "own_templates": False}, "89.8"),
+        ("zero-shot", "cifar10", "top1", {"clips_prompts": None}, "89.8"),
+        ("zero-shot", "cifar10", "top1", {"clips_prompts": False}, None),
+        ("zero-shot", "cifar10", "top1", {"clips_prompts": True, "own_templates": True}, None),
+        ("linear-probe", "pets", "mean_per_class", PROBE, "90.0"),
+        ("linear-probe", "pets", "mean_per_class", {**PROBE, "features": "projected"}, None),
+        ("linear-probe", "pets", "mean_per_class", {**PROBE, "sweep": []}, None),
+        ("retrieval", "coco", "image_to_text_r1", CAPTIONS, "50.1"),
+        ("retrieval", "coco", "image_to_text_r1", {**CAPTIONS, "captions": "first"}, None),
+        ("retrieval", "coco", "image_to_text_r1", {**CAPTIONS, "caption_prefix": "a photo of "}, None),
+    ],
+)
+def test_a_reference_stands_only_beside_what_was_measured_as_it_was(
+    task: str, name: str, metric: str, details: dict[str, Any], shown: str | None
+) -> None:
+    (table,) = build_tables([row(name, 0.3, task=task, metric=metric, details=details)])
+    assert [line for line in table.rows if line[0] == REFERENCE_MODEL] == ([[REFERENCE_MODEL, shown]] if shown else [])
+    assert any(REFERENCE_MODEL in note for note in table.notes) == (shown is not None)
+
+
+def test_a_set_measured_otherwise_takes_the_reference_from_it_alone() -> None:
+    mine = {"clips_prompts": False}
+    (table,) = build_tables([row("food101", 0.8), row("dtd", 0.4, details=mine), row("dtd", None, model="other")])
+    assert [line for line in table.rows if line[0] == REFERENCE_MODEL] == [[REFERENCE_MODEL, "-", "84.0", "-"]]
+
+
+def test_numbers_that_only_the_paper_has_are_said() -> None:
+    (table,) = build_tables([row("food101", 0.8), row("birdsnap", 0.4)])
+    assert table.notes == [f"{REFERENCE_MODEL}: its weights run again; birdsnap from the CLIP paper."]
+    (table,) = build_tables([row("food101", 0.8, task="linear-probe", details=PROBE)])
+    assert table.notes[-1] == f"{REFERENCE_MODEL}: from the CLIP paper."
+
+
+def test_prompts_that_only_the_folder_vouches_for_are_said() -> None:
+    (table,) = build_tables([row("dtd", 0.4, details={"clips_prompts": None})])
+    assert table.notes[0] == "dtd: class names and templates are those in its folder, which may not be CLIP's."
+
+
+def test_ones_own_templates_are_said() -> None:
+    (table,) = build_tables([row("dtd", 0.4, details={"clips_prompts": True, "own_templates": True})])
+    assert table.notes == ["Templates of one's own (--templates), not the sets'."]
+
+
 def test_references_are_those_of_the_papers_sets() -> None:
     assert set(LINEAR_PROBE) == set(GROUPS["paper"])
     assert set(ZERO_SHOT) == {*GROUPS["paper"], *GROUPS["robustness"]}
@@ -83,6 +138,9 @@ def test_a_variant_of_a_set_takes_part_in_no_average() -> None:
     assert table.columns[:2] == ["model", "mean of 2 of 5 robustness sets"]
     assert table.rows[0][1] == "30.0"
     assert not any("mean of 3" in column for column in table.columns)
+    (table,) = build_tables([row("mine", 0.1), row("objectnet", 0.3), row("objectnet-by-imagenet", 0.9)])
+    assert table.columns[:2] == ["model", "mean of 2 sets"]
+    assert table.rows[0][1] == "20.0"
 
 
 def test_what_retrieval_searched_and_what_probes_saw_is_said() -> None:
@@ -92,6 +150,7 @@ def test_what_retrieval_searched_and_what_probes_saw_is_said() -> None:
     assert table.notes == [
         "coco: 4,999 test images; the published set has 5,000.",
         "coco: 4,999 images, 25,010 captions; any own caption counts.",
+        f"{REFERENCE_MODEL}: its weights run again.",
     ]
     details = {"captions": "first", "caption_prefix": "a photo of ", "num_captions": 9}
     (table,) = build_tables([row("mine", 0.3, num_test=9, details=details, **recall)])
@@ -101,6 +160,8 @@ def test_what_retrieval_searched_and_what_probes_saw_is_said() -> None:
 
 
 def test_latex_has_its_special_characters_escaped() -> None:
+    (table,) = build_tables([row("~a\\b^2", 0.5)])
+    assert r"model & \textasciitilde{}a\textbackslash{}b\textasciicircum{}2 \\" in table.latex()
     (table,) = build_tables([row("a_b & 50%", 0.5)])
     assert table.latex() == (
         "% Zero-shot\n\\begin{tabular}{lr}\n\\toprule\nmodel & a\\_b \\& 50\\% \\\\\n\\midrule\n"
@@ -140,6 +201,14 @@ def test_clip_benchmark_can_build_its_table_from_our_records(tmp_path: Any) -> N
     assert records["tiny_pets_linear-probe.json"]["metrics"] == {"lp_acc1": 0.7}
     assert records["tiny_coco_retrieval.json"]["metrics"] == {"image_retrieval_recall@5": 0.1}
     assert json.loads(json.dumps(records)) == records
+
+
+def test_models_whose_names_make_one_file_name_have_a_record_each() -> None:
+    records = clip_benchmark_records([row("pets", 0.25, model="a/b"), row("pets", 0.5, model="a_b")])
+    assert {name: (r["model"], r["metrics"]["acc1"]) for name, r in records.items()} == {
+        "a_b_pets_zero-shot.json": ("a/b", 0.25),
+        "a_b_pets_zero-shot_1.json": ("a_b", 0.5),
+    }
 
 
 @pytest.mark.parametrize("task", ["retrieval", "agreement"])

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import hashlib
+
 import pytest
 import torchvision.datasets as torchvision
 
 from distilclip.errors import InputError
 from distilclip.evaluate import wording
 from distilclip.evaluate.catalogue import CATALOGUE
+from distilclip.evaluate.classes import Classes, classes_digest
 from distilclip.evaluate.prompts import PromptSet
 from distilclip.evaluate.wording import match_names, readable, wording_of
 
@@ -44,8 +47,31 @@ def test_every_label_gets_exactly_one_name(labels: list[str], names: list[str], 
 
 
 def test_labels_become_words() -> None:
-    assert readable("church/outdoor") == "church outdoor"
+    assert readable("church/outdoor", blanks="_/") == "church outdoor"
     assert readable("red_fox") == "red fox"
+
+
+@pytest.mark.parametrize("source", ["clip-benchmark", "the labels"])
+def test_a_slash_is_a_blank_in_the_names_of_sun397_only(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if source == "clip-benchmark":
+        pytest.importorskip("clip_benchmark")
+    else:
+        monkeypatch.setattr(wording, "_clip_benchmark", lambda: {"names": {}, "templates": {}})
+
+    def names(known: str, *labels: str) -> tuple[str, ...]:
+        return wording_of(CATALOGUE[known]).names_of(labels, aliases={}, where="here")
+
+    assert names("aircraft", "F/A-18", "F-16A/B") == ("F/A-18", "F-16A/B")
+    assert names("cars", "Ram C/V Cargo Van Minivan 2012") == ("Ram C/V Cargo Van Minivan 2012",)
+    assert names("sun397", "church/outdoor", "art_gallery") == ("church outdoor", "art gallery")
+
+
+def test_classes_digest_is_of_the_names_in_prompts_and_their_classes() -> None:
+    labels, names = ("n01", "n02"), ("tench", "goldfish")
+    found = classes_digest(Classes(labels, names, "here"))
+    assert found == hashlib.sha256(b"0\ttench\n1\tgoldfish\n").hexdigest()
+    several = Classes(labels, names, "here", prompt_names=(("tench",), ("goldfish", "carp")))
+    assert classes_digest(several) == hashlib.sha256(b"0\ttench\n1\tgoldfish\n1\tcarp\n").hexdigest()
 
 
 def test_imagenet_is_named_by_open_clip() -> None:

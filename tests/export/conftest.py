@@ -16,8 +16,9 @@ import pytest
 from distilclip import run
 from distilclip.data import files
 from distilclip.data.groups import Groups, write_groups
+from distilclip.data.rows import Rows
 from distilclip.data.shards import open_shard
-from distilclip.data.store import Rows, Store, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.store import Store, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.models.clip import Clip, load_clip
 from tests.conftest import encoded, picture
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
+from distilclip.errors import InputError
 from distilclip.export.card import Form, model_card
 from distilclip.export.records import Records, find_records
 from distilclip.export.sheet import contact_sheet
@@ -100,6 +102,32 @@ def test_the_card_states_what_the_records_say(folders: dict[str, str]) -> None:
     assert "missing" not in text
 
 
+def test_an_evaluation_of_another_model_is_refused_by_both_digests(folders: dict[str, str]) -> None:
+    path = Path(folders["evaluation"], "result.json")
+    result = json.loads(path.read_text())
+    rows = [{**row, "model": "big", "model_digest": "theirs"} for row in result["rows"]]
+    path.write_text(json.dumps({**result, "rows": rows}))
+    with pytest.raises(InputError, match=r"--evaluation\) has no score of .*train, .* mine, but of big \(theirs\)"):
+        find_records(folders["train"], digest="mine", evaluation=folders["evaluation"])
+
+
+def test_names_of_any_letters_keep_the_cards_tables_and_head() -> None:
+    row = {"set": "a|b\nc", "task": "zero-shot", "metric": "top1", "headline": True, "value": 0.5, "num_test": 7}
+    text = model_card(
+        '"né" 🙂 [x]: {y}',
+        "huggingface",
+        digest="d",
+        num_parameters=1,
+        model_cfg=None,
+        preprocess_cfg={"size": 32},
+        exported={},
+        records=Records(scores=[row]),
+    )
+    assert "| a\\|b c | zero-shot | top1 | 0.5000 |  | 7 |" in text
+    head = yaml.safe_load(text.split("---")[1])
+    assert head["model_name"] == '"né" 🙂 [x]: {y}'
+
+
 def test_what_only_a_person_can_say_is_marked(folders: dict[str, str]) -> None:
     text = card(find_records(folders["train"], digest="mine"))
     for field in ("Licence of these weights", "Licence of the teacher's weights", "Source of the data, its licence"):
@@ -148,6 +176,16 @@ def test_a_sheet_shows_every_picture_in_its_cell() -> None:
         left, top = 8 + i % 3 * 48, 32 + i // 3 * 64
         cell = np.asarray(sheet.crop((left, top, left + 40, top + 40)))
         assert (cell == colour).all(axis=2).sum() == 40 * 20  # reduced to 40 x 20, nothing drawn over it
+
+
+def test_any_line_fits_its_cell() -> None:
+    lines = ["a\nb", "日本 🙂.jpg", "“it’s” [red]x[/red]", "bad\udcff.jpg"]  # noqa: RUF001
+    pictures = [Image.new("RGB", (40, 40), (1, 2, 3))] * 4
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(pictures, lines, heading="c\nd", size=40, columns=1))))
+    for i in range(4):
+        top = 32 + i * 64
+        assert (sheet[top : top + 40, 8:48] == (1, 2, 3)).all()  # no line runs into the next picture
+        assert (sheet[top + 40 : top + 58, 8:] < 128).any()
 
 
 def test_small_pictures_are_not_enlarged() -> None:

@@ -9,9 +9,12 @@ from typing import Any
 import open_clip
 import pytest
 import torch
+from tokenizers import normalizers
 
 from distilclip.errors import InputError
-from distilclip.export.huggingface import huggingface_config, inexpressible, write_huggingface
+from distilclip.export.huggingface import _image_processor, huggingface_config, inexpressible, write_huggingface
+from distilclip.export.probes import CAPTIONS
+from distilclip.export.tokenizer import build_tokenizer
 from distilclip.models.clip import Clip, create_clip
 from tests.conftest import TINY_CLIP, picture
 
@@ -48,7 +51,7 @@ def random_everywhere(clip: Clip) -> Clip:
 )
 def test_transformers_loads_the_folder_and_gives_the_same_embeddings(config: dict[str, Any], tmp_path: Path) -> None:
     clip = random_everywhere(create_clip(json.dumps(config), seed=1))
-    assert all(value < 1e-5 for value in write_huggingface(clip, str(tmp_path)).values())
+    assert all(value < 1e-5 for value in write_huggingface(clip, str(tmp_path))["difference"].values())
     model = transformers.CLIPModel.from_pretrained(tmp_path).eval()
     pixels = torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     captions = ["a photo of a cat", "Two DOGS, running!", "it's " + "very " * 40 + "long"]
@@ -63,9 +66,47 @@ def test_transformers_loads_the_folder_and_gives_the_same_embeddings(config: dic
         torch.testing.assert_close(logits, clip.scale * image @ text.T, atol=1e-3, rtol=0)
 
 
+def test_the_tokenizer_reads_captions_as_open_clip_does(tmp_path: Path) -> None:
+    clip = create_clip(json.dumps(changed(text_cfg={"context_length": 77})), seed=1)
+    write_huggingface(clip, str(tmp_path))
+    captions = [*CAPTIONS, "It’s “here”, the dogs’ ‘own’", "Two  DOGS,\n\trunning!"]  # noqa: RUF001
+    straight = "it's \"here\", the dogs' 'own'"
+    assert torch.equal(clip.tokenizer(captions[-2:-1]), clip.tokenizer([straight]))
+    found = transformers.AutoTokenizer.from_pretrained(tmp_path)(captions, truncation=True)["input_ids"]
+    assert found == [row[row != 0].tolist() for row in clip.tokenizer(captions)]
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path).tokenizer
+    assert processor(captions, truncation=True)["input_ids"] == found
+    assert processor.decode(found[0], skip_special_tokens=True).strip() == captions[0]
+
+
+def test_a_tokenizer_that_reads_otherwise_is_not_written(
+    tiny_clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = build_tokenizer(tiny_clip)
+    written.normalizer = normalizers.Lowercase()
+    monkeypatch.setattr("distilclip.export.huggingface.build_tokenizer", lambda clip: written)
+    with pytest.raises(InputError, match="in transformers its tokenizer reads \"it's 2024's"):
+        write_huggingface(tiny_clip, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_image_processor_that_takes_other_steps_is_not_written(
+    tiny_clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = {**tiny_clip.preprocess_cfg, "interpolation": "bilinear"}
+    monkeypatch.setattr("distilclip.export.huggingface._image_processor", lambda _, make=_image_processor: make(cfg))
+    with pytest.raises(InputError, match=r"differs from open_clip by .*pixels"):
+        write_huggingface(tiny_clip, str(tmp_path))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_image_processor_takes_the_same_steps(tiny_clip: Clip, tmp_path: Path) -> None:
     """transformers resizes with torchvision, which rounds otherwise than Pillow, by two levels of 255 at hard edges."""
-    write_huggingface(tiny_clip, str(tmp_path))
+    found = write_huggingface(tiny_clip, str(tmp_path))
+    assert 0 < found["pixels_with_torchvision"] < 2.1 / 255 / min(tiny_clip.preprocess_cfg["std"])
+    exact = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    pixels = torch.as_tensor(exact(images=[picture(1, (64, 48))], return_tensors="pt")["pixel_values"][0])
+    torch.testing.assert_close(pixels, tiny_clip.preprocess(picture(1, (64, 48))), atol=1e-6, rtol=0)
     processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
     level = 1 / 255 / min(tiny_clip.preprocess_cfg["std"])
     for image in (picture(0, (96, 64)), picture(1, (64, 48)), picture(2, (32, 96))):
@@ -80,6 +121,7 @@ def test_the_image_processor_takes_the_same_steps(tiny_clip: Clip, tmp_path: Pat
     [
         (changed(vision_cfg={"timm_model_name": "cnn_w8"}), "timm's 'cnn_w8'"),
         (changed(vision_cfg={"layers": [1, 1, 1, 1]}), "ResNet"),
+        (changed(vision_cfg={"image_size": [32, 48]}), "no squares: vision_cfg.image_size=[32, 48]"),
         (changed(vision_cfg={"no_ln_pre": True}), "vision_cfg.no_ln_pre=True"),
         (changed(vision_cfg={"ls_init_value": 0.1}), "vision_cfg.ls_init_value=0.1"),
         (changed(text_cfg={"no_causal_mask": True}), "text_cfg.no_causal_mask=True"),

@@ -15,11 +15,12 @@ import torch
 
 from distilclip.errors import InputError
 from distilclip.export.encoders import MAX_BYTES, OPSET, write_onnx
+from distilclip.export.probes import CAPTIONS
 from distilclip.export.quantize import measure_int8, write_int8
 from distilclip.export.runtime import OnnxClip, encoder_file, open_onnx, preprocess
-from distilclip.export.tokenizer import PROBES, build_tokenizer, differing
+from distilclip.export.tokenizer import build_tokenizer, differing
 from distilclip.models.clip import Clip, create_clip
-from tests.conftest import encoded, picture, write_tar
+from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 
 SIZES = ((40, 32), (32, 40), (32, 32), (33, 97), (501, 333), (16, 20), (64, 48))
 
@@ -68,7 +69,7 @@ def test_pixels_equal_open_clips(mode: str, interpolation: str) -> None:
 
 def test_the_tokenizer_file_reads_captions_as_open_clip_does(exported: OnnxClip, tiny_clip: Clip) -> None:
     captions = [
-        *PROBES,
+        *CAPTIONS,
         "The quick brown fox — “jumps” over 13 lazy dogs' tails!?",
         "ÅNGSTRÖM straße ﬃ",
         "a\u0301 e\u0301",
@@ -128,6 +129,24 @@ def test_what_cannot_be_written_is_named_before_anything_is_exported(
         write_onnx(tiny_clip, str(tmp_path))
     assert MAX_BYTES > 2 * 10**9
     assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_pictures_that_are_no_squares_is_exported_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its towers are together larger than the limit of a file; each has a file of its own."""
+    config = {**TINY_CLIP, "vision_cfg": {**TINY_CLIP["vision_cfg"], "image_size": [16, 48]}}
+    cfg = {"size": [16, 48], "mean": [0.5] * 3, "std": [0.25] * 3, "interpolation": "bicubic", "resize_mode": "squash"}
+    clip = create_clip(json.dumps(config), seed=0, preprocess_cfg=cfg)
+    sizes = {name: value.nbytes for name, value in clip.model.state_dict().items()}
+    text = sum(size for name, size in sizes.items() if not name.startswith("visual."))
+    monkeypatch.setattr("distilclip.export.encoders.MAX_BYTES", text)
+    assert sum(sizes.values()) > text
+    write_onnx(clip, str(tmp_path))
+    pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]
+    with torch.no_grad():
+        image = clip.encode_image(torch.stack([clip.preprocess(p) for p in pictures])).numpy()
+    np.testing.assert_allclose(open_onnx(str(tmp_path)).encode_images(pictures), image, atol=1e-4)
 
 
 def test_a_missing_model_and_a_missing_precision_are_named(onnx_folder: str, tmp_path: Path) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
+import tokenizers
 import torch
+import transformers
 
 from distilclip.errors import InputError
 from distilclip.models.architectures import model_config
@@ -127,3 +130,57 @@ def test_a_folder_of_another_stage_is_refused(tmp_path: Path) -> None:
     (tmp_path / "result.json").write_text('{"stage": "embed"}')
     with pytest.raises(InputError, match="was written by `distilclip embed`"):
         load_clip(str(tmp_path))
+
+
+def test_the_digest_is_of_weights_and_the_settings_of_the_rest(tiny_clip_json: str) -> None:
+    plain = create_clip(tiny_clip_json, seed=1)
+    quick = create_clip(json.dumps(TINY_CLIP | {"quick_gelu": True}), seed=1)
+    pixels = torch.randn(1, 3, 32, 32)
+    assert plain.digest == quick.digest
+    assert not torch.allclose(plain.encode_image(pixels), quick.encode_image(pixels))
+    assert plain.settings != quick.settings
+    assert plain.settings == create_clip(tiny_clip_json, seed=2).settings
+    canonical = open_clip.SimpleTokenizer(context_length=12, clean="canonicalize")
+    assert dataclasses.replace(plain, tokenizer=canonical).settings != plain.settings
+
+
+def test_an_unfit_export_says_what_can_be_read(tmp_path: Path) -> None:
+    (tmp_path / "result.json").write_text('{"stage": "export", "what": "huggingface", "model": "model"}')
+    with pytest.raises(InputError, match=r"export of the kind huggingface.*--what open_clip"):
+        load_clip(str(tmp_path))
+
+
+def test_a_hub_model_that_cannot_be_had_is_bad_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(spec: str) -> None:
+        raise RuntimeError(f"Failed initial config/weights load from HF Hub {spec}")
+
+    monkeypatch.setattr(open_clip, "create_model_from_pretrained", offline)
+    with pytest.raises(InputError, match="hf-hub:org/name cannot be loaded; once, that needs the network"):
+        load_clip("hf-hub:org/name")
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> str:
+    """A folder with a tokenizer of two words, as the hub would hold it."""
+    vocabulary = {"[PAD]": 0, "[UNK]": 1, "red": 2, "circle": 3}
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="[UNK]"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    folder = str(tmp_path / "words")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=model, pad_token="[PAD]", unk_token="[UNK]").save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_a_tokenizer_of_the_hub_is_found_without_its_files_in_the_folder(tmp_path: Path, words: str) -> None:
+    text = {**TINY_CLIP["text_cfg"], "hf_tokenizer_name": words}  # type: ignore[dict-item]
+    clip = create_clip(json.dumps({**TINY_CLIP, "text_cfg": text}), seed=1)
+    assert clip.tokenizer(["red circle", "blue"]).tolist() == [[2, 3] + [0] * 10, [1] + [0] * 11]
+    clip.save(str(tmp_path / "model"))
+    assert load_clip(str(tmp_path / "model")).tokenizer(["circle"])[0, 0] == 3
+
+
+def test_a_tokenizer_that_cannot_be_had_is_bad_input(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = {**TINY_CLIP["text_cfg"], "hf_tokenizer_name": str(tmp_path / "nowhere")}  # type: ignore[dict-item]
+    with pytest.raises(InputError, match=r"custom: its tokenizer .*nowhere' cannot be had"):
+        create_clip(json.dumps({**TINY_CLIP, "text_cfg": text}))

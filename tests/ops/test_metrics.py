@@ -3,15 +3,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 from distilclip.ops.metrics import (
-    bootstrap_interval,
     linear_cka,
     mean_cosine,
     mean_interval,
     mean_kl,
     mean_per_class,
     row_tiles,
+    share_interval,
     target_rank,
     top_k_accuracy,
     top_k_overlap,
@@ -108,7 +109,7 @@ def test_mean_cosine_by_hand() -> None:
     assert mean_cosine(x, y) == pytest.approx((1 + 0.5**0.5) / 2)
 
 
-# Bootstrap
+# Intervals
 
 
 def test_interval_equals_that_of_resampled_rows() -> None:
@@ -118,32 +119,101 @@ def test_interval_equals_that_of_resampled_rows() -> None:
     shares = [
         np.mean([random.choice(hits[strata == s], (strata == s).sum()).mean() for s in (0, 3)]) for _ in range(4000)
     ]
-    found = bootstrap_interval(hits, strata=strata, num_resamples=4000)
+    assert share_interval(hits, strata=strata) == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.01)
+
+
+def test_interval_of_clusters_equals_that_of_resampled_ones() -> None:
+    random = np.random.default_rng(8)
+    clusters = np.repeat(np.arange(200), random.integers(1, 6, 200))
+    ease = random.random(200)
+    hits = random.random(len(clusters)) < ease[clusters]
+    rows = [np.flatnonzero(clusters == c) for c in range(200)]
+    shares = [hits[np.concatenate([rows[c] for c in random.integers(0, 200, 200)])].mean() for _ in range(2000)]
+    found = share_interval(hits, clusters=clusters)
     assert found == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.01)
+    alone = share_interval(hits)
+    assert found[1] - found[0] > 1.2 * (alone[1] - alone[0])
+
+
+def test_interval_is_the_quantiles_of_weights_drawn_for_rows() -> None:
+    hits = np.arange(12) < 9
+    weights = np.random.default_rng(9).gamma([1.0] * 12 + [0.5, 0.5], size=(40_000, 14))
+    shares = weights[:, [*np.flatnonzero(hits), 12]].sum(1) / weights.sum(1)  # of the halves, one hits
+    assert share_interval(hits) == pytest.approx(np.quantile(shares, [0.025, 0.975]), abs=0.005)
 
 
 def test_interval_of_a_share_is_near_the_normal_one() -> None:
-    low, high = bootstrap_interval(np.arange(400) % 4 == 0, seed=1)
+    low, high = share_interval(np.arange(400) % 4 == 0)
     half = 1.96 * np.sqrt(0.25 * 0.75 / 400)
     assert low == pytest.approx(0.25 - half, abs=0.01)
     assert high == pytest.approx(0.25 + half, abs=0.01)
 
 
-def test_interval_depends_on_the_seed_alone() -> None:
-    hits = np.arange(50) % 3 == 0
-    assert bootstrap_interval(hits, seed=3) == bootstrap_interval(hits, seed=3)
-    assert bootstrap_interval(hits, seed=3) != bootstrap_interval(hits, seed=4)
+def test_eight_of_eight_is_not_certain() -> None:
+    assert share_interval(np.ones(8, dtype=bool)) == pytest.approx((0.7378, 1.0), abs=1e-4)
+    assert share_interval(np.zeros(8, dtype=bool)) == pytest.approx((0.0, 0.2622), abs=1e-4)
+    assert share_interval(np.ones(8, dtype=bool), strata=np.arange(8) % 3)[1] == 1.0
+    assert share_interval(np.zeros(8, dtype=bool), clusters=np.arange(8) % 3)[0] == 0.0
 
 
-def test_interval_of_what_is_certain_has_no_width() -> None:
-    assert bootstrap_interval(np.ones(20, dtype=bool)) == (1.0, 1.0)
-    strata = np.arange(20) % 2
-    assert bootstrap_interval(strata == 0, strata=strata) == (0.5, 0.5)
+def test_one_row_a_stratum_is_as_uncertain_as_rows_without_strata() -> None:
+    hits = np.arange(40) % 4 > 0
+    low, high = share_interval(hits, strata=np.arange(40))
+    plain = share_interval(hits)
+    assert high - low == pytest.approx(plain[1] - plain[0], rel=0.05)
+    strata = np.arange(20) % 2  # all of one, none of the other
+    low, high = share_interval(strata == 0, strata=strata)
+    assert low < 0.45
+    assert high > 0.55
+
+
+def test_clusters_that_are_all_alike_count_as_rows() -> None:
+    images = np.arange(30) % 3 > 0
+    assert share_interval(np.repeat(images, 5), clusters=np.repeat(np.arange(30), 5)) == pytest.approx(
+        share_interval(images), abs=0.01
+    )
+    certain = np.ones(40, dtype=bool)
+    assert share_interval(certain, clusters=np.repeat(np.arange(8), 5)) == share_interval(certain[:8])
+
+
+@pytest.mark.parametrize("n", [5, 8, 20, 50])
+def test_coverage_is_near_nominal_however_few_rows(n: int) -> None:
+    shares = np.linspace(0.02, 0.98, 97)
+    chance = stats.binom.pmf(np.arange(n + 1)[:, None], n, shares)
+    intervals = np.array([share_interval(np.arange(n) < k) for k in range(n + 1)])
+    covered = (intervals[:, :1] <= shares) & (shares <= intervals[:, 1:])
+    coverage = (chance * covered).sum(0)
+    assert coverage.mean() == pytest.approx(0.95, abs=0.01)
+    assert coverage.min() > 0.83  # a count is a whole number, so it swings about its mean
+
+
+@pytest.mark.parametrize("rows", [(1,) * 20, (2,) * 20, (1,) * 10 + (5,) * 10 + (40,) * 5])
+@pytest.mark.parametrize("mean", [0.5, 0.9])
+@pytest.mark.parametrize("spread", ["alike", "apart"])
+def test_coverage_of_a_mean_per_class_is_near_nominal(rows: tuple[int, ...], mean: float, spread: str) -> None:
+    random = np.random.default_rng(10)
+    share = np.full(len(rows), mean) if spread == "alike" else random.beta(3 * mean, 3 * (1 - mean), len(rows))
+    strata = np.repeat(np.arange(len(rows)), rows)
+    found = [share_interval(random.random(len(strata)) < share[strata], strata=strata) for _ in range(400)]
+    assert 0.92 <= np.mean([low <= share.mean() <= high for low, high in found]) <= 1
+
+
+def test_coverage_of_clusters_is_near_nominal_and_that_of_their_rows_is_not() -> None:
+    random = np.random.default_rng(11)
+    clusters = np.repeat(np.arange(60), 5)
+    covered = np.zeros(2)
+    for _ in range(400):
+        ease = random.beta(0.5, 0.5, 60)
+        hits = random.random(300) < ease[clusters]
+        for i, (low, high) in enumerate((share_interval(hits, clusters=clusters), share_interval(hits))):
+            covered[i] += low <= 0.5 <= high
+    assert covered[0] / 400 == pytest.approx(0.95, abs=0.025)
+    assert covered[1] / 400 < 0.85
 
 
 def test_more_confidence_is_a_wider_interval() -> None:
     hits = np.arange(60) % 2 == 0
-    wide, narrow = (bootstrap_interval(hits, confidence=c) for c in (0.99, 0.8))
+    wide, narrow = (share_interval(hits, confidence=c) for c in (0.99, 0.8))
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
 
 

@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from distilclip.evaluate.headings import title
+from distilclip.evaluate.tables import build_tables
 from distilclip.report.comparison import MAX_COLUMNS, Model, Row, Table, compare, models
 from distilclip.report.load import Score, load
 from tests.report.made_run import digest, write_evaluate, write_run, write_stage, write_train
@@ -75,10 +77,37 @@ def test_without_a_baseline_there_is_no_gain() -> None:
 def test_a_mean_needs_every_set() -> None:
     scores = [score("kd", 0.4), score("kd", 0.2, dataset="sketch"), score("cid", 0.5)]
     table = compare(scores, named("kd", "cid"))
-    assert [column.set for column in table.columns] == ["mean", "shape", "sketch"]
+    assert [column.set for column in table.columns] == ["mean of 2 sets", "shape", "sketch"]
     assert [cell.value for cell in cells(table, "kd").cells] == pytest.approx([0.3, 0.4, 0.2])
     assert [cell.value for cell in cells(table, "cid").cells] == [None, 0.5, None]
     assert table.columns[0].chance == pytest.approx(0.1)
+
+
+def test_means_are_of_the_papers_groups_and_say_of_how_many() -> None:
+    values = {"food101": 0.8, "dtd": 0.4, "objectnet": 0.3, "imagenet-a": 0.1, "objectnet-by-imagenet": 0.9}
+    scores = [score("kd", value, dataset=name, task="knn-probe") for name, value in values.items()]
+    table = compare([*scores, score("kd", None, dataset="pets", task="knn-probe", reason="not found")], named("kd"))
+    found = {column.set: cell.value for column, cell in zip(table.columns, cells(table, "kd").cells, strict=True)}
+    assert list(found)[:3] == ["mean of 2 of 14 papers' sets", "mean of 2 of 5 robustness sets", "food101"]
+    assert list(found.values())[:2] == pytest.approx([0.6, 0.2])
+    mixed = [score("kd", 0.5, dataset="mine"), score("kd", None, dataset="yours"), score("kd", 0.1, dataset="dtd")]
+    assert [column.set for column in compare(mixed, named("kd")).columns] == ["mean of 2 of 3 sets", "mine", "dtd"]
+
+
+def test_tasks_and_metrics_have_the_words_of_the_evaluations_own_table() -> None:
+    shown = {"knn-probe": "k-nearest-neighbour probe", "few-shot": "Few-shot linear probe"}
+    table = compare([score("kd", 0.4, task=task) for task in shown], named("kd"))
+    assert [name for name, _ in table.tasks] == list(shown.values())
+    (ours,) = build_tables(
+        [
+            {
+                **{"model": "kd", "set": "shape", "task": "agreement", "metric": "top1_agreement", "value": 0.5},
+                **{"headline": True, "num_unreadable": 0, "num_test": 9, "details": {}},
+            }
+        ]
+    )
+    assert ours.columns == ["model", f"shape, {title('top1_agreement')}"]
+    assert title("16_shot") == "16-shot"
 
 
 def test_a_set_without_any_score_is_left_out() -> None:

@@ -33,6 +33,14 @@ def draw() -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("name", ["_begins", "a$b$c", "日本 🙂", 'say "<b>"', "x_1^2 {y}"])
+def test_names_are_shown_as_they_are(name: str) -> None:
+    standing = figures.Standing(label=f"set {name}", values={name: 0.6, "other": 0.4}, chance=None)
+    svg = figures.standings([standing], {name: 0, "other": 1})
+    texts = ["".join(text.itertext()) for text in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert {name, f"set {name}", "other"} <= set(texts)
+
+
 def test_equal_numbers_give_equal_bytes(drawings: dict[str, str]) -> None:
     assert draw() == drawings
 

@@ -81,8 +81,8 @@ def test_every_picture_has_a_text_and_a_size(page: Page) -> None:
 def test_the_page_tells_the_whole_story(page: Page) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page.html))
     for words in (
-        "clip-cid is the best of 3 students: 45.5 % mean zero-shot, +16.5 points against plain, which had no teacher, "
-        "and 81 % of its teacher&#39;s score.",
+        "clip-cid is the best of 3 students: 45.5 % mean zero-shot of 2 sets, +16.5 points against plain, which had no "
+        "teacher, and 81 % of its teacher&#39;s score.",
         "Semantic balance kept 14 of 22 pictures (36.4 % removed).",
         "task + relational + 2000 feature + interactive",
         "sketch, linear probe: no top-1 score, the set has no training images.",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from distilclip.evaluate.model_specs import split_model, weights_by_name
 from distilclip.evaluate.protocol import Measurement, Protocol, View
 from distilclip.models.clip import create_clip
 from distilclip.stages.evaluate import Config, main
-from tests.conftest import encoded, picture, write_tar
+from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 from tests.evaluate import made_sets
 from tests.evaluate.test_sets import write_labelled_tar
 
@@ -236,7 +237,7 @@ def test_a_published_set_that_is_missing_is_a_row_and_its_group_a_counted_averag
     assert headline["pets"]["details"]["layout"] == "webdataset"
     table = (tmp_path / "out" / "table.md").read_text()
     assert "mean of 2 of 14 papers' sets" in table
-    assert "| food101 | - | 84.4 |" in table
+    assert "| food101 | - | 84.0 |" in table
     assert (tmp_path / "out" / "table.tex").read_text().startswith("% Zero-shot")
     record = json.loads((tmp_path / "out" / "clip_benchmark" / "small_pets_zero-shot.json").read_text())
     assert record["metrics"]["mean_per_class_recall"] == headline["pets"]["value"]
@@ -289,3 +290,94 @@ def test_result_is_plain_json_without_times(tmp_path: Path, models: tuple[str, s
     assert json.loads(text)["stage"] == "evaluate"
     assert "seconds" not in text
     assert "NaN" not in text
+
+
+# What lies under an unchanged path
+
+
+@pytest.fixture
+def own(tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]) -> tuple[Config, Path]:
+    """A config of copies that a test may change."""
+    for name, source in (("model", models[0]), ("shape", sets[0].removeprefix("tar:"))):
+        shutil.copytree(source, tmp_path / name)
+    (tmp_path / "templates.txt").write_text("the {}\n")
+    options = {"tasks": ("zero-shot",), "templates": str(tmp_path / "templates.txt")}
+    return config_of(tmp_path / "out", (str(tmp_path / "model"),), (f"tar:{tmp_path}/shape",), **options), tmp_path
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("what", ["templates", "set", "model"])
+def test_another_content_under_the_same_path_is_refused(
+    own: tuple[Config, Path], tiny_clip_json: str, what: str, finished: bool
+) -> None:
+    config, folder = own
+    main(config)
+    if not finished:
+        (folder / "out" / "result.json").unlink()
+    main(config)
+    if what == "templates":
+        (folder / "templates.txt").write_text("one {}\n")
+    elif what == "set":
+        (folder / "shape" / "classnames.txt").write_text("circle\nsquare\nmoon\n")
+    else:
+        create_clip(tiny_clip_json, seed=9).save(str(folder / "model"))
+    with pytest.raises(
+        InputError, match=f"model was measured on shape before the {what} changed. Choose another --out"
+    ):
+        main(config)
+
+
+def test_another_teacher_under_its_name_is_another_teacher(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str], tiny_clip_json: str
+) -> None:
+    shutil.copytree(models[1], tmp_path / "large")
+    config = config_of(
+        tmp_path / "out", (models[0], str(tmp_path / "large")), sets[1:], tasks=("agreement",), teacher="large"
+    )
+    main(config)
+    create_clip(tiny_clip_json, seed=9).save(str(tmp_path / "large"))
+    with pytest.raises(InputError, match=r"small was measured on pairs before the teacher's model changed"):
+        main(config)
+
+
+def test_what_failed_before_it_was_measured_may_be_mended(own: tuple[Config, Path]) -> None:
+    config, folder = own
+    (folder / "shape" / "classnames.txt").write_text("circle\nsquare\nstar\nmoon\n")
+    with pytest.raises(InputError, match="moon"):
+        main(config)
+    (folder / "shape" / "classnames.txt").write_text("circle\nsquare\nstar\n")
+    assert main(config)["rows"]
+
+
+# Models that differ in more than weights
+
+
+def test_equal_weights_with_another_activation_are_compared(tmp_path: Path, sets: tuple[str, str]) -> None:
+    for name, quick in (("plain", False), ("quick", True)):
+        create_clip(json.dumps({**TINY_CLIP, "quick_gelu": quick}), seed=3).save(str(tmp_path / name))
+    paths = (str(tmp_path / "plain"), str(tmp_path / "quick"))
+    result = main(config_of(tmp_path / "out", paths, sets[:1], tasks=("agreement",), teacher="plain"))
+    found = {(row["model"], row["metric"]): row["value"] for row in result["rows"]}
+    assert {model for model, _ in found} == {"quick"}
+    assert found["quick", "cosine"] < 1 - 1e-6
+
+
+def test_features_of_a_tower_without_a_layer_before_the_projection_are_called_what_they_are(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]
+) -> None:
+    vision = {"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}
+    create_clip(json.dumps({**TINY_CLIP, "vision_cfg": vision}), seed=3).save(str(tmp_path / "resnet"))
+    paths = (models[0], str(tmp_path / "resnet"))
+    result = main(config_of(tmp_path / "out", paths, sets[:1], tasks=("knn-probe",)))
+    features = {row["model"]: row["details"]["features"] for row in result["rows"]}
+    assert features == {"small": "backbone", "resnet": "embedding"}
+    table = (tmp_path / "out" / "table.md").read_text()
+    assert "Features before the projection." in table
+    assert "resnet: embeddings before they are normalised" in table
+
+
+def test_brackets_are_printed_as_they_are(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(config_of(tmp_path / "out", models[:1], sets[1:], tasks=("retrieval",), caption_prefix="[/x] [b]:cat: "))
+    assert "[/x] [b]:cat: " in capsys.readouterr().out.replace("\n", " ")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,21 @@ def test_the_command_takes_its_three_words_and_loads_no_torch(model: str, pictur
     assert done.returncode == 0, done.stderr
     assert "a red thing in 9 pictures" in done.stdout
     assert "1 pictures could not be read" in done.stdout
+    assert (tmp_path / "out/matches.png").exists()
+
+
+def test_names_are_listed_letter_by_letter(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    names = [":cat: [red]a.jpg", "“it’s” 日本.jpg"]  # noqa: RUF001
+    for seed, name in enumerate(names):
+        (folder / name).write_bytes(encoded(picture(seed)))
+    (Path(os.fsdecode(os.fsencode(folder) + b"/\xff.jpg"))).write_bytes(encoded(picture(2)))
+    result = main(Config(model=model, pictures=str(folder), query='[b]:dog: "“né”', out=str(tmp_path / "out")))
+    assert {match["picture"] for match in result["matches"]} == {*names, "\\xff.jpg"}
+    printed = capsys.readouterr().out
+    assert '[b]:dog: "“né” in 3 pictures' in printed
+    assert all(name in printed for name in (*names, "\\xff.jpg"))
     assert (tmp_path / "out/matches.png").exists()
 
 

@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, UInt32
+from jaxtyping import Float, Float32, Int64, Integer, Shaped, UInt32
 from torch import Tensor
 
+from distilclip.data.reader import OpenFiles, Reader
 from distilclip.data.store import Store
+from distilclip.data.tensors import HEADER_BYTES, Header, read_header
 from distilclip.data.unit import not_unit
-from distilclip.data.views import ViewEmbeddings
 from distilclip.errors import InputError
+
+MAX_OPEN_FILES = 64
+"""Payloads, and as many files of views, that a process has open of each store."""
 
 
 class Embeddings:
-    """Maps rows to a teacher's image and text embeddings. Picklable; opens the file of a shard when it is asked for."""
+    """Maps rows to a teacher's image and text embeddings. Picklable; opens files in the process that reads them."""
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._maps: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._views: dict[int, ViewEmbeddings] = {}
+        self._payloads = _Rows(store.payload_path, store.check_payload)
+        self._views = _Rows(store.views_path, store.check_views)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"store": self.store, "_maps": {}, "_views": {}}
-
-    def num_captions(self, shard: int, row: int) -> int:
-        """How many captions of a row have an embedding; in a store with views only."""
-        first = self._views_of(shard).text_first
-        return 1 + int(first[row + 1] - first[row])
+    def num_captions(self, shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
+        """How many captions of each row have an embedding; in a store with views only."""
+        first, after = (self._views.read("text_first", shard, row + np.uint32(i))[:, 0] for i in range(2))
+        return 1 + after - first
 
     def rows(
         self,
@@ -41,32 +42,22 @@ class Embeddings:
         """Image and text embeddings of n rows; of their views and captions, if given, else the canonical ones.
 
         Raises:
-            InputError: one is no finite unit vector.
+            InputError: a file is not the store's, or an embedding is no finite unit vector.
         """
-        image = np.empty((len(row), self.store.dim), np.float32)
-        text = np.empty_like(image)
-        order = np.argsort(shard, kind="stable")
-        for part in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
-            number = int(shard[part[0]])
-            if number not in self._maps:
-                self._maps[number] = self.store.image(number), self.store.text(number)
-            stored_image, stored_text = self._maps[number]
-            image[part] = (
-                stored_image[row[part]] if view is None else self._views_of(number).image[row[part], view[part]]
-            )
-            text[part] = stored_text[row[part]]
-            if caption is not None:
-                later = part[caption[part] > 0]  # a row's first caption is the canonical one
-                stored = self._views_of(number)
-                text[later] = stored.text[stored.text_first[row[later]] + caption[later] - 1]
+        if view is None:
+            image = self._payloads.read("image", shard, row)
+        else:
+            views = self._views.read("image", shard, row).reshape(len(row), -1, self.store.dim)
+            image = views[np.arange(len(row)), view]
+        text = self._payloads.read("text", shard, row)
+        if caption is not None and caption.any():
+            later = np.flatnonzero(caption)  # a row's first caption is the canonical one
+            first = self._views.read("text_first", shard[later], row[later])[:, 0]
+            text[later] = self._views.read("text", shard[later], first + caption[later] - 1)
+        image, text = image.astype(np.float32), text.astype(np.float32)
         for embeddings in (image, text):
             self._check_unit(embeddings, shard, row)
         return torch.from_numpy(image), torch.from_numpy(text)
-
-    def _views_of(self, shard: int) -> ViewEmbeddings:
-        if shard not in self._views:
-            self._views[shard] = self.store.view_embeddings(shard)
-        return self._views[shard]
 
     def _check_unit(
         self, embeddings: Float32[np.ndarray, "n dim"], shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]
@@ -78,3 +69,62 @@ class Embeddings:
                 f"{self.store.path}: the embedding of shard {shard[first]}, row {row[first]} is "
                 "not a finite unit vector. The store is damaged: embed the data again, into a new folder."
             )
+
+
+class _Rows:
+    """Rows of the tensors in one safetensors file per shard, each by one positioned read.
+
+    A batch has rows of any shard. So nothing is mapped (each map holds a file open), of remote files nothing else is
+    fetched, and headers are kept: a file that is opened again is not parsed again.
+    """
+
+    def __init__(self, path_of: Callable[[int], str], check: Callable[[int, Header], None]) -> None:
+        self.path_of, self.check = path_of, check
+        self._open: OpenFiles[int, Reader] = OpenFiles(self._reader, limit=MAX_OPEN_FILES)
+        self._headers: dict[int, Header] = {}
+
+    def read(
+        self, name: str, shard: UInt32[np.ndarray, " n"], row: Integer[np.ndarray, " n"]
+    ) -> Shaped[np.ndarray, "n width"]:
+        """Rows of the tensor `name`, flattened. Raises `InputError` where a file is missing, cut or another one."""
+        found: list[bytes] = []
+        for start in range(0, len(row), MAX_OPEN_FILES):  # more at once would close files before they are read
+            here = slice(start, start + MAX_OPEN_FILES)
+            found += self._read(name, shard[here].tolist(), row[here].tolist())
+        dtype = self._headers[int(shard[0])].places[name].dtype
+        return np.frombuffer(bytearray().join(found), dtype).reshape(len(row), -1)
+
+    def _read(self, name: str, shards: list[int], rows: list[int]) -> list[bytes]:
+        self._read_headers({shard for shard in shards if shard not in self._headers})
+        wanted = []
+        for shard, row in zip(shards, rows, strict=True):
+            reader = self._open[shard]
+            place = self._headers[shard].places[name]
+            if row >= place.shape[0]:
+                raise InputError(f"{reader.path} has {place.shape[0]} rows of {name}, not a row {row}. {_EMBED_AGAIN}")
+            offset, length = place.row(row)
+            reader.prefetch(offset, length)
+            wanted.append((reader, offset, length))
+        found = []
+        for reader, offset, length in wanted:
+            found.append(reader.read(offset, length))
+            if len(found[-1]) < length:
+                raise InputError(f"{reader.path} is cut: it ends before byte {offset + length}. {_EMBED_AGAIN}")
+        return found
+
+    def _read_headers(self, shards: set[int]) -> None:
+        try:
+            for shard in shards:  # all under way at the same time
+                self._open[shard].prefetch(0, HEADER_BYTES)
+            for shard in shards:
+                header = read_header(self._open[shard])
+                self.check(shard, header)
+                self._headers[shard] = header
+        except FileNotFoundError as error:
+            raise InputError(f"A file of embeddings is missing ({error}). {_EMBED_AGAIN}") from error
+
+    def _reader(self, shard: int) -> Reader:
+        return Reader(self.path_of(shard))
+
+
+_EMBED_AGAIN = "Embed the data again, into a new folder."

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +17,7 @@ from distilclip.data.augment import Augmentation, Crop
 from distilclip.data.decode import decode_crop
 from distilclip.data.embeddings import Embeddings
 from distilclip.data.pairs import PairTable, assert_key
+from distilclip.data.reader import OpenFiles
 from distilclip.data.samples import MAX_PIXELS, BadSample
 from distilclip.data.shards import Shard, open_shard
 from distilclip.data.store import Store
@@ -38,8 +37,8 @@ class Batch:
 
     `pixels` are the student's, `teacher_pixels` the same crop at a live teacher's size; the models subtract their means
     on their own device. `ids` are sample ids. `teacher_image` and `teacher_text` hold the embeddings of every store
-    that is joined, `labels` the clusters. `views` are the numbers of the stored views that are shown. `bad` lists,
-    as (where, error), the samples in whose place other rows stand here.
+    that is joined, `labels` the clusters. `bad` lists, as (where, error), the samples in whose place other rows stand
+    here.
     """
 
     ids: Int64[Tensor, " n"]
@@ -50,7 +49,6 @@ class Batch:
     teacher_image: tuple[Float[Tensor, "n _"], ...] = ()
     teacher_text: tuple[Float[Tensor, "n _"], ...] = ()
     labels: Int64[Tensor, " n"] | None = None
-    views: Int64[Tensor, " n"] | None = None
     bad: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
@@ -67,36 +65,23 @@ class Batch:
         return dataclasses.replace(self, **pinned)
 
 
-class OpenShards:
-    """The shards a process has open, by URI: at most `limit`, the longest unused closed first."""
+class OpenShards(OpenFiles[str, Shard]):
+    """The shards a process has open, by URI."""
 
     def __init__(self, limit: int = MAX_OPEN_SHARDS) -> None:
-        self.limit = limit
-        self._open: OrderedDict[str, Shard] = OrderedDict()
-        self._process = os.getpid()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"limit": self.limit, "_open": OrderedDict(), "_process": 0}
-
-    def __getitem__(self, uri: str) -> Shard:
-        if self._process != os.getpid():  # forked: the parent's file positions are not ours to move
-            self._open, self._process = OrderedDict(), os.getpid()
-        shard = self._open.pop(uri, None) or open_shard(uri)
-        self._open[uri] = shard
-        if len(self._open) > self.limit:
-            self._open.popitem(last=False)[1].close()
-        return shard
+        super().__init__(open_shard, limit=limit)
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """A row as it stands in a batch: its caption, and its crop at every size that is asked for."""
+    """A row as it stands in a batch: its caption, one of `num_captions`, and its crop at every size asked for."""
 
     index: int
     caption: str
     pixels: list[UInt8[Tensor, "3 _ _"]]
     view: int
     caption_number: int
+    num_captions: int
 
 
 class PairLoader(Dataset):
@@ -143,6 +128,7 @@ class PairLoader(Dataset):
         if self.views is not None:
             view = np.array([sample.view for sample in drawn])
             caption = np.array([sample.caption_number for sample in drawn])
+            self._check_captions(rows, np.array([sample.num_captions for sample in drawn]))
         embedded = [embeddings.rows(shard, row, view, caption) for embeddings in self.embeddings]
         return Batch(
             ids=torch.from_numpy(self.table.ids(rows).astype(np.int64)),
@@ -152,8 +138,7 @@ class PairLoader(Dataset):
             captions=captions,
             teacher_image=tuple(image for image, _ in embedded),
             teacher_text=tuple(text for _, text in embedded),
-            labels=None if self.table.cluster is None else torch.from_numpy(self.table.cluster[rows]),
-            views=None if view is None else torch.from_numpy(view),
+            labels=None if self.table.cluster is None else torch.from_numpy(self.table.cluster[rows].astype(np.int64)),
             bad=bad,
         )
 
@@ -191,14 +176,11 @@ class PairLoader(Dataset):
             raise BadSample("no caption", where=where)
         if sample.image is None:
             raise BadSample("no image", where=where)
-        caption, view, number = sample.caption, 0, 0
+        captions, view, number = [sample.caption], 0, 0
         if self.views is not None:
             view = view_in(epoch, shard, row, num_views=self.num_views)
             captions = sample.captions
-            if len(captions) != self.embeddings[0].num_captions(shard, row):
-                raise InputError(f"{where} has other captions than when it was embedded. Embed the data again.")
             number = caption_in(epoch, shard, row, num_views=self.num_views, num_captions=len(captions))
-            caption = captions[number]
 
         def draw(width: int, height: int) -> Crop:
             if self.views is not None:
@@ -206,7 +188,18 @@ class PairLoader(Dataset):
             return self.augmentation.draw(width, height, self._generator(epoch, index))
 
         pixels = decode_crop(sample.image, self.sizes, draw=draw, max_pixels=self.max_pixels, where=where)
-        return _Drawn(index, caption, pixels, view, number)
+        return _Drawn(index, captions[number], pixels, view, number, len(captions))
+
+    def _check_captions(self, rows: Int64[np.ndarray, " n"], num_captions: Int64[np.ndarray, " n"]) -> None:
+        """Raise `InputError` where a sample has more or fewer captions than the store."""
+        shard, row = self.table.shard[rows], self.table.row[rows]
+        other = np.flatnonzero(num_captions != self.embeddings[0].num_captions(shard, row))
+        if len(other):
+            first = other[0]
+            raise InputError(
+                f"{self.table.uris[int(shard[first])]}: {self.table.key[rows[first]]} has other captions than when it "
+                "was embedded. Embed the data again."
+            )
 
     def _generator(self, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
         """The random numbers of one sample in one epoch, the same in whatever batch, process or run it stands."""

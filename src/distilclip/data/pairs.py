@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Int64, UInt32, UInt64
+from jaxtyping import Bool, Int32, Int64, UInt32, UInt64
 
 from distilclip.data import files
 from distilclip.data.groups import read_groups, read_labels
 from distilclip.data.policy import ErrorPolicy
+from distilclip.data.rows import Rows
 from distilclip.data.samples import BadSample
 from distilclip.data.shards import open_shard
-from distilclip.data.store import Rows, Store, sample_id
+from distilclip.data.store import Store, sample_id
 from distilclip.errors import InputError
 
 
@@ -33,7 +34,7 @@ class PairTable:
     offset: UInt64[np.ndarray, " n"]
     size: UInt32[np.ndarray, " n"]
     key: pa.LargeStringArray
-    cluster: Int64[np.ndarray, " n"] | None
+    cluster: Int32[np.ndarray, " n"] | None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -41,6 +42,22 @@ class PairTable:
     def ids(self, rows: Int64[np.ndarray, " m"]) -> UInt64[np.ndarray, " m"]:
         """The sample ids of rows of this table."""
         return sample_id(self.shard[rows], self.row[rows])
+
+
+@dataclass(frozen=True)
+class Index:
+    """Where the n rows of a shard lie, as its store says: what training needs of a row table, keys in Arrow."""
+
+    key: pa.StringArray
+    offset: UInt64[np.ndarray, " n"]
+    size: UInt32[np.ndarray, " n"]
+    valid: Bool[np.ndarray, " n"]
+
+    @classmethod
+    def read(cls, store: Store, shard: int) -> Index:
+        """The index of a shard."""
+        table = store.columns(shard, "key", "offset", "size", "valid")
+        return cls(table["key"].combine_chunks(), *(table[name].to_numpy() for name in ("offset", "size", "valid")))
 
 
 def join_stores(
@@ -65,11 +82,11 @@ def join_stores(
         _check_same_rows(store, other)
 
     def join(shard: int) -> _Part:
-        rows = store.rows(shard)
+        rows = Index.read(store, shard)
         check_source(store, shard, uris[shard], rows)
         keep = kept_rows(store, shard, rows, groups)
         for other in stores[1:]:
-            keep = keep & other.rows(shard).valid
+            keep = keep & other.columns(shard, "valid")["valid"].to_numpy()
         cluster = None if clusters is None else _clusters(clusters, shard, keep)
         return _part(rows.key, rows.offset, rows.size, keep, cluster)
 
@@ -105,7 +122,7 @@ def index_pairs(data: Sequence[str], *, policy: ErrorPolicy) -> PairTable:
         offset = np.array([entry.offset for entry in entries], np.uint64)
         size = np.array([entry.size for entry in entries], np.uint32)
         usable = np.array([not entry.error for entry in entries])
-        parts.append(_part([entry.key for entry in entries], offset, size, usable, None))
+        parts.append(_part(pa.array([entry.key for entry in entries]), offset, size, usable, None))
     return _table(list(data), parts)
 
 
@@ -117,18 +134,18 @@ class _Part:
     offset: UInt64[np.ndarray, " n"]
     size: UInt32[np.ndarray, " n"]
     key: pa.LargeStringArray
-    cluster: Int64[np.ndarray, " n"] | None
+    cluster: Int32[np.ndarray, " n"] | None
 
 
 def _part(
-    key: list[str],
+    key: pa.StringArray,
     offset: UInt64[np.ndarray, " r"],
     size: UInt32[np.ndarray, " r"],
     keep: Bool[np.ndarray, " r"],
-    cluster: Int64[np.ndarray, " n"] | None,
+    cluster: Int32[np.ndarray, " n"] | None,
 ) -> _Part:
     row = np.flatnonzero(keep).astype(np.uint32)
-    return _Part(row, offset[keep], size[keep], pa.array(key, pa.large_string()).filter(pa.array(keep)), cluster)
+    return _Part(row, offset[keep], size[keep], key.filter(pa.array(keep)).cast(pa.large_string()), cluster)
 
 
 def _table(uris: list[str], parts: list[_Part]) -> PairTable:
@@ -144,7 +161,7 @@ def _table(uris: list[str], parts: list[_Part]) -> PairTable:
     )
 
 
-def kept_rows(store: Store, shard: int, rows: Rows, groups: str | None) -> Bool[np.ndarray, " r"]:
+def kept_rows(store: Store, shard: int, rows: Rows | Index, groups: str | None) -> Bool[np.ndarray, " r"]:
     """Which of the r rows of a shard are valid, and kept by `groups` (a balance folder; None keeps all).
 
     Raises:
@@ -153,9 +170,10 @@ def kept_rows(store: Store, shard: int, rows: Rows, groups: str | None) -> Bool[
     if groups is None:
         return rows.valid
     table = read_groups(groups, shard)
-    keep = np.zeros(len(rows), bool)
-    if len(table.row) and table.row[-1] >= len(rows):
-        raise InputError(f"{groups}: shard {shard} has a row {table.row[-1]}, the store {store.path} {len(rows)} rows.")
+    num_rows = len(rows.valid)
+    keep = np.zeros(num_rows, bool)
+    if len(table.row) and table.row[-1] >= num_rows:
+        raise InputError(f"{groups}: shard {shard} has a row {table.row[-1]}, the store {store.path} {num_rows} rows.")
     keep[table.row[table.keep]] = True
     if (keep & ~rows.valid).any() or len(table.row) != rows.valid.sum():
         raise InputError(
@@ -165,9 +183,9 @@ def kept_rows(store: Store, shard: int, rows: Rows, groups: str | None) -> Bool[
     return keep
 
 
-def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int64[np.ndarray, " n"]:
+def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int32[np.ndarray, " n"]:
     labels = read_labels(clusters, shard)
-    cluster = np.full(max(len(keep), int(labels.row.max(initial=0)) + 1), -1, np.int64)
+    cluster = np.full(max(len(keep), int(labels.row.max(initial=0)) + 1), -1, np.int32)
     cluster[labels.row] = labels.cluster
     found = cluster[: len(keep)][keep]
     if (found < 0).any():
@@ -178,7 +196,7 @@ def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int64[
     return found
 
 
-def check_source(store: Store, shard: int, uri: str, rows: Rows) -> None:
+def check_source(store: Store, shard: int, uri: str, rows: Rows | Index) -> None:
     """The shard is there, of the size that was embedded, and holds the key of its first valid row where the index says.
 
     All other keys are compared as they are read.
@@ -203,7 +221,7 @@ def check_source(store: Store, shard: int, uri: str, rows: Rows) -> None:
     except BadSample as error:
         found = str(error)
     source.close()
-    assert_key(found, rows.key[row], uri=uri, row=row)
+    assert_key(found, str(rows.key[row]), uri=uri, row=row)
 
 
 def assert_key(found: str, expected: str, *, uri: str, row: int) -> None:

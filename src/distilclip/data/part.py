@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Float16
 
 from distilclip.data.policy import ErrorPolicy
+from distilclip.data.rows import Rows
 from distilclip.data.scan import ScannedBatch, Source
-from distilclip.data.store import Rows, write_shard
+from distilclip.data.store import write_shard
 from distilclip.data.unit import not_unit
 from distilclip.data.views import ViewEmbeddings
 

@@ -52,7 +52,7 @@ class ErrorPolicy:
         if self.on_error == "raise":
             raise InputError(
                 f"{where}: {error}. {_remedy(error)} "
-                "Or pass over such samples, counted by reason, with --on-error skip."
+                "Or pass over such samples, counted by reason: --on-error skip; in `train`, a --max-bad-ratio above 0."
             )
         self.reasons[reason_of(error)] += 1
         self.first = self.first or f"{where}: {error}"
@@ -75,7 +75,7 @@ def _remedy(error: str) -> str:
 
 _REMEDIES = {
     "duplicate key": "The members of a sample must lie side by side (`tar --sort=name`), under a key of their own.",
-    "too many pixels": "Scale the image down, or raise --max-pixels.",
+    "too many pixels": "Scale the image down, or raise --max-pixels (of `embed`, `evaluate`; `train` has the store's).",
     "tar cut": "The file is incomplete: fetch it again.",
     "unsafe member name": "Write the tar again with relative names.",
     "no caption": "Add `key.txt`, or a `caption` to `key.json`.",

@@ -1,12 +1,14 @@
-"""Positioned reads of one file, local or remote, with reading ahead."""
+"""Positioned reads of files, local or remote, with reading ahead, and how many of them stay open."""
 
 from __future__ import annotations
 
 import io
 import os
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 from distilclip.data import files
 
@@ -22,7 +24,7 @@ class Reader:
     """
 
     def __init__(self, path: str, *, sequential: bool = False) -> None:
-        self.path, self.sequential = path, sequential
+        self.path, self.sequential, self._remote = path, sequential, files.is_url(path)
         self._file: Any = None
         self._ahead: dict[tuple[int, int], Future[bytes]] = {}
         self._process = 0
@@ -43,7 +45,7 @@ class Reader:
 
     def prefetch(self, offset: int, length: int) -> None:
         """Begin to fetch a range that `read` will ask for soon, so that waiting for the storage overlaps."""
-        if files.is_url(self.path):
+        if self._remote:
             request = _requests(os.getpid()).submit(files.read_range, self.path, offset, length)
             self._ahead[offset, length] = request
         elif hasattr(os, "posix_fadvise"):  # not on macOS
@@ -51,11 +53,12 @@ class Reader:
 
     def read(self, offset: int, length: int) -> bytes:
         """`length` bytes from `offset`; fewer only where the file ends."""
-        request = self._ahead.pop((offset, length), None)
-        if request is not None:
-            return request.result()
-        if files.is_url(self.path) and not self.sequential:
-            return files.read_range(self.path, offset, length)
+        if self._remote:
+            request = self._ahead.pop((offset, length), None)
+            if request is not None:
+                return request.result()
+            if not self.sequential:
+                return files.read_range(self.path, offset, length)
         file = self._opened()
         file.seek(offset)
         return file.read(length)
@@ -70,9 +73,42 @@ class Reader:
     def _opened(self) -> Any:
         if self._file is None or self._process != os.getpid():
             # Unbuffered, since a buffer would fetch 8 KiB for each tar header of 512 bytes.
-            self._file = files.open_read(self.path) if files.is_url(self.path) else io.FileIO(self.path)
+            self._file = files.open_read(self.path) if self._remote else io.FileIO(self.path)
             self._process = os.getpid()
         return self._file
+
+
+@runtime_checkable
+class Closable(Protocol):
+    """What holds a file open."""
+
+    def close(self) -> None:
+        """Let go of it."""
+
+
+Key = TypeVar("Key", bound=Hashable)
+File = TypeVar("File", bound=Closable)
+
+
+class OpenFiles(Generic[Key, File]):
+    """The files a process has open, each by its key: at most `limit`, the longest unused closed first."""
+
+    def __init__(self, open_file: Callable[[Key], File], *, limit: int) -> None:
+        self.open_file, self.limit = open_file, limit
+        self._open: OrderedDict[Key, File] = OrderedDict()
+        self._process = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": OrderedDict(), "_process": 0}
+
+    def __getitem__(self, key: Key) -> File:
+        if self._process != os.getpid():  # forked: the parent's file positions are not ours to move
+            self._open, self._process = OrderedDict(), os.getpid()
+        file = self._open.pop(key, None) or self.open_file(key)
+        self._open[key] = file
+        if len(self._open) > self.limit:
+            self._open.popitem(last=False)[1].close()
+        return file
 
 
 @lru_cache(maxsize=1)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import itertools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,47 +104,71 @@ class _Decoded:
     task: _Task
     fields: dict[str, Any]
 
+    def pin_memory(self) -> _Decoded:
+        """The rows in page-locked memory, for copies to a GPU that overlap with its work."""
+        pinned = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in self.fields.items()}
+        return dataclasses.replace(self, fields=pinned)
+
 
 class _Sources:
-    """Yields tasks shard by shard while the loader asks for them, and holds what their results need."""
+    """Yields tasks shard by shard while the loader asks for them, and holds what their results need.
+
+    While one shard is decoded, a thread fetches and indexes the next.
+    """
 
     def __init__(self, shards: Sequence[tuple[int, str]], batch_size: int) -> None:
         self.shards, self.batch_size = shards, batch_size
-        self._sources: dict[int, tuple[Source, contextlib.ExitStack]] = {}
+        self._thread = ThreadPoolExecutor(1)
+        self._sources: dict[int, Source] = {}
+        self._copies: dict[int, contextlib.ExitStack] = {}
 
     def __iter__(self) -> Iterator[_Task]:
+        for source, path in self._one_ahead():
+            self._sources[source.shard] = source
+            for first in range(0, len(source.entries), self.batch_size):
+                part = source.entries[first : first + self.batch_size]
+                yield _Task(shard=source.shard, path=path, first=first, entries=part)
+
+    def _one_ahead(self) -> Iterator[tuple[Source, str]]:
+        """Every source and the path to read it at."""
+        under_way: deque[Future[tuple[Source, str]]] = deque()
         for shard, uri in self.shards:
-            copy = contextlib.ExitStack()
-            # Each sample will be read: one download costs less than a request per sample. Tables name other files.
-            path = uri if uri.lower().endswith((".csv", ".tsv")) else copy.enter_context(files.local_copy(uri))
-            opened = open_shard(path)
-            entries = opened.index()
-            opened.close()
-            source = Source(
-                shard=shard,
-                uri=uri,
-                num_bytes=files.size(path),
-                sha256=files.sha256(path),
-                truncated=opened.truncated,
-                entries=entries,
-            )
-            self._sources[shard] = source, copy
-            for first in range(0, len(entries), self.batch_size):
-                part = entries[first : first + self.batch_size]
-                yield _Task(shard=shard, path=path, first=first, entries=part)
+            under_way.append(self._thread.submit(self._open, shard, uri))
+            if len(under_way) > 1:
+                yield under_way.popleft().result()
+        for last in under_way:
+            yield last.result()
+
+    def _open(self, shard: int, uri: str) -> tuple[Source, str]:
+        copy = self._copies[shard] = contextlib.ExitStack()
+        # Each sample will be read: one download costs less than a request per sample. Tables name other files.
+        path = uri if uri.lower().endswith((".csv", ".tsv")) else copy.enter_context(files.local_copy(uri))
+        opened = open_shard(path)
+        entries = opened.index()
+        opened.close()
+        source = Source(
+            shard=shard,
+            uri=uri,
+            num_bytes=files.size(path),
+            sha256=files.sha256(path),
+            truncated=opened.truncated,
+            entries=entries,
+        )
+        return source, path
 
     def finish(self, decoded: _Decoded) -> ScannedBatch:
         """The batch with its source; after the last one of a shard its download is removed."""
         task = decoded.task
-        source, copy = self._sources[task.shard]
+        source = self._sources[task.shard]
         if task.first + len(task.entries) == len(source.entries):
-            copy.close()
+            self._copies.pop(task.shard).close()
             del self._sources[task.shard]
         return ScannedBatch(source=source, first=task.first, **decoded.fields)
 
     def close(self) -> None:
-        """Remove the downloads that are left after a failure."""
-        for _, copy in self._sources.values():
+        """Wait for the thread, and remove the downloads that are left after a failure."""
+        self._thread.shutdown(cancel_futures=True)
+        for copy in self._copies.values():
             copy.close()
 
 

@@ -102,7 +102,7 @@ class TarShard:
                 f"{self.uri} has no sample at byte {offset}: the file is not the one that was indexed. "
                 "Embed it again, or give the tars that the store was made from."
             )
-        return _sample(members, data, self.uri)
+        return sample_of(members[0].key, members, lambda m: data[m.data : m.data + m.size], uri=self.uri)
 
 
 @dataclass(frozen=True)
@@ -275,13 +275,13 @@ def _entries(spans: list[_Span]) -> list[Entry]:
     return entries
 
 
-def _sample(members: list[Member], data: bytes, uri: str) -> Sample:
-    key = members[0].key
+def sample_of(key: str, members: list[Member], read: Callable[[Member], bytes], *, uri: str) -> Sample:
+    """The sample that these members make; `read` has their contents. Raises `BadSample` for one that makes no sense."""
     where = f"{uri}: {key}"
     image = caption = label = None
     meta: dict[str, Any] = {}
     for member in members:
-        content = data[member.data : member.data + member.size]
+        content = read(member)
         if member.extension in IMAGE_EXTENSIONS:
             image = content if image is None else image
         elif member.extension == "txt":

@@ -1,4 +1,4 @@
-"""Safetensors files: written with the same bytes each time, read through memory maps."""
+"""Safetensors files: written with the same bytes each time, read through a memory map or in parts."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from distilclip.data import files
+from distilclip.data.reader import Reader
 from distilclip.errors import InputError
 
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -23,6 +25,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 }
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _MAX_HEADER = 100_000_000  # the format's own limit
+HEADER_BYTES = 4096  # of the first read; the headers of a store's files are shorter
 
 
 def write_tensors(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
@@ -52,41 +55,92 @@ def write_tensors(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping
 
 def read_metadata(path: str) -> dict[str, str]:
     """The metadata of a safetensors file; of the file only the header is read."""
-    return _read_header(path)[0].get("__metadata__", {})
+    with Reader(path) as reader:
+        return _read_header(reader)[0].get("__metadata__", {})
 
 
 def read_tensors(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file: read-only memory maps where the file is local, copies where it is a URL.
+    """The arrays of a safetensors file: read-only views of one memory map where it is local, copies where it is a URL.
 
     Raises:
         InputError: the file is no safetensors file, is cut, or holds a dtype that no distilclip file has.
     """
-    header, start = _read_header(path)
-    tensors = {name: spec for name, spec in header.items() if name != "__metadata__"}
-    end = start + max((spec["data_offsets"][1] for spec in tensors.values()), default=0)
-    if files.size(path) != end:
-        raise InputError(f"{path} has {files.size(path)} bytes where its header says {end}: it is cut. Write it again.")
+    with Reader(path) as reader:
+        header = read_header(reader)
+    if files.size(path) != header.end:
+        raise InputError(
+            f"{path} has {files.size(path)} bytes where its header says {header.end}: it is cut. Write it again."
+        )
     content = np.frombuffer(files.read_bytes(path), np.uint8) if files.is_url(path) else np.memmap(path, mode="r")
-    arrays = {}
-    for name, spec in tensors.items():
+    return {
+        name: content[place.start : place.start + place.num_bytes].view(place.dtype).reshape(place.shape)
+        for name, place in header.places.items()
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its file: `start` is its first byte."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+    def row(self, row: int) -> tuple[int, int]:
+        """Where a row lies in the file: its first byte, and how many they are."""
+        length = self.num_bytes // self.shape[0]
+        return self.start + row * length, length
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file says of itself: its string metadata, where its tensors lie, and how many bytes it has."""
+
+    metadata: dict[str, str]
+    places: dict[str, Place]
+    end: int
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the tensors, by name."""
+        return {name: place.shape for name, place in self.places.items()}
+
+
+def read_header(reader: Reader) -> Header:
+    """The header of a safetensors file, in one read of `HEADER_BYTES` if it is no longer.
+
+    Raises:
+        InputError: the file is no safetensors file, or holds a dtype that no distilclip file has.
+    """
+    header, start = _read_header(reader)
+    places = {}
+    for name, spec in header.items():
+        if name == "__metadata__":
+            continue
         if spec["dtype"] not in _DTYPES:
-            raise InputError(f"{path}: {name} has dtype {spec['dtype']}, which no distilclip file has.")
+            raise InputError(f"{reader.path}: {name} has dtype {spec['dtype']}, which no distilclip file has.")
         first, last = spec["data_offsets"]
         dtype, shape = _DTYPES[spec["dtype"]], tuple(spec["shape"])
         if math.prod(shape) * dtype.itemsize != last - first:
-            raise InputError(f"{path}: the shape {shape} of {name} disagrees with its {last - first} bytes.")
-        arrays[name] = content[start + first : start + last].view(dtype).reshape(shape)
-    return arrays
+            raise InputError(f"{reader.path}: the shape {shape} of {name} disagrees with its {last - first} bytes.")
+        places[name] = Place(dtype, shape, start + first, last - first)
+    end = max((place.start + place.num_bytes for place in places.values()), default=start)
+    return Header(header.get("__metadata__", {}), places, end)
 
 
-def _read_header(path: str) -> tuple[dict[str, Any], int]:
-    length = int.from_bytes(files.read_range(path, 0, 8), "little")
+def _read_header(reader: Reader) -> tuple[dict[str, Any], int]:
+    """The header, and the byte after it, at which the data begin."""
+    head = reader.read(0, HEADER_BYTES)
+    length = int.from_bytes(head[:8], "little")
     try:
-        if not 0 < length <= min(_MAX_HEADER, files.size(path) - 8):
+        if len(head) < 8 or not 0 < length <= _MAX_HEADER:
             raise ValueError(f"a header of {length} bytes")
-        header = json.loads(files.read_range(path, 8, length))
+        if 8 + length > len(head):
+            head += reader.read(len(head), 8 + length - len(head))
+        header = json.loads(head[8 : 8 + length])
     except ValueError as error:
-        raise InputError(f"{path} is no safetensors file ({error}). Write it again.") from error
+        raise InputError(f"{reader.path} is no safetensors file ({error}). Write it again.") from error
     return header, 8 + length
 
 

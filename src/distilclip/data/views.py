@@ -19,7 +19,8 @@ from jaxtyping import Float16, Int64
 from distilclip.data import files
 from distilclip.data.augment import Augmentation, Crop
 from distilclip.data.columns import FORMAT_VERSION
-from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
+from distilclip.data.reader import Reader
+from distilclip.data.tensors import Header, read_header, read_tensors, write_tensors
 from distilclip.errors import InputError
 
 
@@ -96,12 +97,25 @@ def read_views(store: str, shard: int, *, num_rows: int, num_views: int, dim: in
     path = views_path(store, shard)
     if not files.exists(path):
         raise InputError(f"{path} is missing. Embed the data again, into a new folder, with --views {num_views}.")
+    with Reader(path) as reader:
+        header = read_header(reader)
+    check_views(store, shard, header, num_rows=num_rows, num_views=num_views, dim=dim, teacher=teacher)
     found = ViewEmbeddings(**read_tensors(path))
-    if (
-        read_metadata(path).get("teacher_digest") != teacher
-        or found.image.shape != (num_rows, num_views, dim)
-        or found.text_first.shape != (num_rows + 1,)
-        or found.text.shape != (found.text_first[-1], dim)
-    ):
-        raise InputError(f"{path} does not belong to the store {store}. Embed the data again, into a new folder.")
+    if len(found.text) != found.text_first[-1]:
+        raise InputError(_foreign(store, shard))
     return found
+
+
+def check_views(
+    store: str, shard: int, header: Header, *, num_rows: int, num_views: int, dim: int, teacher: str
+) -> None:
+    """Raise `InputError` unless a file with this header holds the views of a shard of this store."""
+    num_texts = header.shapes.get("text", ())[:1]
+    expected = {"image": (num_rows, num_views, dim), "text": (*num_texts, dim), "text_first": (num_rows + 1,)}
+    if header.metadata.get("teacher_digest") != teacher or header.shapes != expected:
+        raise InputError(_foreign(store, shard))
+
+
+def _foreign(store: str, shard: int) -> str:
+    path = views_path(store, shard)
+    return f"{path} does not belong to the store {store}. Embed the data again, into a new folder."

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,14 +18,19 @@ from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.evaluate.dataset import ImageRef
 from distilclip.evaluate.encode import ImageFeatures, Output
 
-CACHE_FORMAT = "1"
+CACHE_FORMAT = "2"
 
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of safetensors files. A file is used only if its metadata equal the whole key that is asked for."""
+    """A folder of safetensors files. A file is used only if its metadata equal the whole key that is asked for.
+
+    While an object of this class lives, image files are taken to stay as they are: those of a tuple are looked at once,
+    whichever model asks.
+    """
 
     folder: str
+    _digests: dict[int, tuple[tuple[ImageRef, ...], str]] = field(default_factory=dict, repr=False, compare=False)
 
     def images(
         self,
@@ -37,10 +42,9 @@ class FeatureCache:
     ) -> ImageFeatures:
         """Features of some images: those of each output that are on disk, the others computed in one pass and kept.
 
-        `key` says with what they are computed (model digest, preprocessing, precision); the images are identified by
-        `images_digest`.
+        `key` says with what they are computed (model, precision); the images are identified by `images_digest`.
         """
-        digest = images_digest(images)
+        digest = self._digest(images)
         keys = {output: {**key, "images": digest, "output": output} for output in outputs}
         found = {output: self._read(keys[output]) for output in outputs}
         missing = [output for output in outputs if found[output] is None]
@@ -65,6 +69,13 @@ class FeatureCache:
         computed = compute()
         self._write(key, {tensor: value.numpy() for tensor, value in computed.items()}, extra={})
         return computed
+
+    def _digest(self, images: Sequence[ImageRef]) -> str:
+        if not isinstance(images, tuple):
+            return images_digest(images)
+        if id(images) not in self._digests:  # the tuple is kept, so that no other takes its id
+            self._digests[id(images)] = images, images_digest(images)
+        return self._digests[id(images)][1]
 
     def _path(self, key: dict[str, str]) -> str:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -105,9 +116,10 @@ def images_digest(images: Sequence[ImageRef]) -> str:
 def _state(uri: str) -> str:
     if files.is_url(uri):
         return str(files.size(uri))
-    if not os.path.exists(uri):
+    try:
+        found = os.stat(uri)
+    except OSError:
         return "missing"
-    found = os.stat(uri)
     return f"{os.path.abspath(uri)} {found.st_size} {found.st_mtime_ns}"
 
 

@@ -101,7 +101,11 @@ _OTHER_SETS = (
 
 _BY_NAME = {known.name: known for known in (*PAPER_SETS, *_OTHER_SETS)}
 _OBJECTNET_BY_IMAGENET = dataclasses.replace(
-    _BY_NAME["objectnet"], name="objectnet-by-imagenet", group="variant", webdataset=()
+    _BY_NAME["objectnet"],
+    name="objectnet-by-imagenet",
+    group="variant",
+    rule="each class by the nearest of ImageNet's names for it",
+    webdataset=(),
 )  # a webdataset lacks the archive's map to ImageNet's classes
 
 CATALOGUE: dict[str, KnownSet] = {**_BY_NAME, _OBJECTNET_BY_IMAGENET.name: _OBJECTNET_BY_IMAGENET}

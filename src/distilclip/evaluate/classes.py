@@ -110,6 +110,12 @@ def templates_digest(templates: Sequence[str]) -> str:
     return hashlib.sha256("".join(f"{template}\n" for template in templates).encode()).hexdigest()
 
 
+def classes_digest(classes: Classes) -> str:
+    """SHA-256 of the names that prompts are written with, a line each: the number of its class, a tab, the name."""
+    lines = (f"{number}\t{name}\n" for name, number in zip(*classes.prompted, strict=True))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def read_lines(path: str) -> tuple[str, ...]:
     """The lines of a UTF-8 text file, stripped, blank ones left out."""
     try:

@@ -13,7 +13,7 @@ from distilclip.evaluate.classes import Classes
 Metric = Literal["top1", "mean_per_class"]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
     """Where an image lies: a file of its own, (with a key) a sample of a shard, or (with pixels) a row of an array.
 

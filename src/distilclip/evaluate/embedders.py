@@ -16,9 +16,9 @@ from torch import Tensor
 from distilclip.data.policy import ErrorPolicy
 from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.dataset import ImageRef, PairSet
-from distilclip.evaluate.encode import Encoding, ImageFeatures, Output, encode_images, encode_texts
+from distilclip.evaluate.encode import Encoder, Encoding, ImageFeatures, Output, encode_images, encode_texts
 from distilclip.evaluate.zero_shot import TextClassifier, text_classifier
-from distilclip.models.clip import Clip
+from distilclip.models.backbone import Backbone
 
 
 @runtime_checkable
@@ -32,6 +32,14 @@ class Embedder(Protocol):
     @property
     def digest(self) -> str:
         """SHA-256 of the weights."""
+
+    @property
+    def identity(self) -> str:
+        """A digest of all that decides the features: models of the same identity are the same model."""
+
+    @property
+    def backbone_kind(self) -> Backbone | None:
+        """What its features of the output `backbone` are; None where it has none."""
 
     @property
     def device(self) -> torch.device:
@@ -60,7 +68,7 @@ class Embedder(Protocol):
 class ModelEmbedder:
     """A CLIP model; with a cache, what it has encoded before is read."""
 
-    clip: Clip
+    clip: Encoder
     encoding: Encoding
     cache: FeatureCache | None = None
 
@@ -75,6 +83,16 @@ class ModelEmbedder:
         return self.clip.digest
 
     @property
+    def identity(self) -> str:
+        """Weights, architecture, preprocessing and tokenizer."""
+        return _digest({"weights": self.digest, **self.clip.settings})
+
+    @property
+    def backbone_kind(self) -> Backbone | None:
+        """The model's own."""
+        return self.clip.backbone_kind
+
+    @property
     def device(self) -> torch.device:
         """The model's own, where that is a GPU: half the solvers would be wrong on MPS, which has no float64."""
         return self.clip.device if self.clip.device.type == "cuda" else torch.device("cpu")
@@ -86,7 +104,9 @@ class ModelEmbedder:
         return {"num_parameters": clip.num_parameters, "dim": clip.dim, "preprocessing": clip.preprocess_cfg}
 
     def lacks(self, images: Sequence[ImageRef], outputs: Sequence[Output]) -> str:
-        """Nothing: a model can encode any image."""
+        """Only an exported model lacks something: features before the projection."""
+        if "backbone" in outputs and self.backbone_kind is None:
+            return "an exported model has no features before the projection: use --probe-features projected"
         return ""
 
     def images(
@@ -104,8 +124,7 @@ class ModelEmbedder:
 
         if self.cache is None:
             return compute(outputs)
-        key = {**self._key, "preprocessing": _digest(self.clip.preprocess_cfg)}
-        found = self.cache.images(images, outputs, compute, key=key)
+        found = self.cache.images(images, outputs, compute, key=self._key)
         if not computed:
             policy.seen(len(images))
             for row, error in found.unreadable:
@@ -142,7 +161,7 @@ class ModelEmbedder:
     @property
     def _key(self) -> dict[str, str]:
         encoding = self.encoding
-        return {"model": self.digest, "dtype": str(encoding.dtype), "max_pixels": str(encoding.max_pixels)}
+        return {"model": self.identity, "dtype": str(encoding.dtype), "max_pixels": str(encoding.max_pixels)}
 
 
 def _digest(value: Any) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -20,10 +20,68 @@ from distilclip.data.samples import MAX_PIXELS, BadSample, decode_image
 from distilclip.data.workers import map_tasks
 from distilclip.errors import InputError
 from distilclip.evaluate.dataset import ImageRef
-from distilclip.models.clip import Clip
+from distilclip.models.backbone import Backbone
 from distilclip.progress import progress
 
 Output = Literal["embedding", "backbone"]
+
+
+@runtime_checkable
+class Encoder(Protocol):
+    """Image and text towers, and how to feed them: a `Clip`, or an exported model that works like one."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the table."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the weights."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the features beside the weights, as JSON can hold it."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the towers run."""
+
+    @property
+    def scale(self) -> Float[Tensor, ""]:
+        """The factor of the cosine similarities."""
+
+    @property
+    def dim(self) -> int:
+        """Width of the shared embedding space."""
+
+    @property
+    def num_parameters(self) -> int | None:
+        """Trainable values in both towers; None where they are not known."""
+
+    @property
+    def preprocess_cfg(self) -> dict[str, Any]:
+        """What `preprocess` does, in open_clip's words."""
+
+    @property
+    def preprocess(self) -> Callable[[Image.Image], Tensor]:
+        """From an RGB picture to what the image tower expects; travels to the processes that decode."""
+
+    @property
+    def tokenizer(self) -> Callable[[list[str]], Tensor]:
+        """From captions to token ids."""
+
+    @property
+    def backbone_kind(self) -> Backbone | None:
+        """What `backbone_features` are; None where there are none."""
+
+    def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
+        """Unit image embeddings, float32."""
+
+    def encode_text(self, tokens: Int[Tensor, "n context"]) -> Float[Tensor, "n dim"]:
+        """Unit text embeddings, float32."""
+
+    def backbone_features(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
+        """Image features before the projection, not normalised."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +102,8 @@ class Encoding:
 class ImageFeatures:
     """Features of the images that could be read, on the CPU; `rows` are their places among all that were asked for.
 
-    `embedding` has unit rows; `backbone` is what lies before the projection, as it is. `unreadable` are the rows of the
-    images that are missing, each with the reason.
+    `embedding` has unit rows; `backbone` is what the model's `backbone_kind` says, not normalised. `unreadable` are the
+    rows of the images that are missing, each with the reason.
     """
 
     rows: Int[Tensor, " n"]
@@ -64,7 +122,7 @@ class ImageFeatures:
 
 
 def encode_images(
-    clip: Clip,
+    clip: Encoder,
     images: Sequence[ImageRef],
     *,
     outputs: Sequence[Output] = ("embedding",),
@@ -117,7 +175,7 @@ def encode_images(
     return ImageFeatures(rows=torch.tensor(rows), features=found, unreadable=tuple(unreadable))
 
 
-def encode_texts(clip: Clip, texts: Sequence[str], *, encoding: Encoding | None = None) -> Float[Tensor, "n dim"]:
+def encode_texts(clip: Encoder, texts: Sequence[str], *, encoding: Encoding | None = None) -> Float[Tensor, "n dim"]:
     """Unit text embeddings in order, on the CPU. Raises `InputError` for a model whose features are not finite."""
     encoding = encoding or Encoding()
     parts = []
@@ -130,7 +188,7 @@ def encode_texts(clip: Clip, texts: Sequence[str], *, encoding: Encoding | None 
     return features
 
 
-def _check_finite(clip: Clip, features: Tensor) -> None:
+def _check_finite(clip: Encoder, features: Tensor) -> None:
     if not torch.isfinite(features).all():
         raise InputError(f"{clip.name} gives NaN or infinite features: its weights are broken, or bf16 is too coarse.")
 

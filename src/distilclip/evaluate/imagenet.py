@@ -86,7 +86,8 @@ def list_objectnet(path: str) -> Listing:
 def list_objectnet_by_imagenet(path: str) -> Listing:
     """The same images, each class by the names of the ImageNet classes that it maps to, of which the nearest counts.
 
-    That is how a classifier of ImageNet's classes is put to the test (Wortsman et al. 2022, WiSE-FT: `project_logits`).
+    That is how a classifier of ImageNet's classes is put to the test (Wortsman et al. 2022, WiSE-FT: `project_logits`):
+    the choice is among the shared classes; ImageNet's others, where one of all 1000 could fall, take no part.
     Lines of `imagenet_to_label_2012_v2` are numbered by ILSVRC 2012, `pytorch_to_imagenet_2012_id.json` turns them
     into the usual numbers.
     """
@@ -98,7 +99,9 @@ def list_objectnet_by_imagenet(path: str) -> Listing:
     names = tuple(
         tuple(IMAGENET_CLASSNAMES[number_of[name]] for name in shared[label].split("; ")) for label in listing.labels
     )
-    return dataclasses.replace(listing, prompt_names=names, record={"classes": "ImageNet's names, the nearest counts"})
+    return dataclasses.replace(
+        listing, prompt_names=names, record={"classes": "ImageNet's names of the shared classes"}
+    )
 
 
 def unknown_wordnet_id(label: str, ids: Sequence[str], *, where: str) -> InputError:

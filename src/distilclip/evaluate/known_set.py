@@ -17,9 +17,10 @@ class KnownSet:
     `folders` are the names that its folder under the data root may have. Its original layout shows by any of `archive`,
     in that folder or right in the data root, or of `inner`, in that folder only. `webdataset` are CLIP_benchmark's
     names. `prompts` is its section in openai/CLIP's prompts.md, `benchmark` its key in clip-benchmark. `aliases` give
-    the prompt's class name for labels that share no words with it. A set whose classes `may_be_empty` has dead links.
+    the prompt's class name for labels that share no words with it; labels that are names themselves are written with
+    blanks for any of `blanks`. A set whose classes `may_be_empty` has dead links.
     `border` pixels are cut off each side of its images. A `variant` measures another set by another rule, and takes
-    part in no average. `size` and `licence` are empty where they are not known for sure.
+    part in no average; `rule` says how it chooses. `size` and `licence` are empty where they are not known for sure.
     """
 
     name: str
@@ -35,8 +36,10 @@ class KnownSet:
     num_classes: int = 0
     num_train: int = 0
     metric: Metric = "top1"
+    rule: str = ""
     prompts: str = ""
     benchmark: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
+    blanks: str = "_"
     may_be_empty: bool = False
     border: int = 0

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from scipy.io.matlab import MatReadError
 
 from distilclip.data import files
 from distilclip.errors import InputError
@@ -54,6 +57,13 @@ CAPTIONED: dict[str, Callable[[str], Captioned]] = {"coco": karpathy.list_coco, 
 """Readers of the original layouts by set, of labelled images and of captions."""
 
 
+_DAMAGE = (
+    *(RuntimeError, OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration),
+    *(MatReadError, zlib.error),
+)
+"""What the readers of torchvision, scipy and json raise on files that are cut or of another kind."""
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a set lies: the folder that its reader takes, and in which layout."""
@@ -93,8 +103,8 @@ def load_known_set(
     place = locate(known, data_root)
     if place is None:
         reason = (
-            f"not found under {data_root}: `distilclip evaluate --list --data-root {data_root}` says what was looked "
-            "for, and how to get it"
+            f"not found under {data_root}{_needed(known)}: `distilclip evaluate --list --data-root {data_root}` says "
+            "what was looked for, and how to get it"
         )
         kind: Literal["pairs", "labelled"] = "pairs" if known.group == "retrieval" else "labelled"
         return MissingSet(name=known.name, reason=reason, kind=kind, has_train=known.num_train > 0)
@@ -103,12 +113,17 @@ def load_known_set(
         if known.group == "retrieval":
             return _load_pairs(known, place, record)
         return _load_labelled(known, place, record, prompts)
-    except (RuntimeError, OSError, KeyError, ValueError, StopIteration) as error:
+    except _DAMAGE as error:
         if isinstance(error, InputError):
             raise
         raise InputError(
             f"{known.name} in {place.path} cannot be read: {error!r}. Get it again: {known.source}."
         ) from error
+
+
+def _needed(known: KnownSet) -> str:
+    """What images alone lack: of a set for retrieval, the file with split and captions."""
+    return f" with its {' or '.join(known.inner)}" if known.group == "retrieval" else ""
 
 
 def _load_pairs(known: KnownSet, place: Place, record: dict[str, Any]) -> PairSet:
@@ -194,6 +209,8 @@ def _webdatasets(known: KnownSet, data_root: str) -> Iterator[str]:
 
 
 def _own_folders(known: KnownSet, data_root: str) -> Iterator[str]:
+    if known.group == "retrieval":  # folders of images have no captions
+        return iter(())
     return (files.join(data_root, folder) for folder in dict.fromkeys((known.name, *known.folders)))
 
 

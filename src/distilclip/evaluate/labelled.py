@@ -12,6 +12,7 @@ from jaxtyping import Int
 from distilclip.data import files
 from distilclip.data.samples import IMAGE_EXTENSIONS, BadSample, Sample
 from distilclip.data.shards import open_shard
+from distilclip.data.texts import TextReader
 from distilclip.errors import InputError
 from distilclip.evaluate.classes import (
     DEFAULT_TEMPLATES,
@@ -21,7 +22,7 @@ from distilclip.evaluate.classes import (
     read_templates,
 )
 from distilclip.evaluate.dataset import ImageRef, LabelledSet, Metric, Split
-from distilclip.evaluate.folders import SplitName, find_files, folder_of, list_folder, shards_by_split, split_of
+from distilclip.evaluate.folders import SplitName, find_files, folder_of, list_folder, shards_by_split, split_folders
 
 Labelled = list[tuple[ImageRef, str]]
 """Images with the labels that the set itself writes, "" where an image is unusable."""
@@ -50,7 +51,8 @@ def read_folder(name: str, path: str) -> LabelledSet:
     """PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg beside PATH/test and PATH/val.
 
     Where there is no test folder, the validation folder is tested. Raises `InputError` for a folder without class
-    folders, a class folder without images, or one that classnames.txt does not name.
+    folders, one that is neither split nor class, a class folder without images, or one that classnames.txt does not
+    name.
     """
     return _own_set(name, path, list_images(path))
 
@@ -58,8 +60,9 @@ def read_folder(name: str, path: str) -> LabelledSet:
 def read_tars(name: str, path: str) -> LabelledSet:
     """Tars of `key.jpg` with `key.cls`, or with `label` or `cls` in `key.json`: a class's name or its number from 0.
 
-    Tars named train... or lying in train/ are for the probe, val... to choose its penalty; any other is tested.
-    classnames.txt and templates.txt lie beside the tars. Raises `InputError` as `read_folder`.
+    Tars named train or trainval... or lying in train/ are for the probe, val or dev... to choose its penalty; without
+    any such name all are tested. classnames.txt and templates.txt lie beside the tars. Raises `InputError` as
+    `read_folder`.
     """
     return _own_set(name, folder_of(path), list_samples(path))
 
@@ -69,12 +72,10 @@ def list_images(path: str) -> Listing:
     folders, _ = list_folder(path)
     if not folders:
         raise InputError(f"{path} has no subfolders; folder:PATH needs one folder of images per class.")
-    found = {split_of(folder): folder for folder in folders}
-    # A folder `testbed` among others is a class; `train` and `test` and nothing else are splits.
-    if None in found or len(found) < len(folders):
+    found = split_folders(path)
+    if not found:
         return Listing(splits={"test": images_by_class(path)})
-    splits = {split: images_by_class(files.join(path, folder)) for split, folder in found.items() if split}
-    return Listing(splits=splits)
+    return Listing(splits={split: images_by_class(files.join(path, folder)) for split, folder in found.items()})
 
 
 def list_samples(path: str) -> Listing:
@@ -170,19 +171,19 @@ def _split(rows: Labelled, classes: Classes) -> Split:
 
 
 def _samples(uri: str) -> Labelled:
-    # One pass over the tar before any model runs, so that a wrong label is told in seconds.
+    # One pass over the tar's headers and labels before any model runs, so that a wrong label is told in seconds.
     rows: Labelled = []
-    shard = open_shard(uri)
-    for entry in shard.index():
+    texts = TextReader(uri)
+    for entry in open_shard(uri).index():
         error, label = entry.error, ""
         if not error:
             try:
-                label = _label(shard.read(entry.offset, entry.size), where=f"{uri}: {entry.key}")
+                label = _label(texts.read(entry.offset, entry.size), where=f"{uri}: {entry.key}")
             except BadSample as bad:
                 error = bad.error
         image = ImageRef(uri=uri, key=entry.key, offset=entry.offset, size=entry.size, error=error)
         rows.append((image, label))
-    shard.close()
+    texts.close()
     return rows
 
 

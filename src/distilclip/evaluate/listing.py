@@ -37,4 +37,5 @@ def _contents(known: KnownSet) -> str:
         return f"{known.num_test:,} images with captions"
     train = f"{known.num_train:,} to train, " if known.num_train else ""
     metric = {"top1": "top-1", "mean_per_class": "mean per class"}[known.metric]
-    return f"{known.num_classes} classes, {train}{known.num_test:,} to test, {metric}"
+    rule = f", {known.rule}" if known.rule else ""
+    return f"{known.num_classes} classes, {train}{known.num_test:,} to test, {metric}{rule}"

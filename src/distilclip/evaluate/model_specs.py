@@ -17,6 +17,9 @@ from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.stored import StoreEmbedder
 from distilclip.models.clip import Clip, load_clip
 
+ONNX_RECORD = "clip.json"
+"""The file that makes a folder an exported ONNX model (`export.runtime.RECORD`; that module needs ONNX Runtime)."""
+
 
 def open_embedder(
     spec: str, *, name: str, weights: str | None, device: torch.device, encoding: Encoding, cache: FeatureCache

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from distilclip.data import files
-from distilclip.data.samples import BadSample, Sample, clean_caption
+from distilclip.data.samples import BadSample, Sample
 from distilclip.data.shards import open_shard
+from distilclip.data.texts import TextReader
 from distilclip.errors import InputError
 from distilclip.evaluate.dataset import ImageRef, PairSet
 from distilclip.evaluate.folders import folder_of, shards_by_split
@@ -21,13 +21,14 @@ _SUFFIXES = (".tar", ".parquet", ".csv", ".tsv")
 
 
 def read_pairs(name: str, path: str) -> PairSet:
-    """Shards of pairs, a pattern or a folder; in a folder, those of train and val are passed over.
+    """Shards of pairs, a pattern or a folder; where there are shards to test, those of train and val are passed over.
 
-    An image's captions are the list `captions` of its json, else its one caption; in a folder whose dataset_type.txt
-    says `retrieval` (CLIP_benchmark's webdatasets), every line of its txt. A sample without any is unusable.
+    An image's captions are its caption and the further ones in the list `captions` of its json; in a folder whose
+    dataset_type.txt says `retrieval` (CLIP_benchmark's webdatasets), the lines of its txt. A sample without any is
+    unusable.
     """
     splits = shards_by_split(path, _SUFFIXES)
-    uris = splits.get("test") or [uri for found in splits.values() for uri in found]
+    uris = splits.get("test") or splits.get("validation") or splits["train"]
     by_line = is_retrieval_folder(folder_of(path))
     rows: Captioned = [row for uri in uris for row in _samples(uri, by_line=by_line)]
     if not any(captions for _, captions in rows):
@@ -56,25 +57,24 @@ def is_retrieval_folder(folder: str) -> bool:
 
 def _samples(uri: str, *, by_line: bool) -> Captioned:
     rows: Captioned = []
-    shard = open_shard(uri)
+    shard, texts = open_shard(uri), TextReader(uri)
     for entry in shard.index():
         error, own = entry.error, []
         if not error:
             try:
-                own = _captions(shard.read(entry.offset, entry.size), where=f"{uri}: {entry.key}", by_line=by_line)
+                own = _captions(texts.read(entry.offset, entry.size), by_line=by_line)
             except BadSample as bad:
                 error = bad.error
         rows.append((ImageRef(uri=uri, key=entry.key, offset=entry.offset, size=entry.size, error=error), own))
     shard.close()
+    texts.close()
     return rows
 
 
-def _captions(sample: Sample, *, where: str, by_line: bool) -> list[str]:
-    several = sample.meta.get("captions")
-    found: Sequence[Any] = several if isinstance(several, list) else [sample.caption]
+def _captions(sample: Sample, *, by_line: bool) -> list[str]:
     if by_line and sample.caption is not None:
-        found = sample.caption.splitlines()
-    captions = [caption for text in found if (caption := clean_caption(text, where=where)) is not None]
+        return [line.strip() for line in sample.caption.splitlines() if line.strip()]
+    captions = sample.captions
     if not captions:
-        raise BadSample("no caption", where=where)
+        raise BadSample("no caption")
     return captions

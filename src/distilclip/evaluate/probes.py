@@ -50,11 +50,11 @@ def measure_probes(
             scores.append(base.missing(_ONE_EACH))
         else:
             found = linear_probes(inputs, l2=l2, seed=seed)
-            scores += probe_scores(found, labels, base, headline=metric, seed=seed)
+            scores += probe_scores(found, labels, base, headline=metric)
     if "knn-probe" in bases:
         base = bases["knn-probe"].with_details(num_neighbours=NUM_NEIGHBOURS, temperature=TEMPERATURE)
         predictions = knn_predictions(*inputs.pool, inputs.test[0])
-        scores += knn_scores(predictions, labels, base, headline=metric, seed=seed)
+        scores += knn_scores(predictions, labels, base, headline=metric)
     if "few-shot" in bases:
         base = bases["few-shot"]
         if alone:

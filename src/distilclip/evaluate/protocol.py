@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from distilclip.data.policy import ErrorPolicy, OnError
 from distilclip.evaluate.agreement import agreement
-from distilclip.evaluate.classes import templates_digest
+from distilclip.evaluate.classes import classes_digest, templates_digest
 from distilclip.evaluate.dataset import EvaluationSet, ImageRef, LabelledSet, MissingSet, PairSet
 from distilclip.evaluate.embedders import Embedder
 from distilclip.evaluate.encode import ImageFeatures, Output
@@ -54,7 +54,7 @@ class Protocol:
     """Everything that decides a score beside the model and the set.
 
     `templates` replace the sets' own; `probe_l2` None sweeps the penalty; `seed` draws the probe's held-out rows and
-    the bootstrap. Retrieval uses all captions, or with `captions="first"` (the protocol of CLIP-KD's code) the first of
+    the few shots. Retrieval uses all captions, or with `captions="first"` (the protocol of CLIP-KD's code) the first of
     each image, behind `caption_prefix`. The error policy holds for every split by itself.
     """
 
@@ -71,6 +71,24 @@ class Protocol:
     def templates_of(self, dataset: LabelledSet) -> tuple[str, ...]:
         """The prompt templates that are used for a set."""
         return self.templates if self.templates is not None else dataset.templates
+
+    def describe(self, dataset: EvaluationSet) -> dict[str, Any]:
+        """What a result says of a set: its sizes and classes, and the templates that are used for it."""
+        if isinstance(dataset, MissingSet):
+            return {"missing": dataset.reason}
+        if isinstance(dataset, PairSet):
+            return {"num_images": len(dataset.images), "num_captions": len(dataset.captions), **dataset.record}
+        templates = self.templates_of(dataset)
+        splits = {"test": dataset.test, "train": dataset.train, "validation": dataset.validation}
+        return {
+            **{f"num_{name}": len(split.images) for name, split in splits.items() if split is not None},
+            "num_classes": len(dataset.classes),
+            "metric": dataset.metric,
+            "templates": list(templates),
+            "templates_digest": templates_digest(templates),
+            "classes_digest": classes_digest(dataset.classes),
+            **dataset.record,
+        }
 
     def view(
         self, model: Embedder, dataset: LabelledSet | PairSet, *, outputs: Sequence[Output] = ("embedding",)
@@ -111,8 +129,9 @@ class Protocol:
     def _measure_labelled(self, model: Embedder, dataset: LabelledSet, teacher: View | None) -> Measurement:
         probes = [task for task in self.tasks if task in PROBES]
         outputs: list[Output] = ["embedding"]
-        if probes and dataset.train is not None and self.probe_features == "backbone":
-            outputs.append("backbone")
+        asks_backbone = probes and dataset.train is not None and self.probe_features == "backbone"
+        if asks_backbone and not model.lacks(dataset.test.images, ("backbone",)):
+            outputs.append("backbone")  # a model without such features is measured on the other tasks all the same
         view = self.view(model, dataset, outputs=outputs)
         if view.images is None:
             return Measurement(scores=self._refused(dataset, view.reason))
@@ -127,8 +146,13 @@ class Protocol:
                 templates = self.templates_of(dataset)
                 found = classify(view.images.embedding, labels, view.classifier)
                 predictions = found.predictions
-                base = base.with_details(templates_digest=templates_digest(templates), num_templates=len(templates))
-                scores += zero_shot_scores(found, base, headline=dataset.metric, seed=self.seed)
+                base = base.with_details(
+                    templates_digest=templates_digest(templates),
+                    num_templates=len(templates),
+                    own_templates=templates != dataset.templates,
+                    classes_digest=classes_digest(dataset.classes),
+                )
+                scores += zero_shot_scores(found, base, headline=dataset.metric)
         if probes:
             scores += self._probes(model, dataset, view.images, labels, probes)
         if "agreement" in self.tasks and teacher is not None:
@@ -161,7 +185,7 @@ class Protocol:
         if text is None:
             return [base.missing("a store holds one caption of each image, without a prefix")]
         pairs = torch.from_numpy(place[owners[chosen]])
-        return retrieval_scores(retrieval(images.embedding, text, pairs), pairs, base, seed=self.seed)
+        return retrieval_scores(retrieval(images.embedding, text, pairs), pairs, base)
 
     def _probes(
         self,
@@ -172,7 +196,9 @@ class Protocol:
         tasks: Sequence[Task],
     ) -> list[Score]:
         output: Output = "backbone" if self.probe_features == "backbone" else "embedding"
-        bases = {t: self._base(dataset, images, t).with_details(features=self.probe_features) for t in tasks}
+        kind = model.backbone_kind if self.probe_features == "backbone" else None
+        features = kind or self.probe_features
+        bases = {t: self._base(dataset, images, t).with_details(features=features) for t in tasks}
         if dataset.train is None:
             return [base.missing("the set has no training images") for base in bases.values()]
         lacks = model.lacks(dataset.train.images, (output,))

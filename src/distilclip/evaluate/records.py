@@ -43,13 +43,18 @@ def clip_benchmark_records(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[
     Where it says `pretrained`, the beginning of the weights' digest stands.
     """
     records: dict[str, dict[str, Any]] = {}
+    names: dict[tuple[str, str, str], str] = {}
     for row in rows:
         metric = CLIP_BENCHMARK_METRICS.get(row["task"], {}).get(row["metric"])
         if metric is None or row["value"] is None:
             continue
-        name = re.sub(r"[^\w.+-]", "_", f"{row['model']}_{row['set']}_{row['task']}.json")
+        measured = row["model"], row["set"], row["task"]
+        if measured not in names:
+            name = re.sub(r"[^\w.+-]", "_", "_".join(measured))
+            twice = f"_{len(names)}" if f"{name}.json" in records else ""  # `a/b` and `a_b` are two models
+            names[measured] = f"{name}{twice}.json"
         record = records.setdefault(
-            name,
+            names[measured],
             {
                 "dataset": row["set"],
                 "model": row["model"],

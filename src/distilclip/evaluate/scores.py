@@ -18,7 +18,7 @@ from distilclip.evaluate.agreement import Agreement
 from distilclip.evaluate.few_shot import FewShot
 from distilclip.evaluate.retrieval import Retrieval
 from distilclip.evaluate.zero_shot import ZeroShot
-from distilclip.ops.metrics import bootstrap_interval, mean_interval, mean_per_class
+from distilclip.ops.metrics import mean_interval, mean_per_class, share_interval
 from distilclip.ops.probe import Probe
 
 Task = Literal["zero-shot", "linear-probe", "knn-probe", "few-shot", "retrieval", "agreement"]
@@ -29,7 +29,8 @@ RECALL_AT = (1, 5, 10)
 class Score:
     """One number. `value`, `low` and `high` (a 95 % interval), `chance` and `majority` are fractions.
 
-    The interval is a bootstrap over the test images, or, of a mean over folds or draws, Student's t over these.
+    The interval is a Bayesian bootstrap over the test images, within each class for mean per class, or, of a mean over
+    folds or draws, Student's t over these.
 
     `value` is None where there is none, and `reason` says why. `headline` marks the metric that the set is known by.
     `chance` is what guessing gets, `majority` what always answering the most frequent class gets. `details` say how it
@@ -64,14 +65,12 @@ class Score:
         return {"model": model, "model_digest": digest, **dataclasses.asdict(self)}
 
 
-def zero_shot_scores(found: ZeroShot, base: Score, *, headline: str, seed: int) -> list[Score]:
+def zero_shot_scores(found: ZeroShot, base: Score, *, headline: str) -> list[Score]:
     """Top-1, top-5 (of more than five classes) and mean per class."""
-    return _accuracies(found.rank == 0, found.labels, base, headline=headline, seed=seed, top5=found.rank < 5)
+    return _accuracies(found.rank == 0, found.labels, base, headline=headline, top5=found.rank < 5)
 
 
-def probe_scores(
-    found: Sequence[Probe], labels: Int[Tensor, " n"], base: Score, *, headline: str, seed: int
-) -> list[Score]:
+def probe_scores(found: Sequence[Probe], labels: Int[Tensor, " n"], base: Score, *, headline: str) -> list[Score]:
     """Top-1 and mean per class of a linear probe, with the penalty and how it was found; of folds, the means."""
     base = base.with_details(
         l2=found[0].l2 if len(found) == 1 else [probe.l2 for probe in found],
@@ -79,18 +78,16 @@ def probe_scores(
         converged=all(probe.converged for probe in found),
     )
     if len(found) == 1:
-        return _accuracies(found[0].predictions.cpu() == labels, labels, base, headline=headline, seed=seed)
+        return _accuracies(found[0].predictions.cpu() == labels, labels, base, headline=headline)
     return [
         _mean_score([getattr(probe, attribute) for probe in found], base, labels, metric=metric, headline=headline)
         for metric, attribute in (("top1", "accuracy"), ("mean_per_class", "mean_per_class"))
     ]
 
 
-def knn_scores(
-    predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], base: Score, *, headline: str, seed: int
-) -> list[Score]:
+def knn_scores(predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], base: Score, *, headline: str) -> list[Score]:
     """Top-1 and mean per class of the k-nearest-neighbour probe."""
-    return _accuracies(predictions.cpu() == labels, labels, base, headline=headline, seed=seed)
+    return _accuracies(predictions.cpu() == labels, labels, base, headline=headline)
 
 
 def few_shot_scores(found: FewShot, labels: Int[Tensor, " n"], base: Score, *, metric: str) -> list[Score]:
@@ -105,18 +102,18 @@ def few_shot_scores(found: FewShot, labels: Int[Tensor, " n"], base: Score, *, m
     return scores
 
 
-def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score, *, seed: int) -> list[Score]:
+def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score) -> list[Score]:
     """Recall at 1, 5 and 10, both ways."""
     num_images, num_captions = len(found.image_to_text), len(found.text_to_image)
     owned = torch.bincount(pairs)
     scores = []
-    for direction, ranks, chance in (
-        ("image_to_text", found.image_to_text, lambda k: _chance_of_any(owned, num_captions, k)),
-        ("text_to_image", found.text_to_image, lambda k: min(1.0, k / num_images)),
+    for direction, ranks, clusters, chance in (
+        ("image_to_text", found.image_to_text, None, lambda k: _chance_of_any(owned, num_captions, k)),
+        ("text_to_image", found.text_to_image, pairs.numpy(), lambda k: min(1.0, k / num_images)),
     ):
         for k in RECALL_AT:
             hits = ranks < k
-            low, high = bootstrap_interval(hits.numpy(), seed=seed)
+            low, high = share_interval(hits.numpy(), clusters=clusters)
             scores.append(
                 dataclasses.replace(
                     base,
@@ -159,7 +156,6 @@ def _accuracies(
     base: Score,
     *,
     headline: str,
-    seed: int,
     top5: Bool[Tensor, " n"] | None = None,
 ) -> list[Score]:
     assert base.num_classes is not None
@@ -171,7 +167,7 @@ def _accuracies(
     found.append(("mean_per_class", correct, strata))
     scores = []
     for metric, hits, within in found:
-        low, high = bootstrap_interval(hits.numpy(), strata=within, seed=seed)
+        low, high = share_interval(hits.numpy(), strata=within)
         scores.append(
             dataclasses.replace(
                 base,
@@ -197,8 +193,8 @@ def _mean_score(values: list[float], base: Score, labels: Int[Tensor, " n"], *, 
         metric=metric,
         value=statistics.fmean(values),
         headline=metric == headline,
-        low=low,
-        high=high,
+        low=max(0.0, low),
+        high=min(1.0, high),
         chance=1 / base.num_classes,
         num_test=len(labels),
     )

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from distilclip.data import files
 from distilclip.data.policy import ErrorPolicy
-from distilclip.data.store import Rows, Store
+from distilclip.data.rows import Rows
+from distilclip.data.store import Store
 from distilclip.errors import InputError
 from distilclip.evaluate.dataset import ImageRef, PairSet
 from distilclip.evaluate.encode import ImageFeatures, Output
@@ -39,6 +40,16 @@ class StoreEmbedder:
     def digest(self) -> str:
         """The digest of the weights that made the store."""
         return str(self._store.teacher["digest"])
+
+    @property
+    def identity(self) -> str:
+        """That same digest: a store's embeddings are given, whatever the settings were that made them."""
+        return self.digest
+
+    @property
+    def backbone_kind(self) -> None:
+        """None: a store holds embeddings only."""
+        return
 
     @property
     def device(self) -> torch.device:

@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distilclip.evaluate.catalogue import CATALOGUE, GROUPS
-from distilclip.evaluate.references import REFERENCE_MODEL, reference
+from distilclip.evaluate.headings import AVERAGED, TASKS, means, title
+from distilclip.evaluate.references import PAPER_ONLY, REFERENCE_MODEL, is_comparable, reference
 
-TASKS = {
-    "zero-shot": "Zero-shot",
-    "linear-probe": "Linear probe",
-    "knn-probe": "k-nearest-neighbour probe",
-    "few-shot": "Few-shot linear probe",
-    "retrieval": "Retrieval",
-    "agreement": "Agreement with the teacher",
-}
-METRICS = {
-    "mean_per_class": "mean per class",
-    "image_to_text_r1": "image to text R@1",
-    "text_to_image_r1": "text to image R@1",
-    "top1_agreement": "same top-1",
-    "cka": "CKA",
-}
-AVERAGED = ("zero-shot", "linear-probe", "knn-probe", "few-shot")
 MOST_COLUMNS = 8  # with more sets than this, sets are rows and models columns
 
 _Key = tuple[str, str]  # set and metric
 _Values = Mapping[tuple[str, _Key], float | None]  # by model
+_FEATURES = {
+    "backbone": "Features before the projection.",
+    "embedding": "{model}: embeddings before they are normalised; its image tower has no layer before its projection.",
+    "projected": "Projected features.",
+}
+_LATEX = {
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"},
+    **{"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,8 +76,8 @@ def _build(task: str, shown: Sequence[Mapping[str, Any]]) -> Table:
         (row["model"], (row["set"], row["metric"])): None if row["value"] is None else 100 * row["value"]
         for row in shown
     }
-    references = {key: reference(task, *key) for key in keys}
-    if any(value is not None for value in references.values()):
+    references = _references(task, keys, shown)
+    if references:
         models.append(REFERENCE_MODEL)
         values.update({(REFERENCE_MODEL, key): value for key, value in references.items()})
     averages = _averages(keys, values, models) if task in AVERAGED else {}
@@ -98,6 +90,8 @@ def _build(task: str, shown: Sequence[Mapping[str, Any]]) -> Table:
         for model in models
     ]
     notes = [*_reasons(shown), *dict.fromkeys(note for row in shown for note in _notes(row))]
+    if references:
+        notes.append(_source_of(task, [set_name for set_name, _ in references]))
     if len(header) > MOST_COLUMNS:
         transposed = [[name, *column] for name, column in zip(header, zip(*cells, strict=True), strict=True)]
         return Table(title=TASKS[task], columns=["set", *models], rows=transposed, notes=notes)
@@ -105,24 +99,37 @@ def _build(task: str, shown: Sequence[Mapping[str, Any]]) -> Table:
     return Table(title=TASKS[task], columns=["model", *header], rows=rows, notes=notes)
 
 
+def _references(task: str, keys: Sequence[_Key], shown: Sequence[Mapping[str, Any]]) -> dict[_Key, float]:
+    """The reference's numbers; none on a set that was measured otherwise, none at all where none is to compare with."""
+    comparable: dict[_Key, bool] = {}  # of the sets that have a score
+    for row in shown:
+        if row["value"] is not None:
+            key = row["set"], row["metric"]
+            comparable[key] = comparable.get(key, True) and is_comparable(task, row["details"])
+    known = {key: value for key in keys if comparable.get(key, True) and (value := reference(task, *key)) is not None}
+    return known if comparable.keys() & known.keys() else {}
+
+
+def _source_of(task: str, sets: Sequence[str]) -> str:
+    """Where the reference's numbers come from."""
+    papers = [name for name in sets if name in PAPER_ONLY.get(task, ())]
+    if len(papers) == len(sets):
+        return f"{REFERENCE_MODEL}: from the CLIP paper."
+    exceptions = f"; {', '.join(papers)} from the CLIP paper" if papers else ""
+    return f"{REFERENCE_MODEL}: its weights run again{exceptions}."
+
+
 def _averages(keys: Sequence[_Key], values: _Values, models: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """Means over the papers' groups and, where there are sets of one's own, over all; each says over how many."""
-    names = {key[0] for key in keys}
-    groups = {group: members for group, members in GROUPS.items() if names & set(members)}
-    own = names - set(CATALOGUE)
-    if own:
-        groups = {**groups, "": tuple(names)}
+    """The means of every model by their name; none of a model that lacks one of the sets."""
     measured = [model for model in models if model != REFERENCE_MODEL]
-    found: dict[str, dict[str, float | None]] = {}
-    for group, members in groups.items():
-        there = [k for k in keys if k[0] in members and any(values.get((m, k)) is not None for m in measured)]
-        if len(there) < 2:
-            continue
-        of_all = f" of {len(members)}" if group and len(there) < len(members) else ""
-        title = {"paper": "papers' ", "robustness": "robustness ", "": ""}.get(group, f"{group} ")
-        name = f"mean of {len(there)}{of_all} {title}sets"
-        found[name] = {model: _mean([values.get((model, key)) for key in there]) for model in models}
-    return found
+    scored = [key for key in keys if any(values.get((model, key)) is not None for model in measured)]
+    found = means([name for name, _ in keys], scored={name for name, _ in scored})
+    return {
+        mean.name: {
+            model: _mean([values.get((model, key)) for key in scored if key[0] in mean.sets]) for model in models
+        }
+        for mean in found
+    }
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -138,8 +145,7 @@ def _is_stand_in(key: _Key, keys: Sequence[_Key], shown: Sequence[Mapping[str, A
 
 
 def _header(set_name: str, metric: str) -> str:
-    metric = METRICS.get(metric, metric.replace("_", "-") if metric.endswith("_shot") else "")
-    return f"{set_name}, {metric}" if metric else set_name
+    return set_name if metric == "top1" else f"{set_name}, {title(metric)}"
 
 
 def _shown(value: float | None) -> str:
@@ -170,10 +176,12 @@ def _notes(row: Mapping[str, Any]) -> list[str]:
     if row["metric"] == "image_to_text_r1":
         notes.append(_retrieval_rule(row["set"], row["num_test"], details))
     if "features" in details:
-        notes.append(
-            {"backbone": "Features before the projection.", "projected": "Projected features."}[details["features"]]
-        )
-    if details.get("clips_prompts") is False and row["task"] == "zero-shot":
+        notes.append(_FEATURES[details["features"]].format(**row))
+    if details.get("own_templates"):
+        notes.append("Templates of one's own (--templates), not the sets'.")
+    elif details.get("clips_prompts", True) is None and row["task"] == "zero-shot":
+        notes.append(f"{row['set']}: class names and templates are those in its folder, which may not be CLIP's.")
+    elif details.get("clips_prompts") is False and row["task"] == "zero-shot":
         notes.append(
             f"{row['set']}: class names are the set's own labels, in one template, not CLIP's prompts. Install "
             "clip-benchmark (extra `eval`), or give --prompts."
@@ -189,4 +197,4 @@ def _retrieval_rule(name: str, num_images: int, details: Mapping[str, Any]) -> s
 
 
 def _escaped(text: str) -> str:
-    return re.sub(r"([&%$#_{}])", r"\\\1", text)
+    return "".join(_LATEX.get(sign, sign) for sign in text)

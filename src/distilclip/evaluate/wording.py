@@ -31,7 +31,7 @@ class Wording:
     """Names and templates from one source. Without `names`, the labels themselves are the names.
 
     `names` may be in any order. `by_label` is given where the source names labels outright. `is_clips` says whether
-    these are the prompts that CLIP was measured with.
+    these are the prompts that CLIP was measured with. Labels that are names themselves get blanks for `blanks`.
     """
 
     templates: tuple[str, ...]
@@ -39,6 +39,7 @@ class Wording:
     is_clips: bool
     names: tuple[str, ...] | None = None
     by_label: Mapping[str, str] | None = None
+    blanks: str = "_"
 
     def names_of(self, labels: Sequence[str], *, aliases: Mapping[str, str], where: str) -> tuple[str, ...]:
         """The name of each label; see `match_names`. Raises `InputError` for a label that has none."""
@@ -48,7 +49,7 @@ class Wording:
                     raise unknown_wordnet_id(label, tuple(self.by_label), where=where)
             return tuple(self.by_label[label] for label in labels)
         if self.names is None:
-            return tuple(readable(label) for label in labels)
+            return tuple(readable(label, blanks=self.blanks) for label in labels)
         return match_names(labels, self.names, aliases=aliases, source=self.source, where=where)
 
 
@@ -71,8 +72,9 @@ def wording_of(known: KnownSet, *, prompts: str | None = None) -> Wording:
             if listed
             else f"clip-benchmark {version}, class names of the set itself",
             is_clips=True,
+            blanks=known.blanks,
         )
-    return Wording(templates=DEFAULT_TEMPLATES, source="the set's own labels", is_clips=False)
+    return Wording(templates=DEFAULT_TEMPLATES, source="the set's own labels", is_clips=False, blanks=known.blanks)
 
 
 def match_names(
@@ -105,9 +107,9 @@ def match_names(
     return tuple(found)
 
 
-def readable(label: str) -> str:
-    """A label as words: `church/outdoor` and `red_fox` become `church outdoor` and `red fox`."""
-    return " ".join(re.split(r"[_/\s]+", label)).strip()
+def readable(label: str, *, blanks: str = "_") -> str:
+    """A label as words, with a blank for any of `blanks`: `red_fox` becomes `red fox`."""
+    return " ".join(re.sub(f"[{re.escape(blanks)}]", " ", label).split())
 
 
 def _imagenet_wording(known: KnownSet) -> Wording:

@@ -15,7 +15,7 @@ from distilclip.data.policy import ErrorPolicy
 from distilclip.errors import InputError
 from distilclip.evaluate.classes import check_templates
 from distilclip.evaluate.dataset import LabelledSet
-from distilclip.evaluate.encode import Encoding, encode_images, encode_texts
+from distilclip.evaluate.encode import Encoder, Encoding, encode_images, encode_texts
 from distilclip.evaluate.sets import load_set
 from distilclip.models.clip import Clip
 from distilclip.ops.metrics import mean_per_class, row_tiles, target_rank
@@ -78,7 +78,7 @@ class ZeroShot:
 
 
 def text_classifier(
-    clip: Clip, names: Sequence[str], templates: Sequence[str], *, encoding: Encoding | None = None
+    clip: Encoder, names: Sequence[str], templates: Sequence[str], *, encoding: Encoding | None = None
 ) -> TextClassifier:
     """Each class's prompts encoded, normalised, averaged, normalised again (Radford et al. 2021, section 3.1.4)."""
     encoding = encoding or Encoding()

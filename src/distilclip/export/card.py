@@ -21,11 +21,13 @@ import open_clip
 model, _, preprocess = open_clip.create_model_and_transforms("local-dir:model")
 tokenizer = open_clip.get_tokenizer("local-dir:model")""",
     "huggingface": """\
-from transformers import AutoTokenizer, CLIPImageProcessor, CLIPModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
 
 model = CLIPModel.from_pretrained("model")
+# Not CLIPTokenizer, which leaves curled quotation marks as they are.
 tokenizer = AutoTokenizer.from_pretrained("model")
-processor = CLIPImageProcessor.from_pretrained("model")""",
+# Pictures are resized with Pillow, as in training; transformers' default, torchvision, rounds otherwise.
+processor = AutoImageProcessor.from_pretrained("model", backend="pil")""",
     "onnx": """\
 import numpy as np
 import onnxruntime
@@ -85,7 +87,7 @@ def _front_matter(name: str, form: Form) -> str:
             "---",
             "license: unknown # to be filled in",
             f"library_name: {_LIBRARY[form]}",
-            f"model_name: {json.dumps(name)}",  # a JSON string is a YAML string, whatever is in it
+            f"model_name: {json.dumps(name, ensure_ascii=False)}",  # a JSON string is a YAML string, whatever is in it
             "pipeline_tag: zero-shot-image-classification",
             "tags: [clip, distillation]",
             "---",
@@ -203,4 +205,8 @@ def _use(form: Form, model_cfg: dict[str, Any] | None, preprocess_cfg: dict[str,
 
 def _table(columns: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
     rows = [columns, ["---"] * len(columns), *lines]
-    return "\n".join("| " + " | ".join(str(cell).replace("|", "\\|") for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in rows)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")

@@ -6,20 +6,28 @@ import json
 import logging
 import os
 import tempfile
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
 from jaxtyping import Float, Int
-from PIL import Image
 from torch import Tensor, nn
 
 from distilclip.data import files
 from distilclip.errors import InputError
-from distilclip.export.runtime import RECORD, TOKENIZER, OnnxClip, Tower, encoder_file, open_onnx, preprocess
-from distilclip.export.tokenizer import PROBES, build_tokenizer, require_clip_tokenizer
+from distilclip.export.probes import CAPTIONS, pictures
+from distilclip.export.runtime import (
+    RECORD,
+    TOKENIZER,
+    OnnxClip,
+    Tower,
+    encoder_file,
+    input_size,
+    open_onnx,
+    preprocess,
+)
+from distilclip.export.tokenizer import build_tokenizer, require_clip_tokenizer
 from distilclip.models.clip import Clip
 
 OPSET = 18
@@ -29,7 +37,6 @@ TOLERANCE = 1e-4
 """Largest difference to torch in any component of a unit embedding."""
 
 MAX_BYTES = 2**31 - 2**20  # of a protobuf, less some room for the graph itself
-PICTURE_SIZES = ((97, 64), (64, 97), (640, 480), (31, 33))  # upright, lying, larger, smaller than the input
 
 
 class _ImageEncoder(nn.Module):
@@ -73,8 +80,9 @@ def write_onnx(clip: Clip, folder: str) -> dict[str, Any]:
 
 def _write(clip: Clip, folder: str) -> None:
     tokenizer = build_tokenizer(clip)
+    width, height = input_size(clip.preprocess_cfg)
     modules: dict[Tower, tuple[nn.Module, Tensor]] = {
-        "image": (_ImageEncoder(clip), torch.zeros(2, 3, clip.image_size, clip.image_size, device=clip.device)),
+        "image": (_ImageEncoder(clip), torch.zeros(2, 3, height, width, device=clip.device)),
         "text": (_TextEncoder(clip), clip.tokenizer(["one", "two"]).to(clip.device)),
     }
     for tower, (module, example) in modules.items():
@@ -103,9 +111,12 @@ def _check_expressible(clip: Clip) -> None:
             f"{clip.name}: its preprocessing (resize_mode {mode!r}, size {size}) has no form without torch; "
             "'shortest' with a square size and 'squash' have."
         )
-    num_bytes = sum(value.nbytes for value in clip.model.state_dict().values())
-    if num_bytes > MAX_BYTES:
-        raise InputError(f"{clip.name} has {num_bytes} bytes of weights; one ONNX file holds less than 2 GiB.")
+    both, image = (sum(v.nbytes for v in module.state_dict().values()) for module in (clip.model, clip.model.visual))
+    for tower, num_bytes in (("image", image), ("text", both - image)):  # a file each
+        if num_bytes > MAX_BYTES:
+            raise InputError(
+                f"{clip.name}: its {tower} tower has {num_bytes} bytes of weights; one ONNX file holds less than 2 GiB."
+            )
 
 
 def _export(module: nn.Module, example: Tensor, *, tower: Tower, name: str) -> bytes:
@@ -144,19 +155,19 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 def _compare(clip: Clip, exported: OnnxClip) -> dict[str, float]:
     """Largest differences to torch: of each encoder on equal input in batches of 1, 2 and 5, and of the pixels."""
     generator = torch.Generator().manual_seed(0)
-    device = clip.device
+    device, (width, height) = clip.device, input_size(clip.preprocess_cfg)
     found = {"image": 0.0, "text": 0.0, "pixels": 0.0}
     with torch.no_grad():
         for size in (1, 2, 5):
-            pixels = torch.randn(size, 3, clip.image_size, clip.image_size, generator=generator)
-            tokens = clip.tokenizer(list(PROBES[:size]))
+            pixels = torch.randn(size, 3, height, width, generator=generator)
+            tokens = clip.tokenizer(list(CAPTIONS[:size]))
             pairs = {
                 "image": (clip.encode_image(pixels.to(device)), exported.image.run(None, {"pixels": pixels.numpy()})),
                 "text": (clip.encode_text(tokens.to(device)), exported.text.run(None, {"tokens": tokens.numpy()})),
             }
             for tower, (ours, theirs) in pairs.items():
                 found[tower] = max(found[tower], _difference(ours.cpu().numpy(), theirs[0]))
-    for picture in _pictures(PICTURE_SIZES):
+    for picture in pictures():
         pixels = clip.preprocess(picture)
         found["pixels"] = max(found["pixels"], _difference(pixels.numpy(), preprocess(picture, exported.preprocessing)))
     wrong = {name: value for name, value in found.items() if not value <= TOLERANCE}  # not >, so that NaN is wrong
@@ -169,8 +180,3 @@ def _compare(clip: Clip, exported: OnnxClip) -> dict[str, float]:
 
 def _difference(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.abs(ours - theirs).max()) if ours.shape == theirs.shape else float("inf")
-
-
-def _pictures(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
-    generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]

@@ -7,20 +7,32 @@ import os
 import tempfile
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from jaxtyping import Float
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from tokenizers import decoders
 from torch import Tensor, nn
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    PreTrainedTokenizerFast,
+)
 
 from distilclip.data import files
 from distilclip.errors import InputError
-from distilclip.export.tokenizer import PROBES, require_clip_tokenizer
+from distilclip.export.probes import CAPTIONS, pictures
+from distilclip.export.tokenizer import build_tokenizer, require_clip_tokenizer
 from distilclip.models.clip import Clip
 
 TOLERANCE = 1e-4
-"""Largest difference to open_clip in any component of a unit embedding."""
+"""Largest difference to open_clip in any component of a unit embedding, and in any value of the pixels."""
 
 # What transformers' CLIP can vary, too. Everything else in an open_clip config must have open_clip's default.
 _VISION = {"image_size", "layers", "width", "head_width", "patch_size", "mlp_ratio", "norm_kwargs", "patch_dropout"}
@@ -28,28 +40,31 @@ _TEXT = {"context_length", "vocab_size", "width", "heads", "layers", "mlp_ratio"
 _MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "init_logit_scale"}
 
 
-def write_huggingface(clip: Clip, folder: str) -> dict[str, float]:
-    """Write config, weights, tokenizer and image processor; the largest differences to open_clip.
+def write_huggingface(clip: Clip, folder: str) -> dict[str, Any]:
+    """Write config, weights, tokenizer and image processor, and compare them with open_clip.
+
+    Returns the largest differences of both embeddings and, with transformers' Pillow backend, of the pixels; besides,
+    that of its default backend, torchvision, which rounds otherwise when it resizes.
 
     Raises:
         InputError: the architecture, tokenizer or preprocessing is none that transformers' CLIP can express (all the
-            reasons are named), or its embeddings differ by more than `TOLERANCE`.
+            reasons are named), captions become other tokens, or a difference exceeds `TOLERANCE`.
     """
     config = huggingface_config(clip)
     model = CLIPModel(config).eval()
     state = huggingface_state(clip)
     model.load_state_dict(state, strict=True)
-    difference = _compare(clip, model)
     config.architectures = ["CLIPModel"]
-    files.write_bytes(files.join(folder, "config.json"), config.to_json_string().encode())
-    weights = safetensors.torch.save(state, metadata={"format": "pt"})  # transformers refuses files that do not say so
-    files.write_bytes(files.join(folder, "model.safetensors"), weights)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary:  # what fails the comparison is not written at all
         _tokenizer(clip).save_pretrained(temporary)
         _image_processor(clip.preprocess_cfg).save_pretrained(temporary)
+        found = _compare(clip, model, temporary)
+        files.write_bytes(files.join(folder, "config.json"), config.to_json_string().encode())
+        weights = safetensors.torch.save(state, metadata={"format": "pt"})  # transformers refuses files without it
+        files.write_bytes(files.join(folder, "model.safetensors"), weights)
         for name in sorted(os.listdir(temporary)):
             files.write_bytes(files.join(folder, name), files.read_bytes(os.path.join(temporary, name)))
-    return difference
+    return found
 
 
 def huggingface_config(clip: Clip) -> CLIPConfig:
@@ -75,7 +90,7 @@ def huggingface_config(clip: Clip) -> CLIPConfig:
             intermediate_size=int(vision.width * vision.mlp_ratio),
             num_hidden_layers=vision.layers,
             num_attention_heads=vision.width // vision.head_width,
-            image_size=vision.image_size,
+            image_size=_size(clip.preprocess_cfg)[0],
             patch_size=vision.patch_size,
             layer_norm_eps=_epsilon(vision),
             **shared,
@@ -110,6 +125,8 @@ def inexpressible(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> 
         reasons.append("its image tower is CLIP's ResNet, no vision transformer")
     else:
         reasons += _unusual("vision_cfg", vision_cfg, CLIPVisionCfg, _VISION)
+    if len({*np.ravel(vision_cfg.get("image_size", 0))}) > 1:
+        reasons.append(f"its pictures are no squares: vision_cfg.image_size={vision_cfg['image_size']!r}")
     if text_cfg.get("hf_model_name"):
         reasons.append(f"its text tower is {text_cfg['hf_model_name']!r}, not CLIP's")
     else:
@@ -173,24 +190,43 @@ def _layer(name: str, layer: Any) -> dict[str, Tensor]:
     return {f"{name}.weight": layer.weight, f"{name}.bias": layer.bias}
 
 
-def _compare(clip: Clip, model: CLIPModel) -> dict[str, float]:
-    """Largest differences of unit embeddings, on random pixels and on captions that try the tokenizers."""
+def _compare(clip: Clip, model: CLIPModel, folder: str) -> dict[str, Any]:
+    """Largest differences: of unit embeddings, on random pixels and the probes' captions, and of the probes' pixels.
+
+    Tokenizer and image processor are those that transformers reads from the folder.
+    """
     pixels = torch.randn(3, 3, *_size(clip.preprocess_cfg), generator=torch.Generator().manual_seed(0))
-    tokens = clip.tokenizer(list(PROBES))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    whole = require_clip_tokenizer(clip)(list(CAPTIONS), context_length=1024)  # a short context would hide differences
+    for caption, own, theirs in zip(
+        CAPTIONS, whole, tokenizer.backend_tokenizer.encode_batch(list(CAPTIONS)), strict=True
+    ):
+        if own[own != 0].tolist() != theirs.ids:
+            raise InputError(f"{clip.name}: in transformers its tokenizer reads {caption!r} otherwise; not usable.")
+    tokens = clip.tokenizer(list(CAPTIONS))
+    read = tokenizer(list(CAPTIONS), padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
-        theirs = {
-            "image": _unit(model.get_image_features(pixel_values=pixels).pooler_output),
-            "text": _unit(model.get_text_features(input_ids=tokens).pooler_output),
+        embeddings = {
+            "image": (clip.encode_image(pixels.to(clip.device)), model.get_image_features(pixel_values=pixels)),
+            "text": (clip.encode_text(tokens.to(clip.device)), model.get_text_features(**read)),
         }
-        ours = {
-            "image": clip.encode_image(pixels.to(clip.device)).cpu(),
-            "text": clip.encode_text(tokens.to(clip.device)).cpu(),
-        }
-    found = {tower: float((ours[tower] - theirs[tower]).abs().max()) for tower in ours}
-    wrong = {tower: value for tower, value in found.items() if not value <= TOLERANCE}  # not >, so that NaN is wrong
+    found = {
+        tower: float((ours.cpu() - _unit(theirs.pooler_output)).abs().max())
+        for tower, (ours, theirs) in embeddings.items()
+    }
+    found["pixels"] = _pixel_difference(clip, AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    wrong = {name: value for name, value in found.items() if not value <= TOLERANCE}  # not >, so that NaN is wrong
     if wrong:
         raise InputError(f"{clip.name}: as a CLIPModel it differs from open_clip by {wrong}, more than {TOLERANCE}.")
-    return found
+    torchvision = _pixel_difference(clip, AutoImageProcessor.from_pretrained(folder, backend="torchvision"))
+    return {"difference": found, "pixels_with_torchvision": torchvision}
+
+
+def _pixel_difference(clip: Clip, processor: Any) -> float:
+    """The largest over the probes' pictures, in the unit of the pixels that the model takes."""
+    ours = [clip.preprocess(picture) for picture in pictures()]
+    theirs = [processor(images=[picture], return_tensors="pt")["pixel_values"][0] for picture in pictures()]
+    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
 
 
 def _unit(features: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:
@@ -202,17 +238,28 @@ def _size(preprocess_cfg: dict[str, Any]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
-def _tokenizer(clip: Clip) -> CLIPTokenizer:
-    """The same vocabulary, start and end under the names that transformers uses."""
-    source = require_clip_tokenizer(clip)
-    names = {source.sot_token_id: "<|startoftext|>", source.eot_token_id: "<|endoftext|>"}
-    vocabulary = {names.get(number, token): number for token, number in source.encoder.items()}
-    merges = sorted(source.bpe_ranks, key=source.bpe_ranks.__getitem__)
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=clip.context_length)
+def _tokenizer(clip: Clip) -> PreTrainedTokenizerFast:
+    """CLIP's tokenizer as its file states it; a CLIPTokenizer would put its own cleaning and splitting in their place.
+
+    transformers fills captions up with the end token, of which the model reads the first.
+    """
+    source, written = require_clip_tokenizer(clip), build_tokenizer(clip)
+    written.no_truncation()
+    written.no_padding()
+    written.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("</w>", " ")])
+    start, end = (source.decoder[number] for number in (source.sot_token_id, source.eot_token_id))
+    return PreTrainedTokenizerFast(
+        tokenizer_object=written,
+        bos_token=start,
+        eos_token=end,
+        unk_token=end,
+        pad_token=end,
+        model_max_length=clip.context_length,
+    )
 
 
 def _image_processor(preprocess_cfg: dict[str, Any]) -> CLIPImageProcessor:
-    """The same steps. transformers resizes with torchvision by default, which rounds otherwise than Pillow."""
+    """The same steps."""
     height, width = _size(preprocess_cfg)
     squash = preprocess_cfg["resize_mode"] == "squash"
     return CLIPImageProcessor(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distilclip.data import files
+from distilclip.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +37,21 @@ def find_records(model: str, *, digest: str, evaluation: str | None = None) -> R
         model: the model as the user named it.
         digest: that of its weights; of `evaluation`, only rows of these weights count.
         evaluation: a folder of `evaluate`.
+
+    Raises:
+        InputError: `evaluation` has no row of these weights.
     """
     scores = []
     if evaluation is not None:
         rows = _read(files.join(evaluation, "result.json"))["rows"]
         scores = [row for row in rows if row["model_digest"] == digest]
+        if not scores:
+            others = {row["model_digest"]: row["model"] for row in rows}
+            raise InputError(
+                f"{evaluation} (from --evaluation) has no score of {model}, whose weights have SHA-256 {digest}, but "
+                f"of {', '.join(f'{name} ({found})' for found, name in others.items()) or 'no model'}. "
+                "Evaluate the model that is exported."
+            )
     train = _stage(model, "train") or _stage(os.path.dirname(os.path.dirname(model.rstrip("/"))), "train")
     if train is None:
         return Records(scores=scores)

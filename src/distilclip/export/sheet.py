@@ -38,6 +38,7 @@ def contact_sheet(
 
 
 def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    text = " ".join(text.split())  # a file's name may hold line breaks
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f"{text}...") > width:

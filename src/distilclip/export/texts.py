@@ -10,10 +10,9 @@ import numpy as np
 from jaxtyping import UInt32, UInt64
 
 from distilclip.data.pairs import assert_key
-from distilclip.data.reader import Reader
-from distilclip.data.samples import BadSample, clean_caption, decode_meta, decode_text
-from distilclip.data.shards import open_shard
-from distilclip.data.tars import CutError, walk
+from distilclip.data.samples import BadSample
+from distilclip.data.tars import CutError
+from distilclip.data.texts import TextReader
 from distilclip.errors import InputError
 
 
@@ -33,39 +32,15 @@ def read_texts(
     Raises:
         InputError: a sample is not the one that was embedded: another key, or members that cannot be read.
     """
-    places = zip(key, offset.tolist(), size.tolist(), strict=True)
-    if not uri.lower().endswith(".tar"):
-        shard = open_shard(uri)
-        for name, start, length in places:
-            sample = shard.read(start, length)
-            assert_key(sample.key, name, uri=uri, row=start)
-            yield Text(sample.caption, sample.meta)
-        shard.close()
-        return
-    with Reader(uri, sequential=True) as reader:
-        for name, start, length in places:
-            try:
-                yield _read_text(reader, name, start, length)
-            except (BadSample, CutError) as error:
-                raise InputError(
-                    f"{uri}: {name} could be read when it was embedded, and now cannot ({error}). "
-                    "Embed the data again, or give the files that were embedded."
-                ) from error
-
-
-def _read_text(reader: Reader, key: str, offset: int, size: int) -> Text:
-    where = f"{reader.path}: {key}"
-    caption: str | None = None
-    meta: dict[str, Any] = {}
-    for member in walk(lambda start, length: reader.read(offset + start, length), size):
-        if not member.key:
-            continue
-        assert_key(member.key, key, uri=reader.path, row=offset)
-        if member.extension == "txt":
-            content = reader.read(offset + member.data, member.size)
-            caption = clean_caption(decode_text(content, name="caption", where=where))
-        elif member.extension == "json":
-            meta = decode_meta(reader.read(offset + member.data, member.size), where=where)
-    if caption is None:
-        caption = clean_caption(meta.get("caption"), where=where)
-    return Text(caption, meta)
+    texts = TextReader(uri)
+    for name, start, length in zip(key, offset.tolist(), size.tolist(), strict=True):
+        try:
+            sample = texts.read(start, length)
+        except (BadSample, CutError) as error:
+            raise InputError(
+                f"{uri}: {name} could be read when it was embedded, and now cannot ({error}). "
+                "Embed the data again, or give the files that were embedded."
+            ) from error
+        assert_key(sample.key, name, uri=uri, row=start)
+        yield Text(sample.caption, sample.meta)
+    texts.close()

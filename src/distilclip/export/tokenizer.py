@@ -9,19 +9,8 @@ import open_clip
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from distilclip.errors import InputError
+from distilclip.export.probes import CAPTIONS
 from distilclip.models.clip import Clip
-
-PROBES = (
-    "a photo of a cat",
-    "Two  DOGS,\n\trunning!",
-    "it's 2024's best café — “naïve” résumé’s",  # noqa: RUF001
-    "日本語 русский العربية ελληνικά",
-    "snake_case e-mail@example.org #1 50% off :-) 🙂",
-    "x" * 300 + " end",
-    " ".join(["long"] * 200),
-    "",
-)
-"""Captions on which the written tokenizer must agree with the model's own: spaces, scripts, signs, truncation."""
 
 _PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 _STRAIGHT = {"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": '"', "„": '"', "‟": '"'}  # noqa: RUF001
@@ -51,13 +40,8 @@ def build_tokenizer(clip: Clip) -> Tokenizer:
     source = require_clip_tokenizer(clip)
     merges = sorted(source.bpe_ranks, key=source.bpe_ranks.__getitem__)
     tokenizer = Tokenizer(models.BPE(vocab=source.encoder, merges=merges, end_of_word_suffix="</w>"))
-    tokenizer.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFC(),
-            *(normalizers.Replace(curled, straight) for curled, straight in _STRAIGHT.items()),
-            normalizers.Lowercase(),
-        ]
-    )
+    straighten = [normalizers.Replace(curled, straight) for curled, straight in _STRAIGHT.items()]
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), *straighten, normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(_PATTERN), behavior="removed", invert=True),
@@ -70,7 +54,7 @@ def build_tokenizer(clip: Clip) -> Tokenizer:
     )
     tokenizer.enable_truncation(clip.context_length)
     tokenizer.enable_padding(pad_id=0, pad_token=source.decoder[0], length=clip.context_length)
-    wrong = [PROBES[i] for i in differing(tokenizer, clip, PROBES)]
+    wrong = [CAPTIONS[i] for i in differing(tokenizer, clip, CAPTIONS)]
     if wrong:
         raise InputError(f"{clip.name}: its tokenizer reads {wrong[0]!r} otherwise than CLIP's; it cannot be written.")
     return tokenizer

@@ -7,14 +7,15 @@ open_clip builds every network. A distilclip checkpoint is a folder that open_cl
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import logging
 import os
-import pickle
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import open_clip
@@ -29,9 +30,11 @@ from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
 from distilclip.models import towers  # noqa: F401 - registers image towers with timm
 from distilclip.models.architectures import model_config
+from distilclip.models.backbone import Backbone, backbone_features, backbone_kind
+from distilclip.models.tokenizers import Tokenizer, describe_tokenizer, open_tokenizer
+from distilclip.models.weights import CONFIG_FILE, agreed_preprocessing, find_weights, load_weights
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
-CONFIG_FILE = "open_clip_config.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,25 +43,35 @@ class Clip:
 
     `preprocess` turns an RGB picture into the float tensor the image tower expects (deterministic); `tokenizer` turns
     captions into token ids, truncated to the context. `preprocess_cfg` is open_clip's (size, mean, std, interpolation,
-    resize_mode); `model_cfg` is the architecture, None where open_clip read it from the hub.
+    resize_mode); `model_cfg` is the architecture, None where open_clip read it from the hub, from `hub`.
     """
 
     name: str
     model: Any  # nn.Module, but every open_clip architecture has its own attributes
     preprocess: Callable[[Image.Image], Tensor]
-    tokenizer: Callable[[list[str]], Tensor]
+    tokenizer: Tokenizer
     model_cfg: dict[str, Any] | None
     preprocess_cfg: dict[str, Any]
+    hub: str = ""
 
     @property
     def digest(self) -> str:
-        """SHA-256 over names, shapes and bytes of all weights: equal weights, equal digest."""
+        """SHA-256 over names, shapes and bytes of all weights. Features are equal only if `settings` are, too."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             tensor = value.detach().to("cpu").contiguous()
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.view(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides the features beside the weights: architecture (of the hub: its id), preprocessing, tokenizer."""
+        return {
+            "architecture": self.hub or self.model_cfg,
+            "preprocessing": self.preprocess_cfg,
+            "tokenizer": describe_tokenizer(self.tokenizer),
+        }
 
     @property
     def image_size(self) -> int:
@@ -109,21 +122,16 @@ class Clip:
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def backbone_features(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
-        """Image features before the projection into the shared space, not normalised (CLIP's linear-probe protocol).
+        """Image features before the projection, not normalised (CLIP's linear-probe protocol).
 
-        An attention-pooled ResNet has no such layer: there, as in CLIP's own protocol, the embedding is used.
+        Of a tower without such features (`backbone_kind`), as in CLIP's own protocol, the embedding.
         """
-        visual = self.model.visual
-        if hasattr(visual, "trunk"):
-            return visual.trunk(pixels).float()
-        projection = getattr(visual, "proj", None)
-        if projection is None:
-            return self.model.encode_image(pixels).float()
-        visual.proj = None
-        try:
-            return visual(pixels).float()
-        finally:
-            visual.proj = projection
+        return backbone_features(self.model.visual, pixels)
+
+    @property
+    def backbone_kind(self) -> Backbone:
+        """What `backbone_features` are of this model."""
+        return backbone_kind(self.model.visual)
 
     def save(self, folder: str, *, weights: Mapping[str, Tensor] | None = None) -> None:
         """Write an open_clip `local-dir:` folder: config, then weights as safetensors (default: those of `model`).
@@ -142,12 +150,11 @@ class Clip:
 def load_clip(spec: str, *, weights: str | None = None, device: str | torch.device = "cpu") -> Clip:
     """A trained model, in eval mode.
 
-    `spec` is an open_clip architecture (with `weights`, a local file), `hf-hub:ORG/NAME`, an open_clip folder, or a
-    distilclip train folder or checkpoint. Raises `InputError` where weights are missing or do not fit.
+    `spec` is an open_clip architecture (with `weights`, a local file or one of open_clip's tags), `hf-hub:ORG/NAME`, an
+    open_clip folder, or a distilclip train folder or checkpoint. Raises `InputError` for what is missing or unfit.
     """
     if spec.startswith("hf-hub:"):
-        model, preprocess = open_clip.create_model_from_pretrained(spec)
-        return _assemble(spec, model, preprocess, open_clip.get_tokenizer(spec), None, device)
+        return _load_hub(spec, device)
     folder = _model_folder(spec)
     if folder is not None:
         with _local(folder) as path:
@@ -159,8 +166,9 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
             f"{spec!r} is neither an open_clip architecture nor a folder with {CONFIG_FILE}. "
             + did_you_mean(spec, open_clip.list_models())
         )
-    clip = create_clip(spec, device=device)
-    load_weights(clip, weights)
+    path, preprocess_cfg = find_weights(spec, weights)
+    clip = create_clip(spec, preprocess_cfg=preprocess_cfg, device=device)
+    load_weights(clip.model, path, name=clip.name)
     clip.model.eval()
     return clip
 
@@ -171,41 +179,48 @@ def load_named(spec: str, *, device: str | torch.device = "cpu") -> Clip:
     return load_clip(architecture, weights=weights or None, device=device)
 
 
-def load_weights(clip: Clip, path: str) -> None:
-    """Load a local weights file (safetensors, or a pickle of nothing but tensors) of any form that open_clip knows.
-
-    Raises `InputError` where there is none or it does not fit.
-    """
-    if not files.exists(path):
-        raise InputError(f"The weights file {path!r} does not exist.")
-    try:
-        open_clip.factory.load_checkpoint(clip.model, path, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds more than tensors and is not loaded. Save it as safetensors.") from error
-    except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
-        raise InputError(f"The weights in {path} do not fit the architecture {clip.name!r}: {error}") from error
-
-
-def create_clip(architecture: str, *, seed: int | None = None, device: str | torch.device = "cpu") -> Clip:
+def create_clip(
+    architecture: str,
+    *,
+    seed: int | None = None,
+    preprocess_cfg: dict[str, Any] | None = None,
+    device: str | torch.device = "cpu",
+) -> Clip:
     """An untrained model of an architecture that `model_config` knows.
 
-    `seed` fixes the initial weights without touching the caller's random state.
+    `seed` fixes the initial weights without touching the caller's random state. Images are prepared as `preprocess_cfg`
+    says; by default as for the architecture's published weights where all agree, else as for OpenAI's.
     """
     config = model_config(architecture)
+    preprocess_cfg = agreed_preprocessing(architecture) if preprocess_cfg is None else preprocess_cfg
     name = architecture if len(architecture) <= 60 and not architecture.startswith("{") else "custom"
     with tempfile.TemporaryDirectory() as folder, torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             torch.manual_seed(seed)
         with open(os.path.join(folder, CONFIG_FILE), "w") as file:
-            json.dump({"model_cfg": config}, file)
+            json.dump({"model_cfg": config, "preprocess_cfg": preprocess_cfg}, file)
         return _build(f"local-dir:{folder}", name, config, load_weights=False, device=device)
 
 
 def normalise_pixels(pixels: Tensor, preprocess_cfg: dict[str, Any]) -> Float[Tensor, "n 3 h w"]:
     """uint8 pixels to the model's float input: divided by 255, minus mean, over standard deviation per channel."""
-    mean = torch.tensor(preprocess_cfg["mean"], device=pixels.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(preprocess_cfg["std"], device=pixels.device).view(1, 3, 1, 1) * 255
-    return (pixels.float() - mean) / std
+    mean, std = (_levels(tuple(preprocess_cfg[name]), pixels.device) for name in ("mean", "std"))
+    return pixels.to(torch.float32, copy=True).sub_(mean).div_(std)  # in place: new memory is most of a CPU's time
+
+
+@lru_cache(maxsize=64)
+def _levels(shares: tuple[float, ...], device: torch.device) -> Float[Tensor, "1 3 1 1"]:
+    """One value a channel, in levels of 255; made once, since a copy to a GPU would wait for it."""
+    return torch.tensor(shares, device=device).view(1, 3, 1, 1) * 255
+
+
+def _load_hub(spec: str, device: str | torch.device) -> Clip:
+    try:
+        model, preprocess = open_clip.create_model_from_pretrained(spec)
+    except (OSError, RuntimeError, ImportError) as error:
+        raise InputError(f"{spec} cannot be loaded; once, that needs the network: {error}") from error
+    tokenizer = open_tokenizer(spec, None, name=spec)
+    return dataclasses.replace(_assemble(spec, model, preprocess, tokenizer, None, device), hub=spec)
 
 
 def _build(source: str, name: str, config: dict[str, Any], *, load_weights: bool, device: str | torch.device) -> Clip:
@@ -220,14 +235,14 @@ def _build(source: str, name: str, config: dict[str, Any], *, load_weights: bool
         raise InputError(f"open_clip cannot build the model {name!r}: {error}") from error
     finally:
         root.setLevel(level)
-    return _assemble(name, model, preprocess, open_clip.get_tokenizer(source), config, device)
+    return _assemble(name, model, preprocess, open_tokenizer(source, config, name=name), config, device)
 
 
 def _assemble(
     name: str,
     model: Any,
     preprocess: Callable[[Image.Image], Tensor],
-    tokenizer: Callable[[list[str]], Tensor],
+    tokenizer: Tokenizer,
     config: dict[str, Any] | None,
     device: str | torch.device,
 ) -> Clip:
@@ -252,6 +267,11 @@ def _model_folder(spec: str) -> str | None:
         found = json.loads(files.read_bytes(result))
         if found.get("what") == "open_clip":  # of `export`
             return files.join(spec, found["model"])
+        if found.get("stage") == "export":
+            raise InputError(
+                f"{spec} holds an export of the kind {found.get('what')}, which open_clip cannot read: name the model "
+                "it was made from, or export with --what open_clip (`evaluate` and `search` also read --what onnx)."
+            )
         if found.get("stage") != "train":
             raise InputError(f"{spec} was written by `distilclip {found.get('stage')}`; a model comes from `train`.")
         return files.join(spec, found["checkpoint"])

@@ -9,8 +9,9 @@ import timm
 
 from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
-from distilclip.models.clip import Clip, load_named, load_weights
+from distilclip.models.clip import Clip, load_named
 from distilclip.models.inheritance import Tower, inherit
+from distilclip.models.weights import load_weights
 
 KINDS = ("weights", "inherit", "inherit-image", "inherit-text", "timm")
 
@@ -44,7 +45,7 @@ def initialise(student: Clip, sources: Sequence[str]) -> list[str]:
 
 def _load_weights(student: Clip, place: str) -> set[str]:
     if place.endswith((".pt", ".pth", ".bin", ".safetensors")):
-        load_weights(student, place)
+        load_weights(student.model, place, name=student.name)
         return set(student.model.state_dict())
     other = load_named(place)
     try:

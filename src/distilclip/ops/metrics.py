@@ -1,4 +1,4 @@
-"""Accuracies, ranks, agreement of two models, and bootstrap intervals.
+"""Accuracies, ranks, agreement of two models, and intervals.
 
 One rule settles every tie: among equal scores the smaller index comes first. A rank is the number of candidates
 strictly ahead of the target plus the equal ones with a smaller index, so a constant scorer gets chance, not 100 %.
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from scipy import stats
+from scipy import special, stats
 from torch import Tensor
 
 TILE_ELEMENTS = 1 << 22  # scores in memory at once: 16 MiB in float32
@@ -104,25 +104,69 @@ def mean_interval(values: Sequence[float], *, confidence: float = 0.95) -> tuple
     return mean - reach, mean + reach
 
 
-def bootstrap_interval(
+def share_interval(
     hits: Bool[np.ndarray, " n"],
     *,
     strata: Int[np.ndarray, " n"] | None = None,
+    clusters: Int[np.ndarray, " n"] | None = None,
     confidence: float = 0.95,
-    num_resamples: int = 1000,
-    seed: int = 0,
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the share of hits, the same for the same seed.
+    """Smoothed Bayesian bootstrap interval of the share of hits.
 
-    With `strata` (the labels, for mean per class) rows are drawn within each stratum and the statistic is the mean of
-    the strata's shares. The number of hits among n rows drawn with replacement is binomial, so it is drawn as such.
+    With weights drawn for n rows (Rubin 1981) and for half a row that hits and half a row that misses, the share of s
+    hits is distributed as Beta(s + 1/2, n - s + 1/2), so its quantiles are taken and nothing is drawn. The two halves
+    give all hits and no hits an interval of some width (it is Jeffreys' interval; Brown, Cai and DasGupta 2001).
+
+    Args:
+        hits: of every row, whether it counts.
+        strata: the rows' classes: the share is the mean of the classes' shares, and classes are fixed.
+        clusters: what rows stand or fall with, as captions with their image: clusters are drawn, not rows.
+        confidence: the probability that the interval holds the true share.
+
+    Strata and clusters take the number of independent rows with the same variance in place of n (Korn and Graubard
+    1998).
     """
-    if strata is None:
-        strata = np.zeros(len(hits), dtype=np.int64)
-    total = np.bincount(strata)
-    present = total > 0
-    total, num_hits = total[present], np.bincount(strata, weights=hits)[present]
-    drawn = np.random.default_rng(seed).binomial(total, num_hits / total, size=(num_resamples, len(total)))
+    share, size = hits.mean(), float(len(hits))
+    if strata is not None:
+        share, size = _stratified(hits, strata)
+    elif clusters is not None:
+        size = _num_independent(hits, clusters)
     tail = (1 - confidence) / 2
-    low, high = np.quantile((drawn / total).mean(axis=1), [tail, 1 - tail])
-    return float(low), float(high)
+    low, high = special.betaincinv(size * share + 0.5, size * (1 - share) + 0.5, [tail, 1 - tail])
+    # As Brown et al. do: the quantile would leave out the share itself.
+    return 0.0 if share == 0 else float(low), 1.0 if share == 1 else float(high)
+
+
+def _stratified(hits: Bool[np.ndarray, " n"], strata: Int[np.ndarray, " n"]) -> tuple[float, float]:
+    """The mean of the strata's shares, and the number of independent rows whose share has the same variance.
+
+    A stratum's variance is taken from its share drawn towards the mean by one row, s, since few rows of its own may all
+    hit. Where strata are alike, s (1 - s) is on average 1 - n / (n + 1)^2 of the true p (1 - p), and divided by that;
+    where they differ, it comes out too large, the less the more rows they have.
+    """
+    total = np.bincount(strata)
+    num_hits = np.bincount(strata, weights=hits)[total > 0]
+    total = total[total > 0]
+    mean = (num_hits / total).mean()
+    size = len(total) ** 2 / (1 / total).sum()
+    if 0 < mean < 1:
+        drawn = (num_hits + mean) / (total + 1)
+        variance = drawn * (1 - drawn) / (1 - total / (total + 1) ** 2)
+        size = mean * (1 - mean) / ((variance / total).sum() / len(total) ** 2)
+    return mean, size
+
+
+def _num_independent(hits: Bool[np.ndarray, " n"], clusters: Int[np.ndarray, " n"]) -> float:
+    """The number of independent rows whose share has the variance of drawing clusters, at most n.
+
+    Where all rows or none hit, clusters count as one row each (unequal ones as fewer): nothing shows how alike their
+    rows are.
+    """
+    total = np.bincount(clusters)
+    num_hits = np.bincount(clusters, weights=hits)[total > 0]
+    total = total[total > 0]
+    share = hits.mean()
+    if not 0 < share < 1 or len(total) < 2:
+        return len(hits) ** 2 / np.square(total).sum()
+    spread = np.square(num_hits - share * total).sum() * len(total) / (len(total) - 1)
+    return min(float(len(hits)), share * (1 - share) * len(hits) ** 2 / spread) if spread else float(len(hits))

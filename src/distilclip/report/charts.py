@@ -8,8 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
+from distilclip.evaluate.headings import title
 from distilclip.report import figures
-from distilclip.report.comparison import Model, Table, title
+from distilclip.report.comparison import Model, Table
 from distilclip.report.load import TERMS
 
 

@@ -8,26 +8,11 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
+from distilclip.evaluate.headings import AVERAGED, TASKS, means, title
 from distilclip.report.load import Results, Score, Training
 
 Role = Literal["teacher", "baseline", "student", "other"]
 
-TASKS = {
-    "zero-shot": "Zero-shot",
-    "linear-probe": "Linear probe",
-    "retrieval": "Retrieval",
-    "agreement": "Agreement with the teacher",
-}
-METRICS = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "mean_per_class": "mean per class",
-    **{f"image_to_text_r{k}": f"image→text R@{k}" for k in (1, 5, 10)},
-    **{f"text_to_image_r{k}": f"text→image R@{k}" for k in (1, 5, 10)},
-    "top1_agreement": "same class",
-    "cka": "CKA",
-    "kl": "KL, nats",
-}
 MAX_COLUMNS = 12  # more than this in one table no longer fits a page, so each task gets its own
 
 
@@ -44,13 +29,14 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """What one column of scores holds. A mean over sets has the set name `mean` and no size."""
+    """What one column of scores holds. A mean has `members`, the sets that it is over, and neither metric nor size."""
 
     task: str
     set: str
     metric: str
     chance: float | None = None
     num_test: int | None = None
+    members: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,11 +88,6 @@ class Table:
         if len(self.columns) <= MAX_COLUMNS:
             return [self] if self.columns else []
         return [self.of_task(task) for task, _ in groupby(column.task for column in self.columns)]
-
-
-def title(task: str) -> str:
-    """A task's or metric's name as the page prints it."""
-    return TASKS.get(task) or METRICS.get(task) or task.replace("_", " ").replace("-", " ")
 
 
 def models(results: Results) -> list[Model]:
@@ -180,9 +161,9 @@ def _ties(value: float, best: float | None) -> bool:
 
 
 def _headline_columns(scores: Sequence[Score]) -> list[Column]:
-    """Columns by task in the order of `TASKS`, sets as found; a mean leads where a task has several sets.
+    """Columns by task in the order of `TASKS`, sets as found; means lead where a task has several sets.
 
-    A set on which no model has a score is left out.
+    A set on which no model has a score is left out, and a mean says so.
     """
     columns: list[Column] = []
     for task in dict.fromkeys([*TASKS, *(score.task for score in scores)]):
@@ -193,25 +174,31 @@ def _headline_columns(scores: Sequence[Score]) -> list[Column]:
         chosen = [
             Column(task=task, set=s.set, metric=s.metric, chance=s.chance, num_test=s.num_test) for s in found.values()
         ]
-        if task in ("zero-shot", "linear-probe") and len(chosen) > 1:
-            columns.append(_mean_column(task, chosen))
+        if task in AVERAGED:
+            columns += _mean_columns(task, chosen, [s.set for s in scores if s.task == task and s.headline])
         columns += chosen
     return columns
 
 
-def _mean_column(task: str, columns: Sequence[Column]) -> Column:
-    chances = [column.chance for column in columns if column.chance is not None]
-    chance = statistics.fmean(chances) if len(chances) == len(columns) else None
-    return Column(task=task, set="mean", metric="", chance=chance)
+def _mean_columns(task: str, columns: Sequence[Column], sets: Sequence[str]) -> list[Column]:
+    """The means over `columns`; `sets` are all of the task, those without a score too."""
+    found = []
+    for mean in means(sets, scored={column.set for column in columns}):
+        chances = [column.chance for column in columns if column.set in mean.sets]
+        known = [chance for chance in chances if chance is not None]
+        chance = statistics.fmean(known) if len(known) == len(chances) else None
+        found.append(Column(task=task, set=mean.name, metric="", chance=chance, members=mean.sets))
+    return found
 
 
 def _value(
     values: dict[tuple[str, str, str, str], float | None], model: str, column: Column, columns: Sequence[Column]
 ) -> float | None:
-    """One cell; a mean is given only for a model that has every set of its task."""
-    if column.metric:
+    """One cell; a mean is given only for a model that has every set of it."""
+    if not column.members:
         return values.get((model, column.task, column.set, column.metric))
-    parts = [values.get((model, c.task, c.set, c.metric)) for c in columns if c.task == column.task and c.metric]
+    averaged = [c for c in columns if c.task == column.task and c.metric and c.set in column.members]
+    parts = [values.get((model, c.task, c.set, c.metric)) for c in averaged]
     known = [part for part in parts if part is not None]
     return statistics.fmean(known) if len(known) == len(parts) else None
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -164,10 +165,11 @@ def standings(rows: Sequence[Standing], series: dict[str, int]) -> str:
             axes.hlines(height, min(values), max(values), color=PALETTE["--line"], linewidth=3, zorder=1)
             if row.chance is not None:
                 axes.plot([100 * row.chance], [height], "|", color=PALETTE["--muted"], markersize=9, zorder=2)
+        dots = []
         for name, place in series.items():
             colour = _line_style(place)["color"]
             places = [(100 * row.values[name], h) for row, h in zip(rows, heights, strict=True) if name in row.values]
-            axes.plot(
+            dots += axes.plot(
                 *zip(*places, strict=True),
                 "o",
                 color=colour,
@@ -175,16 +177,16 @@ def standings(rows: Sequence[Standing], series: dict[str, int]) -> str:
                 markeredgewidth=1.6,
                 markersize=6.5,
                 zorder=3 + place,
-                label=name,
             )
         if any(row.chance is not None for row in rows):
-            axes.plot([], [], "|", color=PALETTE["--muted"], markersize=9, label="chance")
+            dots += axes.plot([], [], "|", color=PALETTE["--muted"], markersize=9)
         axes.set_yticks(heights, [row.label for row in rows])
         axes.tick_params(axis="y", labelcolor=PALETTE["--ink"])
         axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=6, handletextpad=0.2, columnspacing=1.4)
+        names = [*series, "chance"][: len(dots)]  # as labels, matplotlib would leave out those that begin with `_`
+        axes.legend(dots, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=6, handletextpad=0.2, columnspacing=1.4)
         return _svg(figure)
 
 
@@ -213,6 +215,7 @@ def _style(salt: str) -> Any:
     return mpl.rc_context(
         {
             "svg.fonttype": "none",
+            "text.parse_math": False,  # a dollar sign in a name is one
             "svg.hashsalt": salt,
             "font.family": "DejaVu Sans",
             "font.size": 9,
@@ -288,5 +291,8 @@ def _metric_axis(axes: Axes, metric: str) -> None:
 def _svg(figure: Figure) -> str:
     """The figure as SVG text without date and version."""
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    with warnings.catch_warnings():
+        # Text is written as text: the reader's fonts have what DejaVu lacks.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()

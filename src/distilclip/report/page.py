@@ -8,9 +8,10 @@ from typing import Any
 
 import jinja2
 
+from distilclip.evaluate.headings import title
 from distilclip.report import wording
 from distilclip.report.charts import Chart, standings_chart, training_charts
-from distilclip.report.comparison import Model, Table, compare, models, title
+from distilclip.report.comparison import Model, Table, compare, models
 from distilclip.report.figures import PALETTE
 from distilclip.report.gallery import KINDS, SIDES
 from distilclip.report.load import Results, Score
@@ -103,7 +104,7 @@ def _best_student(table: Table) -> str:
     value, best = max(scored, key=lambda pair: pair[0])
     column, gain = table.columns[0], best.cells[0].gain
     task = title(column.task).lower()
-    measure = f"{task} on {column.set}" if column.metric else f"mean {task}"
+    measure = f"mean {task} {column.set.removeprefix('mean ')}" if column.members else f"{task} on {column.set}"
     text = f"{best.model.name} is the best of {_number(len(scored), 'student')}: {wording.percent(value)} % {measure}"
     if gain is not None:
         baseline = next(row.model.name for row in table.rows if row.model.role == "baseline")

@@ -231,8 +231,9 @@ def _forward(
         return found
     device = clip.device
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        found["image"][:] = _to_numpy(clip.encode_image(batch.pixels.to(device, non_blocking=True)))
-        found["text"][:] = _to_numpy(clip.encode_text(batch.tokens.to(device, non_blocking=True)))
+        image = clip.encode_image(batch.pixels.to(device, non_blocking=True))
+        text = clip.encode_text(batch.tokens.to(device, non_blocking=True))
+        found["image"][:], found["text"][:] = _to_numpy(image), _to_numpy(text)  # waits for both towers
         for view, pixels in enumerate(batch.view_pixels):
             shown = normalise_pixels(pixels.to(device, non_blocking=True), clip.preprocess_cfg)
             found["views"][:, view] = _to_numpy(clip.encode_image(shown))

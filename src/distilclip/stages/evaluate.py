@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from rich.console import Console
@@ -18,12 +19,13 @@ from distilclip.data.samples import MAX_PIXELS
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
 from distilclip.evaluate.cache import FeatureCache
-from distilclip.evaluate.classes import read_templates, templates_digest
-from distilclip.evaluate.dataset import EvaluationSet, LabelledSet, MissingSet, PairSet
-from distilclip.evaluate.embedders import Embedder
+from distilclip.evaluate.classes import read_templates
+from distilclip.evaluate.dataset import EvaluationSet, LabelledSet, MissingSet
+from distilclip.evaluate.embedders import Embedder, ModelEmbedder
 from distilclip.evaluate.encode import Encoding
+from distilclip.evaluate.inputs import check_part, part_digests
 from distilclip.evaluate.listing import describe_catalogue
-from distilclip.evaluate.model_specs import open_embedder, split_model, weights_by_name
+from distilclip.evaluate.model_specs import ONNX_RECORD, open_embedder, split_model, weights_by_name
 from distilclip.evaluate.per_class import confusion_table, per_class_table
 from distilclip.evaluate.prompts import prompts_of
 from distilclip.evaluate.protocol import ALL_TASKS, Measurement, Protocol, View
@@ -42,7 +44,8 @@ class Config:
     out: str = ""
     """folder to write: result.json, table.md, table.csv, table.tex, clip_benchmark/*.json (needed but for --list)"""
     models: tuple[str, ...] = ()
-    """train folders, checkpoints, open_clip names or folders, hf-hub:ORG/NAME or stores, each also as NAME=MODEL"""
+    """train folders, checkpoints, open_clip names or folders, hf-hub:ORG/NAME, stores, or exports of the kinds
+    open_clip and onnx (of int8 encoders: FOLDER#int8), each also as NAME=MODEL"""
     sets: tuple[str, ...] = ()
     """published sets by name, the groups paper, robustness and retrieval, and one's own: folder:PATH, tar:PATH or
     pairs:PATH, each also as NAME=KIND:PATH"""
@@ -51,8 +54,8 @@ class Config:
     list: bool = False
     """only say of every published set where it is, or how to get it"""
     weights: tuple[str, ...] = ()
-    """weights files of models given as open_clip names, as NAME=FILE (one model: FILE); OpenAI's need the
-    architecture that ends in -quickgelu"""
+    """weights of models given as open_clip names, as NAME=FILE (one model: FILE), or as open_clip's tag for them;
+    OpenAI's need the architecture that ends in -quickgelu"""
     tasks: tuple[Task, ...] = ALL_TASKS
     """what to measure, where it applies: agreement needs --teacher, the probes a set with training images"""
     teacher: str | None = None
@@ -124,14 +127,19 @@ def main(config: Config) -> dict[str, Any]:
         print(describe_catalogue(config.data_root))
         return {}
     models, sets = dict(map(split_model, config.models)), expand_groups(config.sets)
-    paths = list(dict.fromkeys([*models.values(), *([split_model(config.teacher)[1]] if config.teacher else [])]))
-    inputs = [*run.folders_of("train", paths), *run.folders_of("embed", paths)]
+    specs = [*models.values(), *([split_model(config.teacher)[1]] if config.teacher else [])]
+    paths = list(dict.fromkeys(spec.partition("#")[0] for spec in specs))
+    inputs = [found for stage in ("train", "embed", "export") for found in run.folders_of(stage, paths)]
+    digests = _digests(config, models, sets)
     folder = run.open_folder(config.out, stage="evaluate", config=config, inputs=inputs)
-    if folder.finished:
-        return folder.result()
     parts = {(model, spec): (i, j) for i, model in enumerate(models) for j, spec in enumerate(sets)}
     paths_of = {key: folder.child("parts", f"{i:02}-{j:02}.json") for key, (i, j) in parts.items()}
     missing = [key for key, path in paths_of.items() if not files.exists(path)]
+    for key, path in paths_of.items():
+        if key not in missing:
+            check_part(run.read_json(path), digests[key], path=path)
+    if folder.finished:
+        return folder.result()
     datasets = {
         spec: load_set(spec, data_root=config.data_root, prompts=config.prompts)
         for spec in dict.fromkeys(spec for _, spec in missing)
@@ -145,14 +153,26 @@ def main(config: Config) -> dict[str, Any]:
             )
             i, j = parts[model, spec]
             if config.per_class:
-                _write_classes(folder, f"{i:02}-{j:02}.csv", measured, datasets[spec])
+                for kind, table in _class_tables(measured, datasets[spec]).items():
+                    files.write_bytes(folder.child(kind, f"{i:02}-{j:02}.csv"), table.encode())
             part = {
+                "made_from": digests[model, spec],
                 "model": {"name": model, "digest": embedder.digest, **embedder.description},
-                "set": {"name": datasets[spec].name, **_describe_set(datasets[spec], opener.protocol)},
+                "set": {"name": datasets[spec].name, **opener.protocol.describe(datasets[spec])},
                 "rows": [score.row(model=model, digest=embedder.digest) for score in measured.scores],
             }
             run.write_json(paths_of[model, spec], part)
     return _finish(folder, [run.read_json(path) for path in paths_of.values()])
+
+
+def _digests(config: Config, models: dict[str, str], sets: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
+    weights = weights_by_name(config.weights, list(models))
+    texts = {"prompts": config.prompts, "templates": (config.templates or "").partition("#")[0]}
+    teacher = None
+    if config.teacher:
+        spec = models.get(config.teacher, split_model(config.teacher)[1])
+        teacher = spec, config.teacher_weights or weights.get(config.teacher)
+    return part_digests(models, sets, weights=weights, teacher=teacher, texts=texts, data_root=config.data_root)
 
 
 def _finish(folder: run.Folder, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -191,7 +211,7 @@ class _Opener:
         config = self._config
         if config.teacher is None or "agreement" not in config.tasks or isinstance(dataset, MissingSet):
             return None
-        if type(self._teacher) is type(model) and self._teacher.digest == model.digest:
+        if type(self._teacher) is type(model) and self._teacher.identity == model.identity:
             return None
         if dataset.name not in self._views:
             self._views[dataset.name] = self.protocol.view(self._teacher, dataset)
@@ -215,16 +235,33 @@ class _Opener:
             max_pixels=config.max_pixels,
             num_workers=config.num_workers,
         )
+        exported = _onnx_of(spec)
+        if exported is not None:
+            from distilclip.export.exported import open_exported  # of the extra `onnx`, which `_onnx_of` asked for
+
+            path, precision = exported
+            return ModelEmbedder(open_exported(path, name=name, precision=precision), encoding, self._cache)
         device = resolve_device(config.device)
         return open_embedder(spec, name=name, weights=weights, device=device, encoding=encoding, cache=self._cache)
 
 
-def _write_classes(folder: run.Folder, name: str, measured: Measurement, dataset: EvaluationSet) -> None:
+def _onnx_of(spec: str) -> tuple[str, Literal["fp32", "int8"]] | None:
+    """Folder and precision where a model is an exported ONNX model, `FOLDER` or `FOLDER#int8`."""
+    path, _, precision = spec.partition("#")
+    if not any(files.exists(files.join(path, name)) for name in (ONNX_RECORD, f"model/{ONNX_RECORD}")):
+        return None
+    if precision not in ("", "fp32", "int8"):
+        raise InputError(f"{spec}: an exported model has the precisions fp32 and int8, not {precision!r}.")
+    if any(importlib.util.find_spec(package) is None for package in ("onnxruntime", "tokenizers")):
+        raise InputError(f"{spec} is an ONNX model, and onnxruntime is not installed: pip install 'distilclip[onnx]'.")
+    return path, cast(Literal["fp32", "int8"], precision or "fp32")
+
+
+def _class_tables(measured: Measurement, dataset: EvaluationSet) -> dict[str, str]:
     if measured.labels is None or measured.predictions is None or not isinstance(dataset, LabelledSet):
-        return
-    for kind, table in (("classes", per_class_table), ("confusion", confusion_table)):
-        content = table(measured.labels, measured.predictions, dataset.classes)
-        files.write_bytes(folder.child(kind, name), content.encode())
+        return {}
+    found = measured.labels, measured.predictions, dataset.classes
+    return {"classes": per_class_table(*found), "confusion": confusion_table(*found)}
 
 
 def _unique(names: Sequence[str], *, flag: str) -> None:
@@ -252,25 +289,8 @@ def _templates(source: str) -> tuple[str, ...]:
     return prompts_of(path, name).templates if name else read_templates(path)
 
 
-def _describe_set(dataset: EvaluationSet, protocol: Protocol) -> dict[str, Any]:
-    if isinstance(dataset, MissingSet):
-        return {"missing": dataset.reason}
-    if isinstance(dataset, PairSet):
-        return {"num_images": len(dataset.images), "num_captions": len(dataset.captions), **dataset.record}
-    templates = protocol.templates_of(dataset)
-    splits = {"test": dataset.test, "train": dataset.train, "validation": dataset.validation}
-    return {
-        **{f"num_{name}": len(split.images) for name, split in splits.items() if split is not None},
-        "num_classes": len(dataset.classes),
-        "metric": dataset.metric,
-        "templates": list(templates),
-        "templates_digest": templates_digest(templates),
-        **dataset.record,
-    }
-
-
 def _print(tables: Sequence[Table]) -> None:
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names and paths may hold [...] and :...:
     for table in tables:
         printed = RichTable(table.columns[0], title=table.title, title_justify="left")
         for column in table.columns[1:]:

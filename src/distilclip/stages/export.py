@@ -233,13 +233,14 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
     clip = load_clip(config.model, weights=config.weights)
     clip = dataclasses.replace(clip, name=config.name or config.model.rstrip("/").split("/")[-1])
     target, digest = files.join(folder, "model"), clip.digest
+    records = find_records(config.model, digest=digest, evaluation=config.evaluation)
     exported: dict[str, Any] = {}
     if config.what == "open_clip":
         clip.save(target)
     elif config.what == "huggingface":
         from distilclip.export.huggingface import write_huggingface
 
-        exported = {"difference": write_huggingface(clip, target)}
+        exported = write_huggingface(clip, target)
     else:
         from distilclip.export.encoders import write_onnx
 
@@ -259,7 +260,7 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
         model_cfg=clip.model_cfg,
         preprocess_cfg=clip.preprocess_cfg,
         exported=exported,
-        records=find_records(config.model, digest=digest, evaluation=config.evaluation),
+        records=records,
     )
     files.write_bytes(files.join(target, "README.md"), card.encode())
     return {"name": clip.name, "digest": digest, "model": "model", **exported}

@@ -118,7 +118,9 @@ def _files(folder: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
         for name in sorted(names):
             if name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS:
                 path = os.path.join(parent, name)
-                yield os.path.relpath(path, folder), partial(files.read_bytes, path)
+                # A name that is not UTF-8 can be neither printed nor written.
+                name = os.fsencode(os.path.relpath(path, folder)).decode(errors="backslashreplace")
+                yield name, partial(files.read_bytes, path)
 
 
 def _samples(pattern: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
@@ -141,7 +143,7 @@ def _print(result: dict[str, Any]) -> None:
     table = Table("similarity", "picture", title=f"{result['query']} in {result['num_pictures']} pictures")
     for match in result["matches"]:
         table.add_row(f"{match['similarity']:.3f}", match["picture"])
-    console = Console(highlight=False, markup=False)
+    console = Console(highlight=False, markup=False, emoji=False)
     console.print(table)
     if result["unreadable"]:
         console.print(f"{len(result['unreadable'])} pictures could not be read.")
