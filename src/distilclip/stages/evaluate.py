@@ -81,7 +81,7 @@ class Config:
     batch_size: int = 64
     """images or texts at once"""
     seed: int = 0
-    """of the probes' held-out rows and draws, and of the bootstrap"""
+    """of the probes' held-out rows and draws"""
     on_error: OnError = "raise"
     """an image that cannot be read stops the run, or is left out and counted"""
     max_bad_ratio: float = 0.01
