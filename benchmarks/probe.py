@@ -22,10 +22,11 @@ class Inputs:
     test_labels: torch.Tensor
 
 
-def clip_like(num_rows: int, dim: int, num_classes: int, *, separation: float = 0.45) -> Inputs:
+def clip_like(num_rows: int, dim: int, num_classes: int, *, separation: float = 0.2) -> Inputs:
     """Classes that overlap, in a narrow cone, with a spectrum that decays as CLIP's does; a fifth more rows to test.
 
-    At a `separation` of 0.2 the best penalty lies inside the range that is swept, as it does for CLIP's own features.
+    Of 100 classes about nine in ten rows are told rightly, and the best penalty lies inside the range that is swept, as
+    it does for CLIP's own features.
     """
     random = torch.Generator().manual_seed(0)
     spectrum = torch.arange(1, dim + 1) ** -0.5
@@ -43,11 +44,11 @@ def objective(weight: torch.Tensor, bias: torch.Tensor, inputs: Inputs, l2: floa
     return float(loss + l2 / 2 * weight.double().square().sum())
 
 
-def fit_peer(x: torch.Tensor, y: torch.Tensor, l2: float) -> LogisticRegression:
+def fit_peer(x: torch.Tensor, y: torch.Tensor, l2: float, *, tolerance: float = 1e-6) -> LogisticRegression:
     # Since version 1.4 the loss is a mean over rows: a tolerance above 1e-6 stops short of the optimum.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return LogisticRegression(C=1 / l2, tol=1e-6, max_iter=1000).fit(x.numpy(), y.numpy())
+        return LogisticRegression(C=1 / l2, tol=tolerance, max_iter=1000).fit(x.numpy(), y.numpy())
 
 
 def sweep_peer(inputs: Inputs) -> LogisticRegression:
@@ -70,36 +71,36 @@ def accuracy(peer: LogisticRegression, inputs: Inputs) -> float:
     return float(peer.score(inputs.test.numpy(), inputs.test_labels.numpy()))
 
 
-def case(size: tuple[int, int, int], l2: float) -> Case:
+def case(size: tuple[int, int, int], l2: float, *, tolerance: float, peer_memory: bool = True) -> Case:
+    """`tolerance` is the peer's: the loosest power of ten with which it comes as near to the optimum as is asked."""
+
     def ours(inputs: Inputs) -> Probe:
         return linear_probe(inputs.train, inputs.train_labels, inputs.test, inputs.test_labels, l2=l2)
 
     def equal(probe: Probe, peer: LogisticRegression) -> bool:
-        """No worse an objective than 1e-4 above the peer's, and accuracies within a tenth of a point."""
+        """Objectives within 1e-4 of one another, and accuracies within a tenth of a point."""
         inputs = clip_like(*size)
         mine = objective(probe.weight, probe.bias, inputs, l2)
         theirs = objective(torch.from_numpy(peer.coef_.T), torch.from_numpy(peer.intercept_), inputs, l2)
-        return mine <= theirs * (1 + 1e-4) and abs(probe.accuracy - accuracy(peer, inputs)) <= 1e-3
+        return abs(mine / theirs - 1) <= 1e-4 and abs(probe.accuracy - accuracy(peer, inputs)) <= 1e-3
 
     return Case(
         name=f"one fit, C = {1 / l2:g}, {shape(size)}",
         setup=lambda: clip_like(*size),
         ours=ours,
-        peer=lambda inputs: fit_peer(inputs.train, inputs.train_labels, l2),
+        peer=lambda inputs: fit_peer(inputs.train, inputs.train_labels, l2, tolerance=tolerance),
         equal=equal,
+        peer_memory=peer_memory,
     )
 
 
 def sweep_case(size: tuple[int, int, int]) -> Case:
-    def setup() -> Inputs:
-        return clip_like(*size, separation=0.2)
-
     return Case(
         name=f"15 fits and refit, {shape(size)}",
-        setup=setup,
+        setup=lambda: clip_like(*size),
         ours=lambda inputs: linear_probe(inputs.train, inputs.train_labels, inputs.test, inputs.test_labels),
         peer=sweep_peer,
-        equal=lambda probe, peer: abs(probe.accuracy - accuracy(peer, setup())) <= 1e-3,
+        equal=lambda probe, peer: abs(probe.accuracy - accuracy(peer, clip_like(*size))) <= 1e-3,
         peer_memory=False,
     )
 
@@ -111,7 +112,9 @@ def shape(size: tuple[int, int, int]) -> str:
 if __name__ == "__main__":
     if is_quick(__doc__ or ""):
         small = (4000, 128, 20)
-        compare("probe", [case(small, 1 / 0.316), case(small, 0.1), sweep_case((2000, 64, 10))])
+        fits = [case(small, 1 / 0.316, tolerance=1e-6), case(small, 0.1, tolerance=1e-7)]
+        compare("probe", [*fits, sweep_case((2000, 64, 10))])
     else:
         large = (50_000, 512, 100)
-        compare("probe", [case(large, 1 / 0.316), case(large, 0.1), sweep_case((10_000, 256, 50)), sweep_case(large)])
+        fits = [case(large, 1 / 0.316, tolerance=1e-6), case(large, 0.1, tolerance=1e-7, peer_memory=False)]
+        compare("probe", [*fits, sweep_case((10_000, 256, 50)), sweep_case(large)])
