@@ -45,6 +45,19 @@ def write_labelled_tar(path: Path, labels: list[str], *, suffix: str = "cls") ->
     return write_tar(path, members)
 
 
+def write_own_sets(folder: Path, classes: list[str], *, num_train: int, num_test: int) -> tuple[str, str]:
+    """A labelled set with so many training and test images of each class, and six pairs: how they are named."""
+    labels = [str(number) for number in range(len(classes))]
+    write_labelled_tar(folder / "shape" / "train-0.tar", labels * num_train)
+    write_labelled_tar(folder / "shape" / "test-0.tar", labels * num_test)
+    (folder / "shape" / "classnames.txt").write_text("".join(f"{name}\n" for name in classes))
+    members = []
+    for number in range(6):
+        members += [(f"{number}.jpg", encoded(picture(number))), (f"{number}.txt", f"picture {number}".encode())]
+    write_tar(folder / "pairs" / "test-0.tar", members)
+    return f"tar:{folder}/shape", f"pairs:{folder}/pairs"
+
+
 # Specs
 
 

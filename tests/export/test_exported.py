@@ -17,8 +17,8 @@ from distilclip.export.quantize import write_int8
 from distilclip.export.runtime import RECORD
 from distilclip.models.clip import Clip
 from distilclip.stages.evaluate import Config, main
-from tests.conftest import encoded, picture, write_tar
-from tests.evaluate.test_sets import write_labelled_tar
+from tests.conftest import picture
+from tests.evaluate.test_sets import write_own_sets
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +35,7 @@ def folder(onnx_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def sets(tmp_path: Path) -> tuple[str, str]:
     """A labelled set with training images, and pairs."""
-    write_labelled_tar(tmp_path / "shape" / "train-0.tar", ["0", "1"] * 3)
-    write_labelled_tar(tmp_path / "shape" / "test-0.tar", ["0", "1"] * 3)
-    (tmp_path / "shape" / "classnames.txt").write_text("circle\nsquare\n")
-    members = []
-    for number in range(6):
-        members += [(f"{number}.jpg", encoded(picture(number))), (f"{number}.txt", f"picture {number}".encode())]
-    write_tar(tmp_path / "pairs" / "test-0.tar", members)
-    return f"tar:{tmp_path}/shape", f"pairs:{tmp_path}/pairs"
+    return write_own_sets(tmp_path, ["circle", "square"], num_train=3, num_test=3)
 
 
 def config_of(out: Path, models: tuple[str, ...], sets: tuple[str, ...], **options: Any) -> Config:

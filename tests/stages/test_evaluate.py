@@ -16,9 +16,9 @@ from distilclip.evaluate.model_specs import split_model, weights_by_name
 from distilclip.evaluate.protocol import Measurement, Protocol, View
 from distilclip.models.clip import create_clip
 from distilclip.stages.evaluate import Config, main
-from tests.conftest import TINY_CLIP, encoded, picture, write_tar
+from tests.conftest import TINY_CLIP
 from tests.evaluate import made_sets
-from tests.evaluate.test_sets import write_labelled_tar
+from tests.evaluate.test_sets import write_own_sets
 
 
 @pytest.fixture(scope="module")
@@ -33,15 +33,7 @@ def models(tmp_path_factory: pytest.TempPathFactory, tiny_clip_json: str) -> tup
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A labelled set with training images, and image-text pairs."""
-    folder = tmp_path_factory.mktemp("sets")
-    write_labelled_tar(folder / "shape" / "train-0.tar", ["0", "1", "2"] * 4)
-    write_labelled_tar(folder / "shape" / "test-0.tar", ["0", "1", "2"] * 2)
-    (folder / "shape" / "classnames.txt").write_text("circle\nsquare\nstar\n")
-    members = []
-    for number in range(6):
-        members += [(f"{number}.jpg", encoded(picture(number))), (f"{number}.txt", f"picture {number}".encode())]
-    write_tar(folder / "pairs" / "test-0.tar", members)
-    return f"tar:{folder}/shape", f"pairs:{folder}/pairs"
+    return write_own_sets(tmp_path_factory.mktemp("sets"), ["circle", "square", "star"], num_train=4, num_test=2)
 
 
 def config_of(out: Path, models: tuple[str, ...], sets: tuple[str, ...], **options: object) -> Config:

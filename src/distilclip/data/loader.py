@@ -55,7 +55,7 @@ class Batch:
         return len(self.ids)
 
     def pin_memory(self) -> Batch:
-        """The batch in page-locked memory, for copies to a GPU that overlap with its work."""
+        """The batch in page-locked memory, from which a copy to a GPU keeps no process waiting."""
         pinned: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor):

@@ -105,7 +105,7 @@ class _Decoded:
     fields: dict[str, Any]
 
     def pin_memory(self) -> _Decoded:
-        """The rows in page-locked memory, for copies to a GPU that overlap with its work."""
+        """The rows in page-locked memory, from which a copy to a GPU keeps no process waiting."""
         pinned = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in self.fields.items()}
         return dataclasses.replace(self, fields=pinned)
 
