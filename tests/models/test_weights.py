@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,66 @@ def test_an_archive_needs_the_architecture_with_its_activation(archive: tuple[Cl
     assert find_weights("ViT-B-32-quickgelu", archive[1])[0] == archive[1]
     with pytest.raises(InputError, match="do not fit the architecture"):
         load_clip(NAME, weights=archive[1])
+
+
+class _Writes(torch.nn.Module):
+    """A TorchScript module whose `__setstate__` overwrites a file when torch.jit.load reads it."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__()
+        self.path = path
+        self.training = False
+
+    @torch.jit.export
+    def __getstate__(self) -> tuple[str, bool]:
+        return self.path, self.training
+
+    @torch.jit.export
+    def __setstate__(self, state: tuple[str, bool]) -> None:
+        self.path = state[0]
+        self.training = state[1]
+        torch.save(torch.zeros(1), state[0])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
+def test_no_code_of_an_archive_runs(tmp_path: Path) -> None:
+    victim = tmp_path / "victim.txt"
+    victim.write_text("precious")
+    path = str(tmp_path / "model.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.save(torch.jit.script(_Writes(str(victim))), path)
+        torch.jit.load(path)  # what the archive is about
+        assert victim.read_bytes() != b"precious"
+    victim.write_text("precious")
+    with pytest.raises(InputError, match="do not fit the architecture"):
+        load_clip(f"{NAME}-quickgelu" if f"{NAME}-quickgelu" in open_clip.list_models() else NAME, weights=path)
+    assert victim.read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("os.system", b"cposix\nsystem\n(S'touch hacked'\ntR."), ("builtins.eval", b"cbuiltins\neval\n(S'1'\ntR.")],
+)
+def test_an_archive_whose_pickle_names_a_function_is_refused(
+    name: str, content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with zipfile.ZipFile("model.pt", "w") as archive:
+        archive.writestr("model/data.pkl", content)
+        archive.writestr("model/constants.pkl", b"")
+    with pytest.raises(InputError, match=r"model.pt is not loaded.*(posix.system|builtins.eval).*neither a module"):
+        load_clip(NAME, weights="model.pt")
+    assert not Path("hacked").exists()
+
+
+def test_a_damaged_archive_is_bad_input(archive: tuple[Clip, str], tiny_clip_json: str, tmp_path: Path) -> None:
+    (tmp_path / "tiny.json").write_text(tiny_clip_json)
+    with zipfile.ZipFile(archive[1]) as whole, zipfile.ZipFile(tmp_path / "short.pt", "w") as short:
+        for entry in whole.namelist():
+            content = whole.read(entry)
+            short.writestr(entry, content[:-4] if entry.endswith("data/0") else content)
+    with pytest.raises(InputError, match=r"short.pt is not loaded.*storage 0 has"):
+        load_clip(str(tmp_path / "tiny.json"), weights=str(tmp_path / "short.pt"))

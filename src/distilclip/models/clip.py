@@ -216,10 +216,11 @@ def _levels(shares: tuple[float, ...], device: torch.device) -> Float[Tensor, "1
 
 def _load_hub(spec: str, device: str | torch.device) -> Clip:
     try:
+        config = open_clip.factory.get_model_config(spec)
+        tokenizer = open_tokenizer(spec, config, name=spec)
         model, preprocess = open_clip.create_model_from_pretrained(spec)
     except (OSError, RuntimeError, ImportError) as error:
         raise InputError(f"{spec} cannot be loaded; once, that needs the network: {error}") from error
-    tokenizer = open_tokenizer(spec, None, name=spec)
     return dataclasses.replace(_assemble(spec, model, preprocess, tokenizer, None, device), hub=spec)
 
 

@@ -15,31 +15,53 @@ from distilclip.errors import InputError
 Tokenizer = Callable[[list[str]], Tensor]
 
 
-def open_tokenizer(source: str, config: dict[str, Any] | None, *, name: str) -> Tokenizer:
-    """The tokenizer of a model that open_clip reads from `source` (`local-dir:FOLDER`, `hf-hub:ORG/NAME`).
+ARGUMENTS = ("clean", "strip_sep_token", "language")
+"""What a model's config may say about its tokenizer. The rest would reach transformers, which can run foreign code."""
 
-    A tokenizer of the hub is read from the model's folder where that holds its files, else from the hub.
+
+def open_tokenizer(source: str, config: dict[str, Any], *, name: str) -> Tokenizer:
+    """Return the tokenizer of a model that open_clip reads from `source` (`local-dir:FOLDER`, `hf-hub:ORG/NAME`).
+
+    `config` is the model's. A tokenizer of the hub is read from the model's folder where that holds its files, else
+    from the hub. No code that comes with a tokenizer is run.
 
     Raises:
-        InputError: it cannot be had; `name` is the model's, for the message.
+        InputError: it cannot be had, or the config asks for more than `ARGUMENTS`; `name` is the model's, for the
+            message.
     """
-    text = (config or {}).get("text_cfg", {})
+    text = config.get("text_cfg") or {}
     hub_name = text.get("hf_tokenizer_name")
-    folder = source.removeprefix("local-dir:")
+    arguments = _checked_arguments(text, name=name)
+    context_length = text.get("context_length") or open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH
     try:
-        if hub_name and folder != source and not os.path.exists(os.path.join(folder, "tokenizer_config.json")):
-            return HFTokenizer(
-                hub_name,
-                context_length=text.get("context_length", open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH),
-                tokenizer_mode=text.get("tokenizer_mode"),
-                **text.get("tokenizer_kwargs", {}),
-            )
-        return open_clip.get_tokenizer(source)
-    except (OSError, ImportError, ValueError) as error:
+        if not hub_name:
+            return open_clip.SimpleTokenizer(context_length=context_length, **arguments)
+        folder = source.removeprefix("local-dir:")
+        is_beside = folder != source and os.path.exists(os.path.join(folder, "tokenizer_config.json"))
+        return HFTokenizer(
+            folder if is_beside else hub_name,
+            context_length=context_length,
+            tokenizer_mode=text.get("tokenizer_mode"),
+            trust_remote_code=False,
+            **arguments,
+        )
+    except (OSError, ImportError, ValueError, TypeError) as error:
         raise InputError(
             f"{name}: its tokenizer {hub_name or source!r} cannot be had: {_first_line(error)}. It is read through "
             "transformers from the hub, which needs the network once; later it is read from the hub's cache."
         ) from error
+
+
+def _checked_arguments(text: dict[str, Any], *, name: str) -> dict[str, Any]:
+    """Return the tokenizer's arguments in a text config, and refuse those that are not known to be harmless."""
+    arguments = text.get("tokenizer_kwargs") or {}
+    refused = sorted(set(arguments) - set(ARGUMENTS)) if isinstance(arguments, dict) else [repr(arguments)]
+    if refused:
+        raise InputError(
+            f"{name}: its config passes {', '.join(refused)} to the tokenizer (text_cfg.tokenizer_kwargs); only "
+            f"{', '.join(ARGUMENTS)} are passed on, since others can run foreign code. Remove it from the config."
+        )
+    return arguments
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:

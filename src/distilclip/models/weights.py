@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
-import warnings
-import zipfile
 from collections import defaultdict
-from pathlib import PurePath
 from typing import Any
 
 import open_clip
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distilclip.data import files
 from distilclip.errors import InputError, did_you_mean
+from distilclip.models import torchscript
 from distilclip.models.architectures import model_config
 
 CONFIG_FILE = "open_clip_config.json"
@@ -88,9 +85,16 @@ def load_weights(model: nn.Module, path: str, *, name: str) -> None:
             else:
                 open_clip.factory.load_checkpoint(model, local, weights_only=True)
     except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds more than tensors and is not loaded. Save it as safetensors.") from error
+        raise InputError(
+            f"{path} is not loaded: it is damaged or holds more than tensors ({_last_line(error)}). Save the weights "
+            "as safetensors."
+        ) from error
     except (RuntimeError, KeyError, AttributeError, AssertionError) as error:
         raise InputError(f"The weights in {path} do not fit the architecture {name!r}: {error}") from error
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1].rstrip(".")[:200] if str(error).strip() else type(error).__name__
 
 
 def _preprocessing(published: dict[str, Any]) -> str:
@@ -121,17 +125,12 @@ def _check_activation(architecture: str, *, is_quick: bool, source: str) -> None
 
 
 def _is_archive(path: str) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI published its models: a zip with constants of the code."""
+    """Whether a file is a TorchScript archive, as OpenAI published its models."""
     with files.open_read(path) as file:
-        if not zipfile.is_zipfile(file):
-            return False
-        with zipfile.ZipFile(file) as archive:
-            return any(PurePath(name).name == "constants.pkl" for name in archive.namelist())
+        return torchscript.is_archive(file)
 
 
-def _archived_state(path: str) -> dict[str, torch.Tensor]:
-    # Loading runs none of the archive's code: a method runs when it is called.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.load is deprecated, and has no successor for these
-        state = torch.jit.load(path, map_location="cpu").state_dict()
+def _archived_state(path: str) -> dict[str, Tensor]:
+    with open(path, "rb") as file:
+        state = torchscript.read_state(file)
     return {name: value for name, value in state.items() if name not in _OPENAI_RECORDS}
