@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from distilclip.losses.features import Features
 from distilclip.models.clip import Clip, create_clip
 from distilclip.models.heads import Heads
-from distilclip.ops.features import Features
-from distilclip.train.classhead import ClassHead
+from distilclip.train.class_head import ClassHead
 from distilclip.train.objective import Objective
 from distilclip.train.optimizer import Optimization, build_optimizer
 from distilclip.train.parallel import Execution, build_towers, clip_gradients_

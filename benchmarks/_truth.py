@@ -11,8 +11,8 @@ import argparse
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 
-from distilclip.data.groups import read_groups
 from distilclip.data.shards import open_shard
+from distilclip.data.side_files import read_groups
 from distilclip.data.store import Store
 
 

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from _harness import Case, compare, is_quick
 from torch import Tensor
 
+from distilclip.losses.features import Features
 from distilclip.models.clip import create_clip
 from distilclip.models.heads import Heads
-from distilclip.ops.features import Features
 from distilclip.train.objective import Objective, objective
 from distilclip.train.parallel import Execution, build_towers
 from distilclip.train.step import Inputs, Student, compute_gradients

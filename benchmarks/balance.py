@@ -19,9 +19,9 @@ from scipy.sparse.csgraph import connected_components
 
 from distilclip.data.images import Images
 from distilclip.data.store import Store
-from distilclip.ops.balance import Balance, balance
-from distilclip.ops.metric import squared_threshold
-from distilclip.ops.neighbours import pairs_within
+from distilclip.grouping.balance import Balance, balance
+from distilclip.grouping.near_pairs import pairs_within
+from distilclip.vectors.metric import squared_threshold
 
 THRESHOLD = 0.07
 METRICS = ("euclidean", "sqeuclidean", "cosine")

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from _harness import Case, compare, is_quick
 from torch import Tensor
 
-from distilclip.ops.clusterloss import cluster, sample_classes
-from distilclip.train.classhead import ClassHead, StepClasses
+from distilclip.losses.cluster import cluster, sample_classes
+from distilclip.train.class_head import ClassHead, StepClasses
 
 SAMPLE_RATE = 0.1
 LEARNING_RATE = 1e-6

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from _harness import Case, compare, is_quick
 from torch import Tensor
 
-from distilclip.ops.clusterloss import cluster, sample_classes
+from distilclip.losses.cluster import cluster, sample_classes
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Result = tuple[Tensor, ...]

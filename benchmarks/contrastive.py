@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from _harness import Case, compare, is_quick
 from torch import Tensor
 
-from distilclip.ops.contrastive import contrastive
+from distilclip.losses.contrastive import contrastive
 
 Inputs = tuple[Tensor, Tensor, Tensor]
 Result = tuple[Tensor, ...]

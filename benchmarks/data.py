@@ -25,11 +25,10 @@ import open_clip_train.data
 from _harness import Case, compare, is_quick
 from PIL import Image
 
-from distilclip.data import files
-from distilclip.data.groups import Groups, write_groups
-from distilclip.data.rows import Rows
+from distilclip import files
 from distilclip.data.shards import open_shard
-from distilclip.data.store import finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.side_files import Groups, write_groups
+from distilclip.data.store import Rows, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.data.stream import open_stream
 from distilclip.models.clip import normalise_pixels
 

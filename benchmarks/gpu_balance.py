@@ -13,10 +13,10 @@ import torch
 from _embeddings import clip_like
 from _harness import is_quick
 
-from distilclip.ops.alltiles import compare_all
-from distilclip.ops.groups import ForestBuilder
-from distilclip.ops.neighbours import tile_rows
-from distilclip.ops.points import Points, distinct
+from distilclip.grouping.forest import ForestBuilder
+from distilclip.grouping.near_pairs import tile_rows
+from distilclip.grouping.search_gpu import compare_all
+from distilclip.vectors.points import Points, distinct
 
 
 def product_peak(size: int, dim: int) -> float:

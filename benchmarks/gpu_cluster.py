@@ -20,9 +20,9 @@ from _harness import is_quick
 from torch import Tensor
 from torch.nn import functional as F
 
-from distilclip.ops.assignment import ROWS, DeviceCenters
-from distilclip.ops.clusterloss import cluster
-from distilclip.ops.points import Points
+from distilclip.clustering.assignment import ROWS, DeviceCenters
+from distilclip.losses.cluster import cluster
+from distilclip.vectors.points import Points
 
 PRODUCTS = 5  # of n x k x d in the cluster loss, forward and backward
 TILE = 1024, 16_384  # rows and centers of the product that is the loss's floor; its own tiles are no larger

@@ -13,10 +13,9 @@ import torch
 from _embeddings import clip_like
 from _harness import Case, compare, is_quick
 
-from distilclip.ops.assignment import assign
-from distilclip.ops.kmeans import KMeans, kmeans
-from distilclip.ops.points import Points
-from distilclip.ops.seeding import first_centers, sample_rows
+from distilclip.clustering.assignment import assign
+from distilclip.clustering.kmeans import KMeans, first_centers, kmeans, sample_rows
+from distilclip.vectors.points import Points
 
 NUM_ITERATIONS = 20
 WORSE = 1e-3  # share by which our objective may lie above the peer's

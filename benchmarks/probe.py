@@ -10,8 +10,8 @@ from _harness import Case, compare, is_quick
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
 
-from distilclip.ops.logistic import Block
-from distilclip.ops.probe import FIRST_EXPONENTS, HALVED_INTERVALS, Probe, hold_out, linear_probe
+from distilclip.measures.logistic import Block
+from distilclip.measures.probe import FIRST_EXPONENTS, HALVED_INTERVALS, Probe, hold_out, linear_probe
 
 
 @dataclass(frozen=True)

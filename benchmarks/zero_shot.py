@@ -8,9 +8,9 @@ import torch
 from _harness import Case, compare, is_quick
 from torch.nn.functional import normalize
 
-from distilclip.evaluate.retrieval import retrieval
 from distilclip.evaluate.scores import RECALL_AT, Score, retrieval_scores, zero_shot_scores
 from distilclip.evaluate.zero_shot import TextClassifier, classify
+from distilclip.measures.retrieval import retrieval
 
 DIM = 512
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from distilclip import config, run
+from distilclip import config, stage_folder
 from distilclip.errors import InputError
 
 
@@ -14,7 +14,7 @@ from distilclip.errors import InputError
 class Saving:
     save_every: int = 10
     """steps"""
-    keep: int = run.execution(2)
+    keep: int = stage_folder.execution(2)
     """how many"""
 
 
@@ -75,16 +75,16 @@ def test_options_of_a_group_are_flags_like_any_other(tmp_path: Path) -> None:
     path = recipe(tmp_path, '[train]\nout = "a"\nsave_every = 3\n')
     parsed = config.parse(Config, [path, "--keep", "5"], stage="train")
     assert parsed == Config(out="a", saving=Saving(save_every=3, keep=5))
-    assert run.config_values(parsed)["save_every"] == 3
-    assert config.build(Config, run.config_values(parsed), stage="train") == parsed
+    assert stage_folder.config_values(parsed)["save_every"] == 3
+    assert config.build(Config, stage_folder.config_values(parsed), stage="train") == parsed
 
 
 def test_options_of_a_group_are_compared_unless_they_say_how(tmp_path: Path) -> None:
     out = str(tmp_path / "out")
-    run.open_folder(out, stage="train", config=Config(out=out))
-    run.open_folder(out, stage="train", config=Config(out=out, saving=Saving(keep=5)))
+    stage_folder.open_folder(out, stage="train", config=Config(out=out))
+    stage_folder.open_folder(out, stage="train", config=Config(out=out, saving=Saving(keep=5)))
     with pytest.raises(InputError, match="save_every was 10, now 3"):
-        run.open_folder(out, stage="train", config=Config(out=out, saving=Saving(save_every=3)))
+        stage_folder.open_folder(out, stage="train", config=Config(out=out, saving=Saving(save_every=3)))
 
 
 @pytest.mark.parametrize(

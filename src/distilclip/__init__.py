@@ -14,42 +14,42 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distilclip import losses as losses
+    from distilclip import losses
+    from distilclip.clustering.kmeans import KMeans as KMeans
+    from distilclip.clustering.kmeans import kmeans as kmeans
     from distilclip.data.store import Store as Store
     from distilclip.errors import InputError as InputError
-    from distilclip.evaluate.retrieval import retrieval as retrieval
     from distilclip.evaluate.zero_shot import zero_shot as zero_shot
+    from distilclip.grouping.balance import Balance as Balance
+    from distilclip.grouping.balance import balance as balance
+    from distilclip.grouping.near_pairs import Pairs as Pairs
+    from distilclip.grouping.near_pairs import pairs_within as pairs_within
+    from distilclip.losses.features import Features as Features
+    from distilclip.measures.probe import Probe as Probe
+    from distilclip.measures.probe import linear_probe as linear_probe
+    from distilclip.measures.retrieval import retrieval as retrieval
     from distilclip.models.clip import Clip as Clip
     from distilclip.models.clip import load_clip as load_clip
-    from distilclip.ops.balance import Balance as Balance
-    from distilclip.ops.balance import balance as balance
-    from distilclip.ops.features import Features as Features
-    from distilclip.ops.kmeans import KMeans as KMeans
-    from distilclip.ops.kmeans import kmeans as kmeans
-    from distilclip.ops.neighbours import Pairs as Pairs
-    from distilclip.ops.neighbours import pairs_within as pairs_within
-    from distilclip.ops.probe import Probe as Probe
-    from distilclip.ops.probe import linear_probe as linear_probe
     from distilclip.train.objective import Objective as Objective
     from distilclip.train.objective import objective as objective
 
 _HOMES = {
-    "Balance": "distilclip.ops.balance",
+    "Balance": "distilclip.grouping.balance",
     "Clip": "distilclip.models.clip",
-    "Features": "distilclip.ops.features",
+    "Features": "distilclip.losses.features",
     "InputError": "distilclip.errors",
-    "KMeans": "distilclip.ops.kmeans",
+    "KMeans": "distilclip.clustering.kmeans",
     "Objective": "distilclip.train.objective",
-    "Pairs": "distilclip.ops.neighbours",
-    "Probe": "distilclip.ops.probe",
+    "Pairs": "distilclip.grouping.near_pairs",
+    "Probe": "distilclip.measures.probe",
     "Store": "distilclip.data.store",
-    "balance": "distilclip.ops.balance",
-    "kmeans": "distilclip.ops.kmeans",
-    "linear_probe": "distilclip.ops.probe",
+    "balance": "distilclip.grouping.balance",
+    "kmeans": "distilclip.clustering.kmeans",
+    "linear_probe": "distilclip.measures.probe",
     "load_clip": "distilclip.models.clip",
     "objective": "distilclip.train.objective",
-    "pairs_within": "distilclip.ops.neighbours",
-    "retrieval": "distilclip.evaluate.retrieval",
+    "pairs_within": "distilclip.grouping.near_pairs",
+    "retrieval": "distilclip.measures.retrieval",
     "zero_shot": "distilclip.evaluate.zero_shot",
 }
 

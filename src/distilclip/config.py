@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.errors import InputError, did_you_mean
 from distilclip.options import option_fields
 

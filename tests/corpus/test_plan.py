@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from distilclip.corpus.captions import SYNONYMS, describe, write_caption
-from distilclip.corpus.plan import CorpusSummary, plan_corpus, write_corpus
+from distilclip.corpus.composition import CorpusSummary, plan_corpus, write_corpus
 from distilclip.corpus.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -31,7 +31,7 @@ from distilclip.corpus.scenes import (
     scene_of,
     seen_combinations,
 )
-from distilclip.corpus.shards import EvalShard, write_shard
+from distilclip.corpus.shard_writer import EvalShard, write_shard
 from distilclip.errors import InputError
 
 SMALL = {"num_pairs": 240, "seed": 5, "image_size": 32, "shard_size": 90, "num_eval": 24}

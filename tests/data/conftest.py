@@ -10,11 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilclip.data import files
-from distilclip.data.groups import Groups, Labels, write_groups, write_labels
-from distilclip.data.rows import Rows
+from distilclip import files
 from distilclip.data.shards import open_shard
-from distilclip.data.store import Store, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.side_files import Groups, Labels, write_groups, write_labels
+from distilclip.data.store import Rows, Store, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.data.views import Views
 
 TEACHER = {"name": "tiny", "digest": "1", "preprocessing": "p", "tokenizer": "t", "precision": "fp32", "scale": 10.0}

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from distilclip.data.augment import Augmentation
+from distilclip.data.decode import Augmentation
 from distilclip.errors import InputError
 
 

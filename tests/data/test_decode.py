@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distilclip.data.augment import Crop
-from distilclip.data.decode import decode_crop
+from distilclip.data.decode import Crop, decode_crop
 from distilclip.data.samples import BadSample, decode_image
 from tests.conftest import encoded, picture
 

@@ -9,10 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.data.embeddings import MAX_OPEN_FILES, Embeddings
-from distilclip.data.rows import Rows
-from distilclip.data.store import Store, finished_shard, write_manifest, write_shard
+from distilclip.data.store import Rows, Store, finished_shard, write_manifest, write_shard
 from distilclip.data.views import ViewEmbeddings, write_views
 from distilclip.errors import InputError
 from tests.data.conftest import TEACHER

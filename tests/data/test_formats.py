@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
+from distilclip.data.bad_samples import _REMEDIES
 from distilclip.data.columns import FORMAT_VERSION
-from distilclip.data.groups import Forest, write_centers, write_forest
-from distilclip.data.policy import _REMEDIES
+from distilclip.data.side_files import Forest, write_centers, write_forest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "formats.md").read_text()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.data.reader import Reader
 
 CONTENT = bytes(range(200))

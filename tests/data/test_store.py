@@ -9,16 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import safe_open
 
-from distilclip.data import files
-from distilclip.data.store import (
-    Rows,
-    Store,
-    finished_shard,
-    sample_id,
-    split_id,
-    write_manifest,
-    write_shard,
-)
+from distilclip import files
+from distilclip.data.store import Rows, Store, finished_shard, sample_id, split_id, write_manifest, write_shard
 from distilclip.errors import InputError
 
 TEACHER = {

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip.data.augment import Augmentation
-from distilclip.data.groups import Groups, read_groups, write_groups
+from distilclip.data.decode import Augmentation
 from distilclip.data.loader import Batch, OpenShards
+from distilclip.data.side_files import Groups, read_groups, write_groups
 from distilclip.data.store import Store, sample_id
 from distilclip.data.stream import PairStream, open_stream
 from distilclip.errors import InputError

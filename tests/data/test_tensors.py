@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.errors import InputError
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip.data.augment import Augmentation
+from distilclip.data.decode import Augmentation
 from distilclip.data.store import Store
 from distilclip.data.views import ViewEmbeddings, Views, caption_in, read_views, view_in, write_views
 from distilclip.errors import InputError

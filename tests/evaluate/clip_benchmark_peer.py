@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from distilclip.data.samples import decode_image
 from distilclip.data.shards import open_shard
-from distilclip.evaluate.dataset import EvaluationSet, ImageRef, LabelledSet, PairSet
 from distilclip.evaluate.embedders import ModelEmbedder
 from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.protocol import Protocol
 from distilclip.models.clip import Clip
+from distilclip.sets.dataset import EvaluationSet, ImageRef, LabelledSet, PairSet
 
 RECALL_AT = [1, 5, 10]
 

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip.data.policy import ErrorPolicy
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
 from distilclip.evaluate.cache import FeatureCache, images_digest
-from distilclip.evaluate.dataset import ImageRef
 from distilclip.evaluate.embedders import ModelEmbedder
 from distilclip.evaluate.encode import Encoding, ImageFeatures, Output, encode_images
 from distilclip.evaluate.zero_shot import text_classifier
 from distilclip.models.clip import Clip, create_clip, load_clip
+from distilclip.sets.dataset import ImageRef
 from tests.conftest import TINY_CLIP, encoded, picture
 
 

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from distilclip.evaluate.sets import load_set
 from distilclip.models.clip import Clip, load_clip
+from distilclip.sets.open import load_set
 from distilclip.stages import corpus, train
 from tests.conftest import encoded, picture, write_tar
-from tests.evaluate import made_sets
+from tests.sets import made_sets
 from tests.stages import made_training
 
 pytest.importorskip("clip_benchmark")

@@ -8,12 +8,12 @@ import pytest
 import torch
 from PIL import Image
 
-from distilclip.data.policy import ErrorPolicy
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import decode_image
 from distilclip.errors import InputError
-from distilclip.evaluate.dataset import ImageRef
 from distilclip.evaluate.encode import Encoding, encode_images, encode_texts
 from distilclip.models.clip import Clip, load_clip
+from distilclip.sets.dataset import ImageRef
 from tests.conftest import encoded, picture, write_tar
 
 

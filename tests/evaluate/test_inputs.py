@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from distilclip.errors import InputError
-from distilclip.evaluate.inputs import file_digests, model_digests, set_digest
+from distilclip.evaluate.provenance import file_digests, model_digests, set_digest
 from distilclip.models.clip import create_clip
-from tests.evaluate import made_sets
-from tests.evaluate.test_sets import write_images
+from tests.sets import made_sets
+from tests.sets.test_sets import write_images
 
 
 @pytest.fixture

@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional as F
 
 from distilclip.evaluate import knn_probe
-from distilclip.evaluate.classes import Classes
-from distilclip.evaluate.few_shot import few_shot
 from distilclip.evaluate.knn_probe import knn_predictions
 from distilclip.evaluate.per_class import confusion_table, per_class_table
 from distilclip.evaluate.scores import Score, few_shot_scores
-from tests.ops.test_logistic import blobs
+from distilclip.measures.few_shot import few_shot
+from distilclip.sets.classes import Classes
+from tests.measures.test_logistic import blobs
 
 
 def test_knn_equals_the_vote_written_out() -> None:

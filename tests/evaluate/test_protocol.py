@@ -10,17 +10,17 @@ import pytest
 import torch
 
 from distilclip.errors import InputError
-from distilclip.evaluate.dataset import EvaluationSet, LabelledSet, MissingSet, PairSet
 from distilclip.evaluate.embedders import ModelEmbedder
 from distilclip.evaluate.encode import Encoding, Output, encode_images, encode_texts
 from distilclip.evaluate.protocol import Protocol, View
 from distilclip.evaluate.scores import Score
-from distilclip.evaluate.sets import load_set
 from distilclip.evaluate.zero_shot import zero_shot
+from distilclip.measures.probe import linear_probe
 from distilclip.models.clip import Clip, load_clip
-from distilclip.ops.probe import linear_probe
+from distilclip.sets.dataset import EvaluationSet, LabelledSet, MissingSet, PairSet
+from distilclip.sets.open import load_set
 from tests.conftest import encoded, picture, write_tar
-from tests.evaluate.test_sets import labelled, paired, write_images, write_labelled_tar
+from tests.sets.test_sets import labelled, paired, write_images, write_labelled_tar
 
 
 @pytest.fixture(scope="module")

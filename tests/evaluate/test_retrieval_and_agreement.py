@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from distilclip.evaluate.agreement import agreement
-from distilclip.evaluate.retrieval import retrieval
 from distilclip.evaluate.scores import Score, retrieval_scores
 from distilclip.evaluate.zero_shot import TextClassifier
-from distilclip.ops.metrics import share_interval
+from distilclip.measures.metrics import share_interval
+from distilclip.measures.retrieval import retrieval
 
 
 def unit(num_rows: int, dim: int, seed: int) -> torch.Tensor:

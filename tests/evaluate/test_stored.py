@@ -5,15 +5,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from distilclip.data.policy import ErrorPolicy
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
-from distilclip.evaluate.dataset import PairSet
 from distilclip.evaluate.embedders import ModelEmbedder
 from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.protocol import Protocol
-from distilclip.evaluate.sets import load_set
 from distilclip.evaluate.stored import StoreEmbedder
 from distilclip.models.clip import load_clip
+from distilclip.sets.dataset import PairSet
+from distilclip.sets.open import load_set
 from distilclip.stages import embed
 from tests.conftest import encoded, picture, write_tar
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from distilclip.evaluate.catalogue import GROUPS
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
-from distilclip.evaluate.references import LINEAR_PROBE, REFERENCE_MODEL, ZERO_SHOT
 from distilclip.evaluate.scores import Score
 from distilclip.evaluate.tables import build_tables
+from distilclip.sets.catalogue import GROUPS
+from distilclip.sets.references import LINEAR_PROBE, REFERENCE_MODEL, ZERO_SHOT
 
 
 def row(set_name: str, value: float | None, *, model: str = "tiny", task: Any = "zero-shot", **more: Any) -> dict:

@@ -9,11 +9,11 @@ import torch
 from torch.nn import functional as F
 
 from distilclip.errors import InputError
-from distilclip.evaluate.classes import templates_digest
 from distilclip.evaluate.encode import Encoding, encode_images
 from distilclip.evaluate.zero_shot import TextClassifier, classify, text_classifier, zero_shot
 from distilclip.models.clip import Clip, load_clip
-from tests.evaluate.test_sets import labelled, write_images, write_labelled_tar
+from distilclip.sets.classes import templates_digest
+from tests.sets.test_sets import labelled, write_images, write_labelled_tar
 
 NAMES = ("cat", "dog", "red fox")
 TEMPLATES = ("a photo of a {}.", "a {} in the snow.", "{}")

@@ -13,12 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distilclip import run
-from distilclip.data import files
-from distilclip.data.groups import Groups, write_groups
-from distilclip.data.rows import Rows
+from distilclip import files, stage_folder
 from distilclip.data.shards import open_shard
-from distilclip.data.store import Store, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.side_files import Groups, write_groups
+from distilclip.data.store import Rows, Store, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.models.clip import Clip, load_clip
 from tests.conftest import encoded, picture
 
@@ -91,7 +89,7 @@ def write_store(folder: str, uris: Sequence[str]) -> Store:
         lines.append(line)
     write_manifest(folder, lines, dim=DIM, teacher=TEACHER)
     for name in ("config.json", "result.json"):
-        run.write_json(files.join(folder, name), {"stage": "embed"})
+        stage_folder.write_json(files.join(folder, name), {"stage": "embed"})
     return Store.open(folder)
 
 
@@ -103,8 +101,8 @@ def write_balance(folder: str, store: Store, *, dropped: Sequence[int] = DROPPED
         ids = sample_id(shard, valid)
         write_groups(folder, shard, Groups(valid, ids, ids, np.zeros(len(valid), np.float32), keep))
     for name in ("config.json", "result.json"):
-        run.write_json(files.join(folder, name), {"stage": "balance"})
-    run.write_json(files.join(folder, "inputs.json"), {"embed": run.result_digest(store.path)})
+        stage_folder.write_json(files.join(folder, name), {"stage": "balance"})
+    stage_folder.write_json(files.join(folder, "inputs.json"), {"embed": stage_folder.result_digest(store.path)})
 
 
 @dataclass(frozen=True)
@@ -154,7 +152,7 @@ def tiny_clip(tiny_clip_folder: str) -> Clip:
 def onnx_folder(tiny_clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The two-layer CLIP as ONNX. Exporting takes seconds: nobody writes into it."""
     pytest.importorskip("onnxruntime")
-    from distilclip.export.encoders import write_onnx
+    from distilclip.export.onnx_files import write_onnx
 
     folder = str(tmp_path_factory.mktemp("onnx") / "model")
     write_onnx(tiny_clip, folder)

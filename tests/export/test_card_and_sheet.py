@@ -12,8 +12,8 @@ from PIL import Image
 
 from distilclip.errors import InputError
 from distilclip.export.card import Form, model_card
-from distilclip.export.records import Records, find_records
-from distilclip.export.sheet import contact_sheet
+from distilclip.export.contact_sheet import contact_sheet
+from distilclip.export.run_records import Records, find_records
 
 TRAIN = {
     "stage": "train",

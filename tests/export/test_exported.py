@@ -10,15 +10,15 @@ import pytest
 import torch
 
 from distilclip.errors import InputError
+from distilclip.evaluate.embedders import ONNX_RECORD
 from distilclip.evaluate.encode import Encoder
-from distilclip.evaluate.model_specs import ONNX_RECORD
-from distilclip.export.exported import ExportedClip, open_exported
-from distilclip.export.quantize import write_int8
-from distilclip.export.runtime import RECORD
+from distilclip.export.int8 import write_int8
+from distilclip.export.onnx_evaluation import ExportedClip, open_exported
+from distilclip.export.onnx_runtime import RECORD
 from distilclip.models.clip import Clip
 from distilclip.stages.evaluate import Config, main
 from tests.conftest import picture
-from tests.evaluate.test_sets import write_own_sets
+from tests.sets.test_sets import write_own_sets
 
 
 @pytest.fixture(scope="module")

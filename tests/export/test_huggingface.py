@@ -13,8 +13,8 @@ from tokenizers import normalizers
 
 from distilclip.errors import InputError
 from distilclip.export.huggingface import _image_processor, huggingface_config, inexpressible, write_huggingface
-from distilclip.export.probes import CAPTIONS
-from distilclip.export.tokenizer import build_tokenizer
+from distilclip.export.parity_inputs import CAPTIONS
+from distilclip.export.tokenizer_json import build_tokenizer
 from distilclip.models.clip import Clip, create_clip
 from tests.conftest import TINY_CLIP, picture
 

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from distilclip.data.shards import open_shard
+from distilclip.data.texts import read_texts
 from distilclip.errors import InputError
 from distilclip.export.keys import write_keys
 from distilclip.export.selection import open_selection
-from distilclip.export.texts import read_texts
 from distilclip.export.uids import UID, read_subset, read_uids, write_subset
 from tests.conftest import encoded, picture
 from tests.conftest import write_tar as write_members

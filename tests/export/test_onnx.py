@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from distilclip.errors import InputError
-from distilclip.export.encoders import MAX_BYTES, OPSET, write_onnx
-from distilclip.export.probes import CAPTIONS
-from distilclip.export.quantize import measure_int8, write_int8
-from distilclip.export.runtime import OnnxClip, encoder_file, open_onnx, preprocess
-from distilclip.export.tokenizer import build_tokenizer, differing
+from distilclip.export.int8 import measure_int8, write_int8
+from distilclip.export.onnx_files import MAX_BYTES, OPSET, write_onnx
+from distilclip.export.onnx_runtime import OnnxClip, encoder_file, open_onnx, preprocess
+from distilclip.export.parity_inputs import CAPTIONS
+from distilclip.export.tokenizer_json import build_tokenizer, differing
 from distilclip.models.clip import Clip, create_clip
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 
@@ -105,7 +105,7 @@ def test_a_difference_to_torch_is_an_error(
 ) -> None:
     """The check compares what the files give: here they are those of another model."""
     content = {tower: (Path(onnx_folder) / f"{tower}.onnx").read_bytes() for tower in ("image", "text")}
-    monkeypatch.setattr("distilclip.export.encoders._export", lambda module, example, tower, name: content[tower])
+    monkeypatch.setattr("distilclip.export.onnx_files._export", lambda module, example, tower, name: content[tower])
     config = json.dumps(tiny_clip.model_cfg)
     with pytest.raises(InputError, match=r"differs from torch by .*image"):
         write_onnx(create_clip(config, seed=8), str(tmp_path))
@@ -124,7 +124,7 @@ def test_what_cannot_be_written_is_named_before_anything_is_exported(
     canonical = open_clip.SimpleTokenizer(context_length=12, clean="canonicalize")
     with pytest.raises(InputError, match="is not CLIP's own byte-pair encoding"):
         build_tokenizer(dataclasses.replace(tiny_clip, tokenizer=canonical))
-    monkeypatch.setattr("distilclip.export.encoders.MAX_BYTES", 1000)
+    monkeypatch.setattr("distilclip.export.onnx_files.MAX_BYTES", 1000)
     with pytest.raises(InputError, match="less than 2 GiB"):
         write_onnx(tiny_clip, str(tmp_path))
     assert MAX_BYTES > 2 * 10**9
@@ -140,7 +140,7 @@ def test_a_model_of_pictures_that_are_no_squares_is_exported_as_such(
     clip = create_clip(json.dumps(config), seed=0, preprocess_cfg=cfg)
     sizes = {name: value.nbytes for name, value in clip.model.state_dict().items()}
     text = sum(size for name, size in sizes.items() if not name.startswith("visual."))
-    monkeypatch.setattr("distilclip.export.encoders.MAX_BYTES", text)
+    monkeypatch.setattr("distilclip.export.onnx_files.MAX_BYTES", text)
     assert sum(sizes.values()) > text
     write_onnx(clip, str(tmp_path))
     pictures = [picture(seed, size) for seed, size in enumerate(SIZES)]

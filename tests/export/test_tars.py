@@ -11,10 +11,19 @@ import pytest
 from distilclip.data.columns import read_columns
 from distilclip.data.store import split_id
 from distilclip.data.tars import TarShard
+from distilclip.data.texts import read_texts
 from distilclip.errors import InputError
+from distilclip.export.curated_tars import (
+    INDEX_SCHEMA,
+    Piece,
+    TarPart,
+    TarWriter,
+    Written,
+    index_path,
+    plan_tars,
+    tar_path,
+)
 from distilclip.export.selection import Selection, open_selection
-from distilclip.export.tars import INDEX_SCHEMA, Piece, TarPart, TarWriter, Written, index_path, plan_tars, tar_path
-from distilclip.export.texts import read_texts
 from tests.export.conftest import Made, write_balance, write_store, write_tar
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from distilclip.errors import InputError
-from distilclip.models.batchnorm import (
+from distilclip.models.batch_norm import (
     RunningStatistics,
     batch_norms,
     fixed_statistics,

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from distilclip.losses.features import Features
 from distilclip.models.heads import Heads
-from distilclip.ops.features import Features
 
 
 def features(n: int, dim: int, seed: int) -> Features:

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from distilclip.data import groups as side_files
-from distilclip.data.rows import Rows
+from distilclip.data import side_files
 from distilclip.data.shards import key_digest, open_shard
-from distilclip.data.store import finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.store import Rows, finished_shard, sample_id, write_manifest, write_shard
 from tests.conftest import encoded, picture, write_tar
 
 NUM_SHARDS, NUM_ROWS, DIM = 2, 12, 8

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from distilclip.evaluate.headings import title
 from distilclip.evaluate.tables import build_tables
 from distilclip.report.comparison import MAX_COLUMNS, Model, Row, Table, compare, models
 from distilclip.report.load import Score, load
+from distilclip.sets.headings import title
 from tests.report.made_run import digest, write_evaluate, write_run, write_stage, write_train
 
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from distilclip.report.wording import DASH, MINUS, count, gain, magnitude, percent, plain, shorten, significant
+from distilclip.report.phrases import DASH, MINUS, count, gain, magnitude, percent, plain, shorten, significant
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distilclip.data.rows import Rows
-from distilclip.data.store import finished_shard, write_manifest, write_shard
+from distilclip.data.store import Rows, finished_shard, write_manifest, write_shard
 
 TEACHER = {"name": "tiny", "digest": "d", "preprocessing": "p", "tokenizer": "t", "precision": "fp32", "scale": 100.0}
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from distilclip import run
-from distilclip.data.augment import Crops
+from distilclip import stage_folder
+from distilclip.data.decode import Crops
 from distilclip.stages import balance, cluster, embed, train
-from distilclip.train.keeping import Checkpoints
+from distilclip.train.checkpoint import Checkpoints
 from distilclip.train.optimizer import Optimization
 from distilclip.train.parallel import Execution
 
@@ -56,7 +56,7 @@ def final_digest(out: Path) -> str:
 
 def steady_metrics(out: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what depends on the clock."""
-    lines = list(run.read_metrics(str(out / "metrics.jsonl")))
+    lines = list(stage_folder.read_metrics(str(out / "metrics.jsonl")))
     return [{k: v for k, v in line.items() if k != "samples_per_second" and not k.endswith("_share")} for line in lines]
 
 

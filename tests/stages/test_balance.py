@@ -5,10 +5,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distilclip.data.groups import read_forest, read_groups
+from distilclip.data.side_files import read_forest, read_groups
 from distilclip.data.store import sample_id, split_id
 from distilclip.errors import InputError
-from distilclip.ops.balance import balance
+from distilclip.grouping.balance import balance
 from distilclip.stages.balance import Config, main
 from tests.stages.conftest import contents, write_store
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distilclip.data.blocks import parts_of, rows_of_budget
+from distilclip.grouping.search_parts import parts_of, rows_of_budget
 from distilclip.stages.balance import Config, main
 from tests.stages.conftest import contents, write_store
 

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distilclip.data import rounds
-from distilclip.data.groups import read_centers, read_labels
+from distilclip.clustering import rounds, sketches
+from distilclip.clustering.kmeans import kmeans
+from distilclip.data.side_files import read_centers, read_labels
 from distilclip.errors import InputError
-from distilclip.ops import sketches
-from distilclip.ops.kmeans import kmeans
 from distilclip.stages import balance
 from distilclip.stages.cluster import Config, main
 from tests.stages.conftest import contents, write_store
@@ -28,7 +27,7 @@ def balanced(tmp_path: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
     store, x, valid = write_store(tmp_path / "store")
     groups = str(tmp_path / "balance")
     balance.main(balance.Config(store=store, out=groups, threshold=0.3, metric="euclidean", device="cpu"))
-    from distilclip.ops.balance import balance as balance_rows
+    from distilclip.grouping.balance import balance as balance_rows
 
     return store, groups, x, balance_rows(x, threshold=0.3, metric="euclidean", valid=valid).keep
 

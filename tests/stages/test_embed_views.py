@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip.data.augment import Augmentation
+from distilclip.data.decode import Augmentation
 from distilclip.data.samples import decode_image
 from distilclip.data.store import Store
 from distilclip.data.stream import open_stream

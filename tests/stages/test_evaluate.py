@@ -10,15 +10,14 @@ import pytest
 
 from distilclip import config as recipes
 from distilclip.errors import InputError
-from distilclip.evaluate.dataset import EvaluationSet
-from distilclip.evaluate.embedders import Embedder
-from distilclip.evaluate.model_specs import split_model, weights_by_name
+from distilclip.evaluate.embedders import Embedder, split_model, weights_by_name
 from distilclip.evaluate.protocol import Measurement, Protocol, View
 from distilclip.models.clip import create_clip
+from distilclip.sets.dataset import EvaluationSet
 from distilclip.stages.evaluate import Config, main
 from tests.conftest import TINY_CLIP
-from tests.evaluate import made_sets
-from tests.evaluate.test_sets import write_own_sets
+from tests.sets import made_sets
+from tests.sets.test_sets import write_own_sets
 
 
 @pytest.fixture(scope="module")

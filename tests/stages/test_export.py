@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip import run
+from distilclip import stage_folder
 from distilclip.config import build
 from distilclip.errors import InputError
+from distilclip.export.curated_tars import tar_path
 from distilclip.export.selection import open_selection
-from distilclip.export.tars import tar_path
 from distilclip.models.clip import load_clip
 from distilclip.stages.export import MEANINGFUL, Config, main
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
@@ -134,7 +134,7 @@ def test_moved_data_are_found(made: Made, tmp_path: Path) -> None:
 def test_groups_of_another_store_are_refused(made: Made, tmp_path: Path) -> None:
     other = make(tmp_path / "other")
     write_balance(made.groups, open_selection(other.store).store)
-    run.write_json(f"{made.groups}/inputs.json", {"embed": "another"})
+    stage_folder.write_json(f"{made.groups}/inputs.json", {"embed": "another"})
     with pytest.raises(InputError, match="another store"):
         main(Config(what="keys", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
 
@@ -191,8 +191,8 @@ def checkpoint(tiny_clip_folder: str, tmp_path_factory: pytest.TempPathFactory) 
         "num_samples_seen": 40,
         "objective": {"task": 1.0},
     }
-    run.write_json(f"{folder}/config.json", {"stage": "train", **config})
-    run.write_json(f"{folder}/result.json", {"stage": "train", **result})
+    stage_folder.write_json(f"{folder}/config.json", {"stage": "train", **config})
+    stage_folder.write_json(f"{folder}/result.json", {"stage": "train", **result})
     return str(folder)
 
 

@@ -26,7 +26,7 @@ pytest.importorskip("onnxruntime")
 @pytest.fixture(scope="module")
 def model(tiny_clip_folder: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The tiny CLIP as ONNX, in the folder of an export."""
-    from distilclip.export.encoders import write_onnx
+    from distilclip.export.onnx_files import write_onnx
 
     folder = tmp_path_factory.mktemp("export")
     write_onnx(load_clip(tiny_clip_folder), str(folder / "model"))

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from distilclip import run
+from distilclip import stage_folder
 from distilclip.errors import InputError
 from distilclip.models.clip import load_clip
 from distilclip.stages import balance, embed, train
@@ -95,7 +95,7 @@ def test_sigkill_and_rerun_give_the_undisturbed_bytes(prepared: Prepared, tiny_c
     commands = {}
     for out in (undisturbed, killed):
         recipe = tmp_path / f"{out.name}.json"
-        values = run.config_values(config(out, tiny_clip_json, **common))
+        values = stage_folder.config_values(config(out, tiny_clip_json, **common))
         recipe.write_text(json.dumps({"stage": "train", **values}))
         commands[out] = [sys.executable, "-m", "distilclip.cli", "train", str(recipe)]
     subprocess.run(commands[undisturbed], check=True)

@@ -6,10 +6,10 @@ import torch
 from torch.nn import functional as F
 
 from distilclip import distributed
+from distilclip.losses.features import Features
 from distilclip.models.clip import create_clip
 from distilclip.models.heads import Heads
-from distilclip.ops.features import Features
-from distilclip.train.classhead import ClassHead
+from distilclip.train.class_head import ClassHead
 from distilclip.train.parallel import Execution, build_towers
 from distilclip.train.sharding import class_range
 from distilclip.train.step import Inputs, Student

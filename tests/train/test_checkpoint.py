@@ -7,10 +7,10 @@ import open_clip
 import pytest
 import torch
 
-from distilclip import run
-from distilclip.data.policy import ErrorPolicy
-from distilclip.train.averaging import Average
+from distilclip import stage_folder
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.train.checkpoint import (
+    Checkpoints,
     Progress,
     Training,
     complete_checkpoints,
@@ -19,9 +19,8 @@ from distilclip.train.checkpoint import (
     remove_incomplete_checkpoints,
     save_checkpoint,
 )
-from distilclip.train.keeping import Checkpoints
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import Optimization, build_optimizer
+from distilclip.train.optimizer import Average, Optimization, build_optimizer
 from distilclip.train.step import compute_gradients
 from tests.train.made import make_inputs, make_student
 
@@ -108,7 +107,7 @@ def made_checkpoints(folder: Path, values: dict[int, dict[str, object]]) -> str:
     """A train folder with a state.json for every step."""
     for step, value in values.items():
         content = {"scheduled": True, "metrics": {}, **value}
-        run.write_json(str(folder / folder_name(step) / "state.json"), content)
+        stage_folder.write_json(str(folder / folder_name(step) / "state.json"), content)
     return str(folder)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from distilclip.errors import InputError
 from distilclip.plan.costs import head_memory
-from distilclip.train.classhead import ClassHead
+from distilclip.train.class_head import ClassHead
 from distilclip.train.sharding import class_range
 
 K, DIM, RATE = 10, 4, 1e-2

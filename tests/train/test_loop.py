@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distilclip import distributed, run
-from distilclip.data.policy import ErrorPolicy
+from distilclip import distributed, stage_folder
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
-from distilclip.train.checkpoint import Training, complete_checkpoints
-from distilclip.train.keeping import Checkpoints
+from distilclip.train.checkpoint import Checkpoints, Training, complete_checkpoints
 from distilclip.train.log import Log
 from distilclip.train.loop import _agree, _Saving, _stop_non_finite
 from distilclip.train.objective import Objective
@@ -59,5 +58,5 @@ def test_what_a_kill_left_of_old_checkpoints_goes_when_training_goes_on(tmp_path
     folder = made_checkpoints(tmp_path, {2: {}, 4: {}, 6: {}})
     training = build(tiny_clip_json)
     log = Log(torch.device("cpu"))
-    _Saving(run.Folder(folder, "train"), training, Checkpoints(keep_checkpoints=1), log)
+    _Saving(stage_folder.Folder(folder, "train"), training, Checkpoints(keep_checkpoints=1), log)
     assert complete_checkpoints(folder) == [6]

@@ -6,9 +6,9 @@ from torch.nn import functional as F
 
 from distilclip import losses
 from distilclip.errors import InputError
+from distilclip.losses.features import Features
 from distilclip.models.heads import Heads
-from distilclip.ops.features import Features
-from distilclip.train.classhead import ClassHead, StepClasses
+from distilclip.train.class_head import ClassHead, StepClasses
 from distilclip.train.objective import TERMS, Objective, objective
 
 N, STUDENT_DIM, TEACHER_DIM, NUM_CENTERS = 6, 8, 5, 7

@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from distilclip import losses
+from distilclip.losses.features import Features
 from distilclip.models.heads import Heads
-from distilclip.ops.features import Features
 from distilclip.train.objective import Objective
 
 ALL = Objective(relational=1.0, feature=1.0, interactive=1.0, instance=1.0, augmented=1.0, gradient=1.0)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distilclip import distributed
-from distilclip.ops.clusterloss import cluster, positions
+from distilclip.losses.cluster import cluster, positions
 from distilclip.train.sharding import class_range, sharded_cluster
 from tests.ranks import run_ranks
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.errors import InputError
 
 FORMAT_VERSION = "1"

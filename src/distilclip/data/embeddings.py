@@ -10,9 +10,8 @@ from jaxtyping import Float, Float32, Int64, Integer, Shaped, UInt32
 from torch import Tensor
 
 from distilclip.data.reader import OpenFiles, Reader
-from distilclip.data.store import Store
+from distilclip.data.store import Store, not_unit
 from distilclip.data.tensors import HEADER_BYTES, Header, read_header
-from distilclip.data.unit import not_unit
 from distilclip.errors import InputError
 
 MAX_OPEN_FILES = 64

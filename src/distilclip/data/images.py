@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float16, Int, UInt8, UInt64
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.data.columns import read_columns
 from distilclip.data.store import Store, sample_id, split_id, stem
 

@@ -13,8 +13,7 @@ from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distilclip.data.augment import Augmentation, Crop
-from distilclip.data.decode import decode_crop
+from distilclip.data.decode import Augmentation, Crop, decode_crop
 from distilclip.data.embeddings import Embeddings
 from distilclip.data.pairs import PairTable, assert_key
 from distilclip.data.reader import OpenFiles

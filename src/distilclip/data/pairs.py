@@ -10,13 +10,12 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int32, Int64, UInt32, UInt64
 
-from distilclip.data import files
-from distilclip.data.groups import read_groups, read_labels
-from distilclip.data.policy import ErrorPolicy
-from distilclip.data.rows import Rows
+from distilclip import files
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import BadSample
 from distilclip.data.shards import open_shard
-from distilclip.data.store import Store, sample_id
+from distilclip.data.side_files import read_groups, read_labels
+from distilclip.data.store import Rows, Store, sample_id
 from distilclip.errors import InputError
 
 

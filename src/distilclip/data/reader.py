@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from distilclip.data import files
+from distilclip import files
 
 NUM_REQUESTS = 16
 """Requests that a process has under way at the same time for remote files."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from distilclip.data.samples import Entry, Sample
-from distilclip.data.tables import CsvShard, ParquetShard
+from distilclip.data.tabular import CsvShard, ParquetShard
 from distilclip.data.tars import TarShard
 from distilclip.errors import InputError
 

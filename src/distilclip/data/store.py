@@ -1,8 +1,4 @@
-"""The store: for every shard of pairs, a teacher's image and text embeddings and a table of its rows.
-
-docs/formats.md is the contract. A row is named by one 64-bit number, `shard << 32 | row`, because keys are not unique
-across the shards of a crawl; keys are kept to be asserted.
-"""
+"""The row table of a shard of a store: which samples it has, where they lie, and which of them cannot be used."""
 
 from __future__ import annotations
 
@@ -12,17 +8,90 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Float16, Integer
+from jaxtyping import Bool, Float, Float16, Integer, UInt8, UInt32, UInt64
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, write_columns
 from distilclip.data.reader import Reader
-from distilclip.data.rows import ROWS_SCHEMA, Rows
 from distilclip.data.shards import key_digest
 from distilclip.data.tensors import Header, read_header, read_tensors, write_tensors
-from distilclip.data.unit import check_embeddings
 from distilclip.data.views import ViewEmbeddings, Views, check_views, read_views, views_path, write_views
 from distilclip.errors import InputError
+
+ROWS_SCHEMA = pa.schema(
+    [
+        ("row", pa.uint32()),
+        ("key", pa.string()),
+        ("offset", pa.uint64()),
+        ("size", pa.uint32()),
+        ("valid", pa.bool_()),
+        ("error", pa.string()),
+        ("image_sha256", pa.binary(32)),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The row table of a shard. An unusable row has `valid` false and the reason in `error`.
+
+    `image_sha256` is that of the image file's bytes, zeros where there is none.
+    """
+
+    key: list[str]
+    offset: UInt64[np.ndarray, " n"]
+    size: UInt32[np.ndarray, " n"]
+    valid: Bool[np.ndarray, " n"]
+    error: list[str]
+    image_sha256: UInt8[np.ndarray, "n 32"]
+
+    def __len__(self) -> int:
+        return len(self.key)
+
+    @classmethod
+    def of_table(cls, table: pa.Table) -> Rows:
+        """The rows of a table with `ROWS_SCHEMA`."""
+        digests = table.column("image_sha256").combine_chunks().fill_null(bytes(32))
+        whole = np.frombuffer(digests.buffers()[1], np.uint8).reshape(-1, 32)
+        return cls(
+            key=table.column("key").to_pylist(),
+            offset=table.column("offset").to_numpy(),
+            size=table.column("size").to_numpy(),
+            valid=table.column("valid").to_numpy(),
+            error=table.column("error").to_pylist(),
+            image_sha256=whole[digests.offset : digests.offset + len(digests)],
+        )
+
+    def columns(self) -> dict[str, Any]:
+        """The columns of `ROWS_SCHEMA`."""
+        return {
+            "row": np.arange(len(self), dtype=np.uint32),
+            "key": self.key,
+            "offset": self.offset,
+            "size": self.size,
+            "valid": self.valid,
+            "error": self.error,
+            "image_sha256": [digest.tobytes() if digest.any() else None for digest in self.image_sha256],
+        }
+
+
+_TOLERANCE = 2e-3  # half precision keeps the length of a unit vector to about 5e-4
+
+
+def check_embeddings(embeddings: Float16[np.ndarray, "n dim"], valid: Bool[np.ndarray, " n"], *, where: str) -> None:
+    """Raise `InputError` naming the first valid row that is not finite or not of unit length."""
+    wrong = valid & not_unit(embeddings)
+    if wrong.any():
+        raise InputError(
+            f"{where}, row {int(np.argmax(wrong))}: not a finite unit vector. Embed the data again, into a new folder."
+        )
+
+
+def not_unit(embeddings: Float[np.ndarray, "n dim"]) -> Bool[np.ndarray, " n"]:
+    """Which rows are not finite or not of unit length, within what half precision can hold."""
+    lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
+    return ~(np.abs(lengths - 1) < _TOLERANCE)  # not >=, so that NaN is caught
+
 
 MANIFEST_SCHEMA = pa.schema(
     [

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from jaxtyping import Int64
 
-from distilclip.data import files
-from distilclip.data.augment import Augmentation
+from distilclip import files
+from distilclip.data.bad_samples import ErrorPolicy, OnError
+from distilclip.data.decode import Augmentation
 from distilclip.data.loader import Batch as Batch
 from distilclip.data.loader import PairLoader, Tokenize
 from distilclip.data.pairs import index_pairs, join_stores
-from distilclip.data.policy import ErrorPolicy, OnError
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.store import Store
 from distilclip.data.workers import map_tasks

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.data.reader import Reader
 from distilclip.errors import InputError
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float16, Int64
 
-from distilclip.data import files
-from distilclip.data.augment import Augmentation, Crop
+from distilclip import files
 from distilclip.data.columns import FORMAT_VERSION
+from distilclip.data.decode import Augmentation, Crop
 from distilclip.data.reader import Reader
 from distilclip.data.tensors import Header, read_header, read_tensors, write_tensors
 from distilclip.errors import InputError

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distilclip.evaluate.zero_shot import TextClassifier
-from distilclip.ops.metrics import linear_cka, mean_cosine, mean_kl, row_tiles, top_k_overlap
+from distilclip.measures.metrics import linear_cka, mean_cosine, mean_kl, row_tiles, top_k_overlap
 
 
 @dataclass(frozen=True, kw_only=True)

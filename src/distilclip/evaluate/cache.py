@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
-from distilclip.evaluate.dataset import ImageRef
 from distilclip.evaluate.encode import ImageFeatures, Output
+from distilclip.sets.dataset import ImageRef
 
 CACHE_FORMAT = "2"
 

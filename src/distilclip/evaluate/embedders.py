@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,14 +13,19 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from distilclip.data.policy import ErrorPolicy
+from distilclip import files
+from distilclip.data.bad_samples import ErrorPolicy
+from distilclip.errors import InputError, did_you_mean
 from distilclip.evaluate.cache import FeatureCache
-from distilclip.evaluate.dataset import ImageRef, PairSet
 from distilclip.evaluate.encode import Encoder, Encoding, ImageFeatures, Output, encode_images, encode_texts
+from distilclip.evaluate.stored import StoreEmbedder
 from distilclip.evaluate.zero_shot import TextClassifier, text_classifier
 from distilclip.models.backbone import Backbone
+from distilclip.models.clip import Clip, load_clip
+from distilclip.sets.dataset import ImageRef, PairSet
 
 
 @runtime_checkable
@@ -166,3 +173,55 @@ class ModelEmbedder:
 
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+ONNX_RECORD = "clip.json"
+"""The file that makes a folder an exported ONNX model (`export.runtime.RECORD`; that module needs ONNX Runtime)."""
+
+
+def open_embedder(
+    spec: str, *, name: str, weights: str | None, device: torch.device, encoding: Encoding, cache: FeatureCache
+) -> Embedder:
+    """A finished store, or whatever `load_clip` opens, under the name that the table shows.
+
+    Raises `InputError` for a model that cannot be loaded, and for one whose towers differ in width.
+    """
+    if files.exists(files.join(spec, "manifest.parquet")):
+        return StoreEmbedder(spec, name=name)
+    clip = load_clip(spec, weights=weights, device=device)
+    check_widths(clip)
+    return ModelEmbedder(dataclasses.replace(clip, name=name), encoding, cache)
+
+
+def check_widths(clip: Clip) -> None:
+    """Raise `InputError` for a model whose images and texts have no space in common; one black image is encoded."""
+    with torch.no_grad():
+        black = clip.preprocess(Image.new("RGB", (clip.image_size, clip.image_size)))[None].to(clip.device)
+        image_dim = int(clip.encode_image(black).shape[1])
+    if image_dim != clip.dim:
+        raise InputError(
+            f"{clip.name}: its image embeddings have {image_dim} dimensions, its text embeddings {clip.dim}; they need "
+            "the same. Project the image tower to embed_dim (timm_proj in the vision_cfg of its architecture)."
+        )
+
+
+def split_model(spec: str) -> tuple[str, str]:
+    """Name and model of `[NAME=]MODEL`; the name is else the last part of the model's path or id."""
+    match = re.fullmatch(r"([\w.+-]+)=(.+)", spec)
+    if match:
+        return match[1], match[2]
+    return re.split(r"[/:]", spec.rstrip("/"))[-1], spec
+
+
+def weights_by_name(weights: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Weights files by model; a bare file is the only model's. Raises `InputError` for a name that no model has."""
+    found = {}
+    for value in weights:
+        match = re.fullmatch(r"([\w.+-]+)=(.+)", value)
+        if match is None and len(names) > 1:
+            raise InputError(f"--weights {value!r} does not say whose weights it holds: write NAME={value}.")
+        name, path = (match[1], match[2]) if match else (names[0], value)
+        if name not in names:
+            raise InputError(f"--weights {value!r}: no model is called {name!r}. {did_you_mean(name, names)}")
+        found[name] = path
+    return found

@@ -13,15 +13,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distilclip.data import files
+from distilclip import files
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.loader import OpenShards
-from distilclip.data.policy import ErrorPolicy
 from distilclip.data.samples import MAX_PIXELS, BadSample, decode_image
 from distilclip.data.workers import map_tasks
 from distilclip.errors import InputError
-from distilclip.evaluate.dataset import ImageRef
 from distilclip.models.backbone import Backbone
 from distilclip.progress import progress
+from distilclip.sets.dataset import ImageRef
 
 Output = Literal["embedding", "backbone"]
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from distilclip.evaluate.classes import Classes
+from distilclip.sets.classes import Classes
 
 
 def per_class_table(labels: Int[Tensor, " n"], predictions: Int[Tensor, " n"], classes: Classes) -> str:

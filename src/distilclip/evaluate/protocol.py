@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
@@ -11,16 +11,27 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distilclip.data.policy import ErrorPolicy, OnError
+from distilclip.data.bad_samples import ErrorPolicy, OnError
 from distilclip.evaluate.agreement import agreement
-from distilclip.evaluate.classes import classes_digest, templates_digest
-from distilclip.evaluate.dataset import EvaluationSet, ImageRef, LabelledSet, MissingSet, PairSet
 from distilclip.evaluate.embedders import Embedder
 from distilclip.evaluate.encode import ImageFeatures, Output
-from distilclip.evaluate.probes import ProbeInputs, measure_probes
-from distilclip.evaluate.retrieval import retrieval
-from distilclip.evaluate.scores import Score, Task, agreement_scores, retrieval_scores, zero_shot_scores
+from distilclip.evaluate.knn_probe import NUM_NEIGHBOURS, TEMPERATURE, knn_predictions
+from distilclip.evaluate.scores import (
+    Score,
+    Task,
+    agreement_scores,
+    few_shot_scores,
+    knn_scores,
+    probe_scores,
+    retrieval_scores,
+    zero_shot_scores,
+)
 from distilclip.evaluate.zero_shot import TextClassifier, classify
+from distilclip.measures.few_shot import few_shot
+from distilclip.measures.probe import Probe, linear_probe
+from distilclip.measures.retrieval import retrieval
+from distilclip.sets.classes import classes_digest, templates_digest
+from distilclip.sets.dataset import EvaluationSet, ImageRef, LabelledSet, MissingSet, PairSet
 
 ALL_TASKS: tuple[Task, ...] = ("zero-shot", "linear-probe", "retrieval", "agreement")
 """What is measured by default; the k-NN and few-shot probes are to be asked for."""
@@ -279,3 +290,64 @@ def _no_classifier(dataset: LabelledSet) -> str:
 def _places(readable: Int[Tensor, " n"], fold: Int[np.ndarray, " f"]) -> Int[Tensor, " f"]:
     """Where the rows of a fold stand among the readable ones."""
     return torch.isin(readable, torch.from_numpy(fold)).nonzero()[:, 0]
+
+
+Examples = tuple[Float[Tensor, "_ dim"], Int[Tensor, " _"]]
+"""Features with their labels, on the device where probes are computed."""
+
+_ONE_EACH = "one training image a class leaves none to choose the penalty on: give --probe-l2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeInputs:
+    """A set's splits as features. `folds` are rows of `train`, of which each makes a training set of its own."""
+
+    train: Examples
+    test: Examples
+    validation: Examples | None = None
+    folds: Sequence[Int[Tensor, " _"]] = field(default_factory=tuple)
+
+    @property
+    def pool(self) -> Examples:
+        """Everything that is not tested."""
+        if self.validation is None:
+            return self.train
+        return torch.cat([self.train[0], self.validation[0]]), torch.cat([self.train[1], self.validation[1]])
+
+
+def measure_probes(
+    inputs: ProbeInputs, bases: Mapping[Task, Score], *, metric: str, l2: float | None, seed: int
+) -> list[Score]:
+    """The scores of every probe in `bases`, each made from its base; what cannot be fitted says why."""
+    scores: list[Score] = []
+    labels = inputs.test[1].cpu()
+    alone = inputs.validation is None and l2 is None and int(torch.bincount(inputs.train[1]).max()) < 2
+    if "linear-probe" in bases:
+        base = bases["linear-probe"]
+        if alone:
+            scores.append(base.missing(_ONE_EACH))
+        else:
+            found = linear_probes(inputs, l2=l2, seed=seed)
+            scores += probe_scores(found, labels, base, headline=metric)
+    if "knn-probe" in bases:
+        base = bases["knn-probe"].with_details(num_neighbours=NUM_NEIGHBOURS, temperature=TEMPERATURE)
+        predictions = knn_predictions(*inputs.pool, inputs.test[0])
+        scores += knn_scores(predictions, labels, base, headline=metric)
+    if "few-shot" in bases:
+        base = bases["few-shot"]
+        if alone:
+            scores.append(base.missing(_ONE_EACH))
+        else:
+            shots = few_shot(*inputs.pool, *inputs.test, l2=l2, seed=seed)
+            scores += few_shot_scores(shots, labels, base, metric=metric)
+    return scores
+
+
+def linear_probes(inputs: ProbeInputs, *, l2: float | None, seed: int) -> list[Probe]:
+    """The linear probe, or one of each fold."""
+    train, labels = inputs.train
+    folds: Sequence[Int[Tensor, " f"] | slice] = inputs.folds or [slice(None)]
+    return [
+        linear_probe(train[fold], labels[fold], *inputs.test, l2=l2, validation=inputs.validation, seed=seed)
+        for fold in folds
+    ]

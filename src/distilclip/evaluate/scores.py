@@ -15,11 +15,11 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from distilclip.evaluate.agreement import Agreement
-from distilclip.evaluate.few_shot import FewShot
-from distilclip.evaluate.retrieval import Retrieval
 from distilclip.evaluate.zero_shot import ZeroShot
-from distilclip.ops.metrics import mean_interval, mean_per_class, share_interval
-from distilclip.ops.probe import Probe
+from distilclip.measures.few_shot import FewShot
+from distilclip.measures.metrics import mean_interval, mean_per_class, share_interval
+from distilclip.measures.probe import Probe
+from distilclip.measures.retrieval import Retrieval
 
 Task = Literal["zero-shot", "linear-probe", "knn-probe", "few-shot", "retrieval", "agreement"]
 RECALL_AT = (1, 5, 10)

@@ -11,14 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
 
-from distilclip.data import files
-from distilclip.data.policy import ErrorPolicy
-from distilclip.data.rows import Rows
-from distilclip.data.store import Store
+from distilclip import files
+from distilclip.data.bad_samples import ErrorPolicy
+from distilclip.data.store import Rows, Store
 from distilclip.errors import InputError
-from distilclip.evaluate.dataset import ImageRef, PairSet
 from distilclip.evaluate.encode import ImageFeatures, Output
 from distilclip.evaluate.zero_shot import TextClassifier
+from distilclip.sets.dataset import ImageRef, PairSet
 
 
 class StoreEmbedder:

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distilclip.evaluate.headings import AVERAGED, TASKS, means, title
-from distilclip.evaluate.references import PAPER_ONLY, REFERENCE_MODEL, is_comparable, reference
+from distilclip.sets.headings import AVERAGED, TASKS, means, title
+from distilclip.sets.references import PAPER_ONLY, REFERENCE_MODEL, is_comparable, reference
 
 MOST_COLUMNS = 8  # with more sets than this, sets are rows and models columns
 

@@ -11,14 +11,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from distilclip.data.policy import ErrorPolicy
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
-from distilclip.evaluate.classes import check_templates
-from distilclip.evaluate.dataset import LabelledSet
 from distilclip.evaluate.encode import Encoder, Encoding, encode_images, encode_texts
-from distilclip.evaluate.sets import load_set
+from distilclip.measures.metrics import mean_per_class, row_tiles, target_rank
 from distilclip.models.clip import Clip
-from distilclip.ops.metrics import mean_per_class, row_tiles, target_rank
+from distilclip.sets.classes import check_templates
+from distilclip.sets.dataset import LabelledSet
+from distilclip.sets.open import load_set
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from distilclip.export.records import Records, Stage
+from distilclip.export.run_records import Records, Stage
 from distilclip.models import towers
 
 Form = Literal["open_clip", "huggingface", "onnx"]
@@ -37,7 +37,7 @@ tokenizer = Tokenizer.from_file("model/tokenizer.json")
 tokens = np.array([text.ids for text in tokenizer.encode_batch(["a photo of a cat"])])
 text = onnxruntime.InferenceSession("model/text.onnx").run(None, {{"tokens": tokens}})[0]
 
-# Pictures as clip.json says under `preprocessing`; distilclip.export.runtime.preprocess does it with Pillow alone.
+# Pictures as clip.json says under `preprocessing`; distilclip.export.onnx_runtime.preprocess does it with Pillow alone.
 pixels = np.zeros((1, 3, {height}, {width}), np.float32)
 image = onnxruntime.InferenceSession("model/image.onnx").run(None, {{"pixels": pixels}})[0]
 similarity = image @ text.T""",

@@ -11,9 +11,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from distilclip.data import files
+from distilclip import files
+from distilclip.data.texts import read_texts
 from distilclip.export.selection import Selection
-from distilclip.export.texts import read_texts
 
 METADATA_SCHEMA = pa.schema(
     [("image_path", pa.string()), ("caption", pa.string()), ("shard", pa.uint32()), ("row", pa.uint32())]

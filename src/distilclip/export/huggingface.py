@@ -25,10 +25,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.errors import InputError
-from distilclip.export.probes import CAPTIONS, pictures
-from distilclip.export.tokenizer import build_tokenizer, require_clip_tokenizer
+from distilclip.export.parity_inputs import CAPTIONS, pictures
+from distilclip.export.tokenizer_json import build_tokenizer, require_clip_tokenizer
 from distilclip.models.clip import Clip
 
 TOLERANCE = 1e-4

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import UInt64
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.export.selection import Selection
 
 

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, UInt8, UInt32, UInt64
 
-from distilclip.data.groups import read_groups
 from distilclip.data.pairs import check_source, kept_rows
-from distilclip.data.rows import Rows
-from distilclip.data.store import Store
+from distilclip.data.side_files import read_groups
+from distilclip.data.store import Rows, Store
 from distilclip.errors import InputError
 from distilclip.export.uids import UidKind, in_subset, read_subset, read_uids
 

@@ -14,9 +14,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import Bool, UInt32, UInt64
 
-from distilclip.data import files
+from distilclip import files
+from distilclip.data.texts import Text, read_texts
 from distilclip.errors import InputError
-from distilclip.export.texts import Text, read_texts
 
 UidKind = Literal["json", "md5"]
 UID_KINDS: tuple[UidKind, ...] = get_args(UidKind)

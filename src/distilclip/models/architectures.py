@@ -8,7 +8,7 @@ from typing import Any
 
 import open_clip
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.errors import InputError, did_you_mean
 
 

@@ -26,7 +26,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.errors import InputError, did_you_mean
 from distilclip.models import towers  # noqa: F401 - registers image towers with timm
 from distilclip.models.architectures import model_config

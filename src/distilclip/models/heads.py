@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from distilclip.ops.features import Features
+from distilclip.losses.features import Features
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import timm
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.errors import InputError, did_you_mean
 from distilclip.models.clip import Clip, load_named
 from distilclip.models.inheritance import Tower, inherit

@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from distilclip.data.store import Store
 from distilclip.data.stream import Batch
+from distilclip.losses.features import Features
 from distilclip.models.clip import Clip, normalise_pixels
-from distilclip.ops.features import Features
 
 Teacher = Callable[[Batch], tuple[Features, ...]]
 """The features of every teacher; the first is the one whose clusters and diagnostics are used."""

@@ -10,7 +10,7 @@ from typing import Any
 import open_clip
 from torch import Tensor, nn
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.errors import InputError, did_you_mean
 from distilclip.models import torchscript
 from distilclip.models.architectures import model_config

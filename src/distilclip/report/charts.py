@@ -8,10 +8,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from distilclip.evaluate.headings import title
 from distilclip.report import figures
 from distilclip.report.comparison import Model, Table
 from distilclip.report.load import TERMS
+from distilclip.sets.headings import title
 
 
 @dataclass(frozen=True, kw_only=True)

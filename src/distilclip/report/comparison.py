@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from distilclip.evaluate.headings import AVERAGED, TASKS, means, title
 from distilclip.report.load import Results, Score, Training
+from distilclip.sets.headings import AVERAGED, TASKS, means, title
 
 Role = Literal["teacher", "baseline", "student", "other"]
 

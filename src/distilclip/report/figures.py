@@ -20,9 +20,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from distilclip.ops.metric import equivalents
 from distilclip.report.load import Series
-from distilclip.report.wording import magnitude, significant
+from distilclip.report.phrases import magnitude, significant
+from distilclip.vectors.metric import equivalents
 
 # CSS variable -> colour on white. The page's style sheet holds the colours on black under the same names.
 PALETTE = {

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from distilclip import run
-from distilclip.data import files
+from distilclip import files, stage_folder
 from distilclip.errors import InputError
 
 # The objective's terms (distilclip.train.objective.TERMS, which needs torch) in the words of the page.
@@ -205,7 +204,7 @@ def _read_folder(path: str) -> StageFolder | None:
 
 def _read_object(path: str) -> dict[str, Any]:
     """A JSON object, empty where there is no such file."""
-    value = run.read_json(path) if files.exists(path) else {}
+    value = stage_folder.read_json(path) if files.exists(path) else {}
     return value if isinstance(value, dict) else {}
 
 
@@ -260,7 +259,7 @@ def _training(folder: StageFolder) -> Training:
 def _read_log(path: str) -> dict[str, Series]:
     """Every numeric column of a metrics.jsonl over its steps; none where there is no such file."""
     columns: dict[str, list[tuple[int, float]]] = {}
-    for line in run.read_metrics(path) if files.exists(path) else ():
+    for line in stage_folder.read_metrics(path) if files.exists(path) else ():
         for name, value in line.items():
             if name != "step" and isinstance(value, (int, float)) and math.isfinite(value):
                 columns.setdefault(name, []).append((line["step"], value))

@@ -8,14 +8,14 @@ from typing import Any
 
 import jinja2
 
-from distilclip.evaluate.headings import title
-from distilclip.report import wording
+from distilclip.report import phrases
 from distilclip.report.charts import Chart, standings_chart, training_charts
 from distilclip.report.comparison import Model, Table, compare, models
 from distilclip.report.figures import PALETTE
 from distilclip.report.gallery import KINDS, SIDES
 from distilclip.report.load import Results, Score
 from distilclip.report.sections import balances, clusterings, embeddings
+from distilclip.sets.headings import title
 
 # The order in which a run makes them; other stages follow.
 STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate")
@@ -89,8 +89,8 @@ def story(table: Table, results: Results) -> str:
     """What came out, in two sentences: the best student, its gain and share of the teacher; what balance removed."""
     sentences = [_best_student(table)] if table.columns else []
     for folder in results.finished("balance")[:1]:
-        kept, valid = wording.count(folder.result["num_kept"]), wording.count(folder.result["num_valid"])
-        removed = wording.percent(folder.result["removed_ratio"])
+        kept, valid = phrases.count(folder.result["num_kept"]), phrases.count(folder.result["num_valid"])
+        removed = phrases.percent(folder.result["removed_ratio"])
         sentences.append(f"Semantic balance kept {kept} of {valid} pictures ({removed} % removed).")
     return " ".join(filter(None, sentences)) or f"Results of {_number(len(results.folders), 'stage folder')}."
 
@@ -105,10 +105,10 @@ def _best_student(table: Table) -> str:
     column, gain = table.columns[0], best.cells[0].gain
     task = title(column.task).lower()
     measure = f"mean {task} {column.set.removeprefix('mean ')}" if column.members else f"{task} on {column.set}"
-    text = f"{best.model.name} is the best of {_number(len(scored), 'student')}: {wording.percent(value)} % {measure}"
+    text = f"{best.model.name} is the best of {_number(len(scored), 'student')}: {phrases.percent(value)} % {measure}"
     if gain is not None:
         baseline = next(row.model.name for row in table.rows if row.model.role == "baseline")
-        text += f", {wording.gain(gain)} points against {baseline}, which had no teacher,"
+        text += f", {phrases.gain(gain)} points against {baseline}, which had no teacher,"
     teacher = next((row.cells[0].value for row in table.rows if row.model.role == "teacher"), None)
     if teacher:
         text += f" and {100 * value / teacher:.0f} % of its teacher's score"
@@ -177,13 +177,13 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        count=wording.count,
-        magnitude=wording.magnitude,
-        significant=wording.significant,
-        percent=wording.percent,
-        gain=wording.gain,
-        shorten=wording.shorten,
-        plain=wording.plain,
+        count=phrases.count,
+        magnitude=phrases.magnitude,
+        significant=phrases.significant,
+        percent=phrases.percent,
+        gain=phrases.gain,
+        shorten=phrases.shorten,
+        plain=phrases.plain,
         title=title,
     )
     return environment.get_template("page.html.j2")

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from distilclip.data.rows import Rows
 from distilclip.data.samples import BadSample, decode_image
 from distilclip.data.shards import Shard, open_shard
-from distilclip.data.store import Store, split_id
+from distilclip.data.store import Rows, Store, split_id
 from distilclip.errors import InputError
 
 

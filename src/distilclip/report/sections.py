@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from distilclip.data import files
-from distilclip.data.groups import read_groups, read_labels
+from distilclip import files
+from distilclip.data.side_files import read_groups, read_labels
 from distilclip.data.store import Store, sample_id
 from distilclip.errors import InputError
-from distilclip.ops.metric import equivalents
 from distilclip.report.charts import Chart, cluster_chart, threshold_chart
 from distilclip.report.gallery import (
     SIDES,
@@ -26,6 +25,7 @@ from distilclip.report.gallery import (
 )
 from distilclip.report.load import Results, StageFolder
 from distilclip.report.pictures import PictureReader
+from distilclip.vectors.metric import equivalents
 
 
 @dataclass(frozen=True, kw_only=True)

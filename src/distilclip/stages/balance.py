@@ -11,22 +11,20 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Bool, Int
 
-from distilclip import run
-from distilclip.data import files
-from distilclip.data import groups as tables
-from distilclip.data.blocks import ROW_BYTES, Part, Search, parts_of, remove_parts, rows_of_budget
+from distilclip import files, stage_folder
+from distilclip.data import side_files as tables
 from distilclip.data.images import Images
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import Engine, map_parts
 from distilclip.errors import InputError
-from distilclip.ops.balance import Balance, cut, largest_threshold, nearest_forest
-from distilclip.ops.forecast import BYTES_PER_EDGE, calibrate
-from distilclip.ops.groups import Forest, ForestBuilder, threshold_for
-from distilclip.ops.metric import Metric, equivalents
-from distilclip.ops.points import Points
-from distilclip.ops.representatives import representatives_in_batches
+from distilclip.grouping.balance import Balance, cut, largest_threshold, nearest_forest, representatives_in_batches
+from distilclip.grouping.forecast import BYTES_PER_EDGE, calibrate
+from distilclip.grouping.forest import Forest, ForestBuilder, threshold_for
+from distilclip.grouping.search_parts import ROW_BYTES, Part, Search, parts_of, remove_parts, rows_of_budget
 from distilclip.progress import duration, progress, say
+from distilclip.vectors.metric import Metric, equivalents
+from distilclip.vectors.points import Points
 
 FORECAST_FROM = 100_000  # rows; fewer are searched in about the time that a forecast takes
 NUM_BLOCKS_SHARED = 8  # blocks at least, where parts are shared among workers: 36 parts
@@ -56,17 +54,17 @@ class Config:
     """length of the lists in topk mode"""
     max_radius: float | None = None
     """keep further images of a group until none is farther than this from a kept one"""
-    memory_gb: float = run.execution(1.0)
+    memory_gb: float = stage_folder.execution(1.0)
     """working memory of each worker's search, beyond the embeddings it reads in half precision"""
-    block_rows: int | None = run.execution(None)
+    block_rows: int | None = stage_folder.execution(None)
     """rows of a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
-    device: str = run.execution("auto")
+    device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
-    engine: Literal["local", "processes", "ray"] = run.execution("local")
+    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
     """where the parts of the search are computed: here, in processes, or on a Ray cluster; the groups are the same"""
-    engine_address: str | None = run.execution(None)
+    engine_address: str | None = stage_folder.execution(None)
     """of a running Ray cluster (default: one is started on this machine)"""
-    engine_workers: int | None = run.execution(None)
+    engine_workers: int | None = stage_folder.execution(None)
     """parts computed at the same time (default: one per core)"""
 
     def __post_init__(self) -> None:
@@ -82,7 +80,7 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Group the images of a store; the folder's result."""
-    folder = run.open_folder(config.out, stage="balance", config=config, inputs=[(config.store, "embed")])
+    folder = stage_folder.open_folder(config.out, stage="balance", config=config, inputs=[(config.store, "embed")])
     if folder.finished:
         return folder.result()
     images = Images(Store.open(config.store))
@@ -109,7 +107,7 @@ def main(config: Config) -> dict[str, Any]:
         max_threshold=_search_distance(config),
         metric=config.metric,
         max_radius=config.max_radius,
-        saturated=run.read_json(folder.child("search.json"))["saturated"],
+        saturated=stage_folder.read_json(folder.child("search.json"))["saturated"],
     )
     _write_groups(folder.path, images, balance)
     return folder.finish({**_result(balance), **_examples(balance, images)})
@@ -141,7 +139,7 @@ def _search(config: Config, path: str, images: Images, valid: Bool[np.ndarray, "
                 found = search.forest(part)
                 forest.add(images.rows(found.left), images.rows(found.right), found.distance)
                 advance(1, 0)
-    run.write_json(files.join(path, "search.json"), {"saturated": saturated})
+    stage_folder.write_json(files.join(path, "search.json"), {"saturated": saturated})
     whole = forest.forest()
     tables.write_forest(path, tables.Forest(images.ids(whole.left), images.ids(whole.right), whole.distance))
 

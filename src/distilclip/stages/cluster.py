@@ -10,21 +10,26 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Float32, Int
 
-from distilclip import run
-from distilclip.data import files
-from distilclip.data.groups import write_centers
+from distilclip import files, stage_folder
+from distilclip.clustering.kmeans import (
+    REPAIRS,
+    check_num_centers,
+    first_centers,
+    gini,
+    is_finished,
+    sample_rows,
+    size_histogram,
+)
+from distilclip.clustering.rounds import Labelling, Rounds, kept_and_removed, parts_of
+from distilclip.clustering.sketches import choose_contraction
 from distilclip.data.images import Images
-from distilclip.data.labelling import Labelling, kept_and_removed
-from distilclip.data.rounds import Rounds, parts_of
+from distilclip.data.side_files import write_centers
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import Engine, connected, map_parts
 from distilclip.errors import InputError
-from distilclip.ops.kmeans import REPAIRS, check_num_centers, gini, is_finished, size_histogram
-from distilclip.ops.points import Points
-from distilclip.ops.seeding import first_centers, sample_rows
-from distilclip.ops.sketches import choose_contraction
 from distilclip.progress import progress, say
+from distilclip.vectors.points import Points
 
 ROUNDS = "rounds"  # the folder of what a fit needs between its rounds; gone when the stage is finished
 
@@ -49,13 +54,13 @@ class Config:
     """fit on a sample of this many images per center (default: all); every kept image gets its label"""
     seed: int = 0
     """of the sample and of the first centers"""
-    device: str = run.execution("auto")
+    device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
-    engine: Literal["local", "processes", "ray"] = run.execution("local")
+    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
     """where shards are assigned and summed: here, in processes, or on a Ray cluster; the centers are the same"""
-    engine_address: str | None = run.execution(None)
+    engine_address: str | None = stage_folder.execution(None)
     """of a running Ray cluster (default: one is started on this machine)"""
-    engine_workers: int | None = run.execution(None)
+    engine_workers: int | None = stage_folder.execution(None)
     """parts computed at the same time (default: one per core)"""
 
     def __post_init__(self) -> None:
@@ -71,7 +76,7 @@ class Config:
 def main(config: Config) -> dict[str, Any]:
     """Cluster the images of a store; the folder's result."""
     inputs = [(config.store, "embed")] + ([(config.groups, "balance")] if config.groups else [])
-    folder = run.open_folder(config.out, stage="cluster", config=config, inputs=inputs)
+    folder = stage_folder.open_folder(config.out, stage="cluster", config=config, inputs=inputs)
     if folder.finished:
         return folder.result()
     images = Images(Store.open(config.store))
@@ -89,10 +94,12 @@ def main(config: Config) -> dict[str, Any]:
         _map(labelling.prepare, shards, config, f"label {folder.path}")
     described = _describe_labels(labelling, shards, config.num_centers)
     files.remove_folder(folder.child(ROUNDS))
-    return folder.finish({"num_centers": config.num_centers, **run.read_json(folder.child("fit.json")), **described})
+    return folder.finish(
+        {"num_centers": config.num_centers, **stage_folder.read_json(folder.child("fit.json")), **described}
+    )
 
 
-def _fit(config: Config, folder: run.Folder, images: Images) -> None:
+def _fit(config: Config, folder: stage_folder.Folder, images: Images) -> None:
     """Write centers.safetensors, and before it fit.json; each round is a checkpoint."""
     rounds = Rounds(store=config.store, folder=folder.child(ROUNDS), device=config.device)
     number = rounds.current(config.num_iterations + REPAIRS)
@@ -113,7 +120,7 @@ def _fit(config: Config, folder: run.Folder, images: Images) -> None:
             break
         number += 1
         rounds.begin(number, centers, objectives)
-    run.write_json(folder.child("fit.json"), {"num_fitted": len(rows), "objectives": objectives})
+    stage_folder.write_json(folder.child("fit.json"), {"num_fitted": len(rows), "objectives": objectives})
     _write_centers(folder.path, centers, images.store)
 
 

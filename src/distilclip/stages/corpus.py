@@ -9,9 +9,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from distilclip import run
-from distilclip.corpus.plan import plan_corpus, write_shards, write_texts
-from distilclip.data import files
+from distilclip import files, stage_folder
+from distilclip.corpus.composition import plan_corpus, write_shards, write_texts
 from distilclip.errors import InputError
 
 
@@ -31,7 +30,7 @@ class Config:
     """pairs per tar"""
     num_eval: int = 1000
     """pictures of each evaluation set, and as many again to fit its linear probe"""
-    num_workers: int = run.execution(2)
+    num_workers: int = stage_folder.execution(2)
     """processes that draw; 0 draws in the main one"""
 
     def __post_init__(self) -> None:
@@ -48,7 +47,7 @@ def main(config: Config) -> dict[str, Any]:
         shard_size=config.shard_size,
         num_eval=config.num_eval,
     )
-    folder = run.open_folder(config.out, stage="corpus", config=config)
+    folder = stage_folder.open_folder(config.out, stage="corpus", config=config)
     if folder.finished:
         return folder.result()
     write_texts(folder.path, corpus.texts)

@@ -9,8 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from distilclip import run
-from distilclip.data import files
+from distilclip import files, stage_folder
 from distilclip.errors import InputError
 from distilclip.stages import run as run_stage
 
@@ -56,13 +55,13 @@ def recipe_path() -> str:
 
 def comparison(out: str) -> Table:
     """One row a model: its headline scores in percent, and how fast it trained."""
-    rows = run.read_json(files.join(out, "evaluate/result.json"))["rows"]
+    rows = stage_folder.read_json(files.join(out, "evaluate/result.json"))["rows"]
     scores = {(r["model"], r["set"], r["task"]): r["value"] for r in reversed(rows) if r["headline"]}
     title = "Zero-shot accuracy, linear probe (shape) and retrieval in percent; training speed"
     table = Table("model", *COLUMNS, "samples/s", title=title)
     for model in dict.fromkeys(r["model"] for r in rows):
         values = [scores.get((model, name, task)) for name, task in COLUMNS.values()]
-        metrics = list(run.read_metrics(files.join(out, f"train/{model}/metrics.jsonl")))
+        metrics = list(stage_folder.read_metrics(files.join(out, f"train/{model}/metrics.jsonl")))
         speed = sorted(line["samples_per_second"] for line in metrics)[len(metrics) // 2]
         table.add_row(model, *("-" if v is None else f"{100 * v:.1f}" for v in values), f"{speed:.0f}")
     return table

@@ -13,13 +13,11 @@ import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from distilclip import run
-from distilclip.data import files
-from distilclip.data.augment import Augmentation
-from distilclip.data.part import Part
-from distilclip.data.policy import ErrorPolicy, OnError
+from distilclip import files, stage_folder
+from distilclip.data.bad_samples import ErrorPolicy, OnError
+from distilclip.data.decode import Augmentation
 from distilclip.data.samples import MAX_PIXELS
-from distilclip.data.scan import ScannedBatch, scan
+from distilclip.data.scan import Part, ScannedBatch, scan
 from distilclip.data.store import finished_shard, read_shard_rows, write_manifest
 from distilclip.data.views import Views
 from distilclip.devices import resolve_device
@@ -54,19 +52,19 @@ class Config:
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     """of the views' crops"""
-    on_error: Literal["raise", "skip"] = run.execution("skip")
+    on_error: Literal["raise", "skip"] = stage_folder.execution("skip")
     """what an unusable sample does: `skip` keeps its row with the reason, `raise` stops"""
-    max_bad_ratio: float = run.execution(0.05)
+    max_bad_ratio: float = stage_folder.execution(0.05)
     """share of unusable samples at which `skip` stops too"""
-    device: str = run.execution("auto")
+    device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
-    num_workers: int = run.execution(2)
+    num_workers: int = stage_folder.execution(2)
     """processes that read and decode for a teacher; 0 decodes in the teacher's own process"""
-    engine: Literal["local", "processes", "ray"] = run.execution("local")
+    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
     """where the teacher works on shards: here, in processes, or on a Ray cluster"""
-    engine_address: str | None = run.execution(None)
+    engine_address: str | None = stage_folder.execution(None)
     """of a running Ray cluster (default: one is started on this machine)"""
-    engine_workers: int | None = run.execution(None)
+    engine_workers: int | None = stage_folder.execution(None)
     """teachers that work at the same time (default: one per core; on Ray with --device cuda, one per GPU)"""
 
     def __post_init__(self) -> None:
@@ -85,7 +83,9 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Embed every shard, or those that an earlier run left; the folder's result."""
-    folder = run.open_folder(config.out, stage="embed", config=config, inputs=run.folders_of("train", [config.model]))
+    folder = stage_folder.open_folder(
+        config.out, stage="embed", config=config, inputs=stage_folder.folders_of("train", [config.model])
+    )
     if folder.finished:
         return folder.result()
     uris = files.expand(config.data)

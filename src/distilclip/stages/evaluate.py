@@ -12,27 +12,31 @@ import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from distilclip import run
-from distilclip.data import files
-from distilclip.data.policy import ErrorPolicy, OnError
+from distilclip import files, stage_folder
+from distilclip.data.bad_samples import ErrorPolicy, OnError
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
 from distilclip.evaluate.cache import FeatureCache
-from distilclip.evaluate.classes import read_templates
-from distilclip.evaluate.dataset import EvaluationSet, LabelledSet, MissingSet
-from distilclip.evaluate.embedders import Embedder, ModelEmbedder
+from distilclip.evaluate.embedders import (
+    ONNX_RECORD,
+    Embedder,
+    ModelEmbedder,
+    open_embedder,
+    split_model,
+    weights_by_name,
+)
 from distilclip.evaluate.encode import Encoding
-from distilclip.evaluate.inputs import check_part, part_digests
-from distilclip.evaluate.listing import describe_catalogue
-from distilclip.evaluate.model_specs import ONNX_RECORD, open_embedder, split_model, weights_by_name
 from distilclip.evaluate.per_class import confusion_table, per_class_table
-from distilclip.evaluate.prompts import prompts_of
 from distilclip.evaluate.protocol import ALL_TASKS, Measurement, Protocol, View
+from distilclip.evaluate.provenance import check_part, part_digests
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
 from distilclip.evaluate.scores import Task
-from distilclip.evaluate.sets import expand_groups, load_set, parse_spec
 from distilclip.evaluate.tables import Table, build_tables
+from distilclip.sets.classes import read_templates
+from distilclip.sets.dataset import EvaluationSet, LabelledSet, MissingSet
+from distilclip.sets.open import describe_catalogue, expand_groups, load_set, parse_spec
+from distilclip.sets.prompts import prompts_of
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -88,11 +92,11 @@ class Config:
     """the share of a split's images that may be left out"""
     max_pixels: int = MAX_PIXELS
     """larger images count as unreadable"""
-    cache: str | None = run.execution(None)
+    cache: str | None = stage_folder.execution(None)
     """folder of image features and text classifiers, shared between evaluations (default: OUT/cache)"""
-    device: str = run.execution("auto")
+    device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
-    num_workers: int = run.execution(2)
+    num_workers: int = stage_folder.execution(2)
     """processes that read and decode; 0 does it in the main one"""
 
     def __post_init__(self) -> None:
@@ -129,15 +133,15 @@ def main(config: Config) -> dict[str, Any]:
     models, sets = dict(map(split_model, config.models)), expand_groups(config.sets)
     specs = [*models.values(), *([split_model(config.teacher)[1]] if config.teacher else [])]
     paths = list(dict.fromkeys(spec.partition("#")[0] for spec in specs))
-    inputs = [found for stage in ("train", "embed", "export") for found in run.folders_of(stage, paths)]
+    inputs = [found for stage in ("train", "embed", "export") for found in stage_folder.folders_of(stage, paths)]
     digests = _digests(config, models, sets)
-    folder = run.open_folder(config.out, stage="evaluate", config=config, inputs=inputs)
+    folder = stage_folder.open_folder(config.out, stage="evaluate", config=config, inputs=inputs)
     parts = {(model, spec): (i, j) for i, model in enumerate(models) for j, spec in enumerate(sets)}
     paths_of = {key: folder.child("parts", f"{i:02}-{j:02}.json") for key, (i, j) in parts.items()}
     missing = [key for key, path in paths_of.items() if not files.exists(path)]
     for key, path in paths_of.items():
         if key not in missing:
-            check_part(run.read_json(path), digests[key], path=path)
+            check_part(stage_folder.read_json(path), digests[key], path=path)
     if folder.finished:
         return folder.result()
     datasets = {
@@ -161,8 +165,8 @@ def main(config: Config) -> dict[str, Any]:
                 "set": {"name": datasets[spec].name, **opener.protocol.describe(datasets[spec])},
                 "rows": [score.row(model=model, digest=embedder.digest) for score in measured.scores],
             }
-            run.write_json(paths_of[model, spec], part)
-    return _finish(folder, [run.read_json(path) for path in paths_of.values()])
+            stage_folder.write_json(paths_of[model, spec], part)
+    return _finish(folder, [stage_folder.read_json(path) for path in paths_of.values()])
 
 
 def _digests(config: Config, models: dict[str, str], sets: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
@@ -175,7 +179,7 @@ def _digests(config: Config, models: dict[str, str], sets: Sequence[str]) -> dic
     return part_digests(models, sets, weights=weights, teacher=teacher, texts=texts, data_root=config.data_root)
 
 
-def _finish(folder: run.Folder, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write and print the tables of all parts, and the result."""
     rows = [row for part in parts for row in part["rows"]]
     tables = build_tables(rows)
@@ -183,7 +187,7 @@ def _finish(folder: run.Folder, parts: Sequence[dict[str, Any]]) -> dict[str, An
     files.write_bytes(folder.child("table.tex"), "\n".join(table.latex() for table in tables).encode())
     files.write_bytes(folder.child("table.csv"), write_csv(rows).encode())
     for name, record in clip_benchmark_records(rows).items():
-        run.write_json(folder.child("clip_benchmark", name), record)
+        stage_folder.write_json(folder.child("clip_benchmark", name), record)
     _print(tables)
     by_name = {kind: {part[kind]["name"]: part[kind] for part in parts} for kind in ("model", "set")}
     return folder.finish(
@@ -237,7 +241,7 @@ class _Opener:
         )
         exported = _onnx_of(spec)
         if exported is not None:
-            from distilclip.export.exported import open_exported  # of the extra `onnx`, which `_onnx_of` asked for
+            from distilclip.export.onnx_evaluation import open_exported
 
             path, precision = exported
             return ModelEmbedder(open_exported(path, name=name, precision=precision), encoding, self._cache)

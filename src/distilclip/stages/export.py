@@ -14,15 +14,14 @@ from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 
-from distilclip import run
-from distilclip.data import files
+from distilclip import files, stage_folder
 from distilclip.data.store import stem
 from distilclip.engine import Engine, map_parts
 from distilclip.errors import InputError
 from distilclip.export.clip_retrieval import PartitionWriter
+from distilclip.export.curated_tars import TarWriter, plan_tars
 from distilclip.export.keys import write_keys
 from distilclip.export.selection import Selection, open_selection
-from distilclip.export.tars import TarWriter, plan_tars
 from distilclip.export.uids import UidKind, read_uids, write_subset
 from distilclip.progress import progress
 
@@ -65,13 +64,13 @@ class Config:
     """write int8 encoders too, and measure on --data what they lose"""
     num_samples: int = 1000
     """of --data, the first so many usable pairs are measured on"""
-    batch_size: int = run.execution(32)
+    batch_size: int = stage_folder.execution(32)
     """pairs at once while measuring"""
-    engine: Literal["local", "processes", "ray"] = run.execution("local")
+    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
     """where parts are written: here, in processes, or on a Ray cluster; the files are the same"""
-    engine_address: str | None = run.execution(None)
+    engine_address: str | None = stage_folder.execution(None)
     """of a running Ray cluster (default: one is started on this machine)"""
-    engine_workers: int | None = run.execution(None)
+    engine_workers: int | None = stage_folder.execution(None)
     """parts written at the same time (default: one per core)"""
 
     def __post_init__(self) -> None:
@@ -118,10 +117,10 @@ def main(config: Config) -> dict[str, Any]:
     """Write the export, or what is missing of it; the folder's result."""
     inputs = [(path, stage) for path, stage in ((config.store, "embed"), (config.groups, "balance")) if path]
     if config.model:
-        inputs += run.folders_of("train", [config.model])
+        inputs += stage_folder.folders_of("train", [config.model])
     if config.evaluation:
         inputs.append((config.evaluation, "evaluate"))
-    folder = run.open_folder(config.out, stage="export", config=config, inputs=inputs)
+    folder = stage_folder.open_folder(config.out, stage="export", config=config, inputs=inputs)
     if folder.finished:
         return folder.result()
     write = _write_data if config.store else _write_model
@@ -131,7 +130,7 @@ def main(config: Config) -> dict[str, Any]:
 def _write_data(config: Config, folder: str) -> dict[str, Any]:
     assert config.store is not None  # `_check_fields` asked for it
     if config.groups:
-        run.require(config.groups, stage="balance", store=config.store)
+        stage_folder.require(config.groups, stage="balance", store=config.store)
     if config.subset:
         _remember_subset(config.subset, folder)
     selection = open_selection(
@@ -158,8 +157,8 @@ def _remember_subset(subset: str, folder: str) -> None:
     """Write down which subset file this is. Raises `InputError` where parts were made from another one."""
     path, digest = files.join(folder, "subset.json"), {"sha256": files.sha256(subset)}
     if not files.exists(path):
-        run.write_json(path, digest)
-    elif run.read_json(path) != digest:
+        stage_folder.write_json(path, digest)
+    elif stage_folder.read_json(path) != digest:
         raise InputError(f"{subset} has changed since {folder} was begun: choose another --out, or remove that folder.")
 
 
@@ -226,7 +225,7 @@ def _itself(function: Callable[[Part], Result]) -> Callable[[Part], Result]:
 
 def _write_model(config: Config, folder: str) -> dict[str, Any]:
     from distilclip.export.card import Form, model_card
-    from distilclip.export.records import find_records
+    from distilclip.export.run_records import find_records
     from distilclip.models.clip import load_clip
 
     assert config.model is not None  # `_check_fields` asked for it
@@ -242,11 +241,11 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
 
         exported = write_huggingface(clip, target)
     else:
-        from distilclip.export.encoders import write_onnx
+        from distilclip.export.onnx_files import write_onnx
 
         exported = write_onnx(clip, target)
         if config.quantize == "int8":
-            from distilclip.export.quantize import measure_int8, write_int8
+            from distilclip.export.int8 import measure_int8, write_int8
 
             sizes = write_int8(target)
             data = files.expand(list(config.data))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from distilclip import run
+from distilclip import stage_folder
 from distilclip.errors import InputError
 from distilclip.plan import costs
 from distilclip.plan.flops import cost_of
@@ -102,7 +102,7 @@ def main(config: Config) -> dict[str, Any]:
     }
     print(_page(config, machines, stages))
     if config.out is not None:
-        run.write_json(config.out, result)
+        stage_folder.write_json(config.out, result)
     return result
 
 

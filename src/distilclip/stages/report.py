@@ -8,8 +8,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from distilclip import run
-from distilclip.data import files
+from distilclip import files, stage_folder
 from distilclip.errors import InputError
 from distilclip.report.load import Results, load
 
@@ -55,7 +54,7 @@ def main(config: Config) -> dict[str, Any]:
     """
     from distilclip.report.page import build  # of the extra `report`, which Config has asked for
 
-    folder = run.open_folder(config.out, stage="report", config=config)
+    folder = stage_folder.open_folder(config.out, stage="report", config=config)
     results = load(config.folders)
     sources = _digests(results)
     if folder.finished:

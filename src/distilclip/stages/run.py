@@ -21,8 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from distilclip import config as recipes
-from distilclip import run
-from distilclip.data import files
+from distilclip import files, stage_folder
 from distilclip.errors import InputError, did_you_mean
 
 REFERENCE = re.compile(r"(?:^|(?<=[=:]))@([\w./-]*)")
@@ -62,11 +61,11 @@ def main(config: Config) -> dict[str, Any]:
         out, steps, summary = _several(config)
     else:
         out, steps, summary = _one(config)
-    folder = run.open_folder(out, stage="run", config=dataclasses.replace(config, out=out))
+    folder = stage_folder.open_folder(out, stage="run", config=dataclasses.replace(config, out=out))
     shared = _shared(steps, out)
     console = Console(stderr=True)
     for number, step in enumerate(steps, start=1):
-        finished = run.Folder(step.config.out, step.stage).finished
+        finished = stage_folder.Folder(step.config.out, step.stage).finished
         state = f" (is {shared[step.path]})" if step.path in shared else " (finished before)" if finished else ""
         console.print(f"[bold]{number}/{len(steps)} {step.path}[/bold]{state}", highlight=False)
         started = time.perf_counter()

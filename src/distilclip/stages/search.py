@@ -15,12 +15,11 @@ from PIL import Image
 from rich.console import Console
 from rich.table import Table
 
-from distilclip import run
-from distilclip.data import files
+from distilclip import files, stage_folder
 from distilclip.data.samples import IMAGE_EXTENSIONS, BadSample, Entry, decode_image
 from distilclip.data.shards import Shard, open_shard
 from distilclip.errors import InputError
-from distilclip.export.sheet import contact_sheet
+from distilclip.export.contact_sheet import contact_sheet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +42,7 @@ class Config:
     """longer side of a picture on the sheet, in pixels"""
     columns: int = 4
     """pictures beside each other on the sheet"""
-    batch_size: int = run.execution(32)
+    batch_size: int = stage_folder.execution(32)
     """pictures at once"""
 
     def __post_init__(self) -> None:
@@ -61,12 +60,12 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Embed the pictures and the words; list the best matches, and draw them on a sheet where there is an `out`."""
-    from distilclip.export.runtime import batched, open_onnx  # of the extra `onnx`, which Config has asked for
+    from distilclip.export.onnx_runtime import batched, open_onnx  # of the extra `onnx`, which Config has asked for
 
     folder = None
     if config.out:
-        inputs = run.folders_of("export", [config.model])
-        folder = run.open_folder(config.out, stage="search", config=config, inputs=inputs)
+        inputs = stage_folder.folders_of("export", [config.model])
+        folder = stage_folder.open_folder(config.out, stage="search", config=config, inputs=inputs)
     if folder is not None and folder.finished:
         _print(folder.result())
         return folder.result()

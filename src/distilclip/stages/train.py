@@ -9,22 +9,21 @@ from typing import Any, Literal
 
 import torch
 
-from distilclip import distributed, run
-from distilclip.data import files
-from distilclip.data.augment import Crops
-from distilclip.data.groups import read_centers
+from distilclip import distributed, files, stage_folder
+from distilclip.data.decode import Crops
 from distilclip.data.samples import MAX_PIXELS
+from distilclip.data.side_files import read_centers
 from distilclip.data.store import Store
 from distilclip.data.stream import PairStream, open_stream
 from distilclip.data.workers import default_workers
 from distilclip.errors import InputError
-from distilclip.models.batchnorm import require_exact_accumulation
+from distilclip.models.batch_norm import require_exact_accumulation
 from distilclip.models.clip import Clip, create_clip, load_clip, load_named
 from distilclip.models.heads import Heads
 from distilclip.models.initial import initialise
 from distilclip.models.teacher import Teacher, live_teacher, stored_teachers
-from distilclip.train.averaging import Average
 from distilclip.train.checkpoint import (
+    Checkpoints,
     Progress,
     Training,
     complete_checkpoints,
@@ -33,11 +32,10 @@ from distilclip.train.checkpoint import (
     load_checkpoint,
     remove_incomplete_checkpoints,
 )
-from distilclip.train.classhead import ClassHead
-from distilclip.train.keeping import Checkpoints
+from distilclip.train.class_head import ClassHead
 from distilclip.train.loop import fit
 from distilclip.train.objective import Objective, objective
-from distilclip.train.optimizer import Optimization, build_optimizer
+from distilclip.train.optimizer import Average, Optimization, build_optimizer
 from distilclip.train.parallel import Execution, build_towers
 from distilclip.train.step import Student
 from distilclip.train.trackers import Tracker, open_trackers, require_packages
@@ -74,7 +72,7 @@ class Config:
     """replacements in the objective: weights and constants, such as `feature 1000 alpha 0.9`"""
     batch_size: int = 256
     """pairs per step"""
-    micro_batch: int | None = run.execution(None)
+    micro_batch: int | None = stage_folder.execution(None)
     """pairs whose activations a process holds at once (default: all of its own); the gradients are the same, but for
     other draws of dropout where a model has it"""
     num_steps: int = 1000
@@ -89,13 +87,13 @@ class Config:
     """of the towers and a live teacher's (autocast); losses are always float32"""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     execution: Execution = field(default_factory=Execution)
-    centers_state: Literal["device", "host"] = run.execution("device")
+    centers_state: Literal["device", "host"] = stage_folder.execution("device")
     """where the class centers' AdamW moments live: 8 of 12 bytes a value"""
-    track: tuple[Tracker, ...] = run.execution(())
+    track: tuple[Tracker, ...] = stage_folder.execution(())
     """write the metrics to these as well"""
-    device: str = run.execution("auto")
+    device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
-    num_workers: int | None = run.execution(None)
+    num_workers: int | None = stage_folder.execution(None)
     """processes that read and decode (default: one per core but one, up to 16); 0 reads in the training process"""
 
     def __post_init__(self) -> None:
@@ -145,8 +143,10 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     ]
     inputs += [(path, "embed") for path in _other_stores(config)]
     models = [source.partition(":")[2] for source in config.init]
-    inputs += run.folders_of("train", [*models, *([config.live_teacher] if config.live_teacher else [])])
-    folder = distributed.on_first(lambda: run.open_folder(config.out, stage="train", config=config, inputs=inputs))
+    inputs += stage_folder.folders_of("train", [*models, *([config.live_teacher] if config.live_teacher else [])])
+    folder = distributed.on_first(
+        lambda: stage_folder.open_folder(config.out, stage="train", config=config, inputs=inputs)
+    )
     if distributed.on_first(lambda: folder.finished):
         return folder.result()
     method = objective(config.objective, config.terms)
@@ -175,7 +175,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         optimization=config.optimization,
         checkpoints=config.checkpoints,
         trackers=open_trackers(
-            config.track if first else (), folder.path, config=run.config_values(config), start=start
+            config.track if first else (), folder.path, config=stage_folder.config_values(config), start=start
         ),
         num_steps=config.num_steps,
         batch_size=config.batch_size,
@@ -256,12 +256,14 @@ def _open_stores(config: Config) -> list[Store]:
         return []
     for path, stage in ((config.groups, "balance"), (config.clusters, "cluster")):
         if path is not None:
-            run.require(path, stage=stage, store=config.store)
+            stage_folder.require(path, stage=stage, store=config.store)
     return [Store.open(path) for path in (config.store, *_other_stores(config))]
 
 
 def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip | None) -> PairStream:
-    max_pixels = run.read_json(files.join(config.store, "config.json"))["max_pixels"] if config.store else MAX_PIXELS
+    max_pixels = (
+        stage_folder.read_json(files.join(config.store, "config.json"))["max_pixels"] if config.store else MAX_PIXELS
+    )
     return open_stream(
         data=config.data,
         stores=[store.path for store in stores],

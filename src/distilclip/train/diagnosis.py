@@ -10,9 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distilclip import distributed
-from distilclip.ops.contrastive import row_block
-from distilclip.ops.features import Features
-from distilclip.ops.streaming import blocks
+from distilclip.losses._tiling import blocks
+from distilclip.losses.contrastive import row_block
+from distilclip.losses.features import Features
 from distilclip.train.terms import Share
 
 

@@ -13,29 +13,34 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from distilclip import distributed, run
-from distilclip.data.policy import ErrorPolicy
+from distilclip import distributed, stage_folder
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.stream import Batch
 from distilclip.errors import InputError
-from distilclip.models.batchnorm import RunningStatistics
+from distilclip.models.batch_norm import RunningStatistics
 from distilclip.models.teacher import Teacher
 from distilclip.progress import track
-from distilclip.train.checkpoint import Progress, Training, complete_checkpoints, folder_name, save_checkpoint
-from distilclip.train.keeping import Checkpoints
-from distilclip.train.log import Log
+from distilclip.train.checkpoint import (
+    Checkpoints,
+    Progress,
+    Training,
+    complete_checkpoints,
+    folder_name,
+    save_checkpoint,
+)
+from distilclip.train.log import Log, Stopwatch
 from distilclip.train.objective import Objective
 from distilclip.train.optimizer import Optimization, schedule, set_learning_rate
 from distilclip.train.parallel import clip_gradients_, non_finite_gradients
 from distilclip.train.signals import Signals, terminate
 from distilclip.train.step import Inputs, StepResult, compute_gradients
-from distilclip.train.stopwatch import Stopwatch
 from distilclip.train.trackers import Writer
 
 LOG_EVERY = 10
 
 
 def fit(
-    folder: run.Folder,
+    folder: stage_folder.Folder,
     batches: Iterator[Batch],
     training: Training,
     progress: Progress,
@@ -155,7 +160,7 @@ class _Steps:
 class _Saving:
     """Writes checkpoints, and removes those that are no longer to be kept."""
 
-    def __init__(self, folder: run.Folder, training: Training, checkpoints: Checkpoints, log: Log) -> None:
+    def __init__(self, folder: stage_folder.Folder, training: Training, checkpoints: Checkpoints, log: Log) -> None:
         self._folder, self._training, self._checkpoints, self._log = folder, training, checkpoints, log
         self._saved_at = time.monotonic()
         self._prune()  # a kill may have come between a checkpoint and this
@@ -190,10 +195,10 @@ class _Saving:
 class _Lines:
     """metrics.jsonl and the trackers, written by the first process."""
 
-    def __init__(self, folder: run.Folder, trackers: Sequence[Writer], *, start: int) -> None:
+    def __init__(self, folder: stage_folder.Folder, trackers: Sequence[Writer], *, start: int) -> None:
         self._trackers = trackers
         first = distributed.rank() == 0
-        self._metrics = run.Metrics(folder.child("metrics.jsonl"), resume_at=start + 1) if first else None
+        self._metrics = stage_folder.Metrics(folder.child("metrics.jsonl"), resume_at=start + 1) if first else None
 
     def write(self, step: int, values: dict[str, float]) -> None:
         if self._metrics is not None:

@@ -11,10 +11,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distilclip.errors import InputError, did_you_mean
+from distilclip.losses.features import Features
 from distilclip.models.heads import Heads
-from distilclip.ops.features import Features
 from distilclip.train import terms
-from distilclip.train.classhead import StepClasses
+from distilclip.train.class_head import StepClasses
 from distilclip.train.terms import Share
 
 TERMS = (

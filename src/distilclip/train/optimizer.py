@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distilclip.errors import InputError
+from distilclip.train.parallel import local
 
 # Positions and class tokens, as open_clip, timm and transformers name them.
 POSITIONS = {
@@ -96,3 +98,24 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     return float(optimizer.param_groups[0]["lr"])
+
+
+class Average:
+    """average <- decay x average + (1 - decay) x weights after every step; buffers that are no floats are copied.
+
+    Starts as the initial weights. Under FSDP2 each process averages the part that it holds.
+    """
+
+    def __init__(self, model: nn.Module, *, decay: float) -> None:
+        self.decay = decay
+        self.values: dict[str, Tensor] = {name: value.detach().clone() for name, value in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        """Take in the weights of a step."""
+        pairs = [(local(self.values[name]), local(value)) for name, value in model.state_dict().items()]
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        get_ema_multi_avg_fn(self.decay)([a for a, _ in floats], [b for _, b in floats], None)
+        for average, value in pairs:
+            if not average.is_floating_point():
+                average.copy_(value)

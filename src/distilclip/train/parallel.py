@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from distilclip import distributed, run
+from distilclip import distributed, stage_folder
 from distilclip.errors import InputError
-from distilclip.models.batchnorm import batch_norms, fixed_statistics, synchronise_batch_norms
+from distilclip.models.batch_norm import batch_norms, fixed_statistics, synchronise_batch_norms
 from distilclip.models.clip import Clip
 
 OWNED = ("logit_scale", "logit_bias")
@@ -32,11 +32,11 @@ OWNED = ("logit_scale", "logit_bias")
 class Execution:
     """How the towers run; what they compute differs by rounding only."""
 
-    strategy: Literal["ddp", "fsdp"] = run.execution("ddp")
+    strategy: Literal["ddp", "fsdp"] = stage_folder.execution("ddp")
     """with several processes: every one has all weights (DDP), or a part (FSDP2)"""
-    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = run.execution("no")
+    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = stage_folder.execution("no")
     """torch.compile's mode for the towers; under fsdp for each of their blocks"""
-    activations: Literal["keep", "recompute"] = run.execution("keep")
+    activations: Literal["keep", "recompute"] = stage_folder.execution("keep")
     """recompute: each block's activations again in the backward pass, for memory"""
 
 

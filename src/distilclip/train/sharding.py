@@ -15,9 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from distilclip import distributed
-from distilclip.ops.clustersums import PartialSums, Softmaxes
-from distilclip.ops.clustertiles import Weights, partial_gradients, partial_sums
-from distilclip.ops.streaming import full_precision
+from distilclip.losses._cluster_tiles import PartialSums, Softmaxes, Weights, partial_gradients, partial_sums
+from distilclip.losses._tiling import full_precision
 
 
 def class_range(num_classes: int, rank: int, world: int) -> tuple[int, int]:

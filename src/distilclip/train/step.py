@@ -10,11 +10,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distilclip import losses
+from distilclip.losses.distillation import draw_masks, hide_patches
+from distilclip.losses.features import Features
 from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.models.heads import Heads
-from distilclip.ops.features import Features
-from distilclip.ops.mimicry import draw_masks, hide_patches
-from distilclip.train.classhead import ClassHead, StepClasses
+from distilclip.train.class_head import ClassHead, StepClasses
 from distilclip.train.diagnosis import Diagnosis, diagnose
 from distilclip.train.objective import Objective
 from distilclip.train.parallel import OWNED, gradient_sync, sum_gradients_

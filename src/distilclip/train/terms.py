@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distilclip import distributed, losses
-from distilclip.ops.features import Features
-from distilclip.ops.mimicry import row_divergence
-from distilclip.ops.streaming import full_precision, no_autocast
-from distilclip.train.classhead import StepClasses
+from distilclip.losses._tiling import full_precision, no_autocast
+from distilclip.losses.distillation import row_divergence
+from distilclip.losses.features import Features
+from distilclip.train.class_head import StepClasses
 from distilclip.train.sharding import sharded_cluster
 
 Scale = Float[Tensor, ""]

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from distilclip.data import files
+from distilclip import files
 from distilclip.errors import InputError
 
 Tracker = Literal["tensorboard", "wandb"]

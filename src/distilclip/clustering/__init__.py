@@ -1,0 +1,1 @@
+"""Spherical k-means: exact, in parts, up to a million centers."""

@@ -1,0 +1,141 @@
+"""What later stages say about the rows of a store, as side files beside it: groups, labels, forest and centers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Bool, Float32, UInt32, UInt64
+
+from distilclip import files
+from distilclip.data.columns import FORMAT_VERSION, read_columns, write_columns
+from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
+from distilclip.errors import InputError
+
+GROUPS_SCHEMA = pa.schema(
+    [
+        ("row", pa.uint32()),
+        ("group", pa.uint64()),
+        ("representative", pa.uint64()),
+        ("distance", pa.float32()),
+        ("keep", pa.bool_()),
+    ]
+)
+LABELS_SCHEMA = pa.schema([("row", pa.uint32()), ("cluster", pa.uint32()), ("distance", pa.float32())])
+FOREST_SCHEMA = pa.schema([("left", pa.uint64()), ("right", pa.uint64()), ("distance", pa.float32())])
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The valid rows of one shard, ascending: each one's group, its representative, and whether it is kept.
+
+    `representative` is a sample id, `distance` that to it.
+    """
+
+    row: UInt32[np.ndarray, " n"]
+    group: UInt64[np.ndarray, " n"]
+    representative: UInt64[np.ndarray, " n"]
+    distance: Float32[np.ndarray, " n"]
+    keep: Bool[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The kept rows of one shard, ascending: each one's cluster and the distance to its center."""
+
+    row: UInt32[np.ndarray, " n"]
+    cluster: UInt32[np.ndarray, " n"]
+    distance: Float32[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class Forest:
+    """The edges of a spanning forest of sample ids, left < right."""
+
+    left: UInt64[np.ndarray, " m"]
+    right: UInt64[np.ndarray, " m"]
+    distance: Float32[np.ndarray, " m"]
+
+
+def groups_path(folder: str, shard: int) -> str:
+    """Where a balance folder holds the groups of a shard."""
+    return files.join(folder, "groups", f"{shard:06d}.parquet")
+
+
+def labels_path(folder: str, shard: int) -> str:
+    """Where a cluster folder holds the labels of a shard."""
+    return files.join(folder, "labels", f"{shard:06d}.parquet")
+
+
+def write_groups(folder: str, shard: int, groups: Groups) -> None:
+    """Write the groups of a shard into a balance folder."""
+    _write(groups_path(folder, shard), GROUPS_SCHEMA, vars(groups))
+
+
+def read_groups(folder: str, shard: int) -> Groups:
+    """The groups of a shard from a balance folder."""
+    return Groups(**_read(groups_path(folder, shard), GROUPS_SCHEMA))
+
+
+def write_labels(folder: str, shard: int, labels: Labels) -> None:
+    """Write the labels of a shard into a cluster folder."""
+    _write(labels_path(folder, shard), LABELS_SCHEMA, vars(labels))
+
+
+def read_labels(folder: str, shard: int) -> Labels:
+    """The labels of a shard from a cluster folder."""
+    return Labels(**_read(labels_path(folder, shard), LABELS_SCHEMA))
+
+
+def write_forest(folder: str, forest: Forest) -> None:
+    """Write the spanning forest into a balance folder."""
+    write_edges(files.join(folder, "forest.parquet"), forest)
+
+
+def read_forest(folder: str) -> Forest:
+    """The spanning forest of a balance folder."""
+    return read_edges(files.join(folder, "forest.parquet"))
+
+
+def write_edges(path: str, forest: Forest) -> None:
+    """Write a forest, whole or of a part of the search."""
+    _write(path, FOREST_SCHEMA, vars(forest))
+
+
+def read_edges(path: str) -> Forest:
+    """A forest that `write_edges` wrote."""
+    return Forest(**_read(path, FOREST_SCHEMA))
+
+
+def write_centers(folder: str, centers: Float32[np.ndarray, "k dim"], metadata: Mapping[str, str] | None = None) -> str:
+    """Write unit centers into a cluster folder; the SHA-256 of the file."""
+    path = files.join(folder, "centers.safetensors")
+    return write_tensors(path, {"centers": centers}, {"format": FORMAT_VERSION, **(metadata or {})})
+
+
+def read_centers(folder: str) -> Float32[np.ndarray, "k dim"]:
+    """The centers of a cluster folder. Raises `InputError` where they are not finite unit vectors."""
+    path = files.join(folder, "centers.safetensors")
+    if not files.exists(path):
+        raise InputError(f"{path} is missing: run `distilclip cluster --out {folder}` first.")
+    version, centers = read_metadata(path).get("format"), read_tensors(path).get("centers")
+    if version != FORMAT_VERSION or centers is None or centers.ndim != 2:
+        raise InputError(f"{path} holds no centers of format version {FORMAT_VERSION}: run `distilclip cluster` again.")
+    lengths = np.linalg.norm(centers, axis=1)
+    wrong = ~(np.abs(lengths - 1) < 1e-4)  # ~(<), so that NaN is wrong too
+    if wrong.any():
+        raise InputError(f"{path}: center {int(np.argmax(wrong))} is no unit vector. Run `distilclip cluster` again.")
+    return centers
+
+
+def _write(path: str, schema: pa.Schema, columns: Mapping[str, np.ndarray]) -> None:
+    rows = columns.get("row")
+    assert rows is None or (np.diff(rows.astype(np.int64)) > 0).all(), "rows ascend"
+    write_columns(path, schema, columns)
+
+
+def _read(path: str, schema: pa.Schema) -> dict[str, np.ndarray]:
+    table = read_columns(path, schema)
+    return {name: table.column(name).to_numpy() for name in schema.names}

@@ -1,0 +1,128 @@
+"""The search for near pairs on an accelerator: products of all tiles, in half precision, and no cells.
+
+A tile is compared with one number, so that it is read once after it is written; what passes is decided in float64. Of
+pairs that the forest already joins at a smaller distance, most are dropped undecided, as on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from distilclip.grouping.forest import ForestBuilder
+from distilclip.grouping.search_cpu import Collector
+from distilclip.vectors.metric import distance, squared, squared_threshold
+from distilclip.vectors.points import ROUNDING, Points, float32_sums
+
+HALF_ROUNDING = 2.0**-11  # of one float16 number, relative
+HALF_LEAST = 2.0**-25  # absolute, of a number too small for that
+LONGEST = 100.0  # of points whose products surely fit float16
+BLOCK = 1 << 16  # rows moved to the device at a time
+CANDIDATES = 1 << 24  # pairs listed at a time
+
+
+def compare_all(
+    points: Points,
+    rows: Int[np.ndarray, " m"],
+    *,
+    threshold: float,
+    metric: str,
+    into: Collector,
+    size: int,
+    device: torch.device,
+    split: int | None = None,
+) -> None:
+    """Hand every pair of `rows` closer than the threshold to `into`, save those that its links rule out.
+
+    Tiles have `size` rows on either side. With `split`, only pairs of one of `rows[:split]` and one of `rows[split:]`.
+    """
+    radius = float(points.norm[rows].max(initial=0.0))
+    kind = torch.float16 if radius <= LONGEST else torch.float32
+    error = product_error(points.dim, radius, kind)
+    limit = squared_threshold(threshold, metric)
+    blocks = _Blocks(points, rows, kind=kind, device=device)
+    end = len(rows) if split is None else split
+    with float32_sums():
+        for a in range(0, end, size):
+            left, left_block = blocks.at(a, min(a + size, end))
+            for b in range(a if split is None else split, len(rows), size):
+                right, right_block = blocks.at(b, min(b + size, len(rows)))
+                product = left_block @ right_block.T
+                shortest = float(points.norm[left].min() ** 2 + points.norm[right].min() ** 2)
+                bound = (shortest - limit) / 2 - error
+                near = product >= bound - 2 * HALF_ROUNDING * abs(bound)  # the number itself is rounded to the tile's
+                if split is None and a == b:
+                    near.triu_(diagonal=1)
+                for i, j in _listed(near):
+                    pairs = left[i.cpu().numpy()], right[j.cpu().numpy()]
+                    _decide(points, *pairs, product[i, j].float().cpu().numpy(), error, threshold, metric, into)
+
+
+class _Blocks:
+    """Rows on the device: all of them where they fit, else those of a block as it is asked for."""
+
+    def __init__(self, points: Points, rows: Int[np.ndarray, " m"], *, kind: torch.dtype, device: torch.device) -> None:
+        self._points, self._rows, self._kind, self._device = points, rows, kind, device
+        self._all: Tensor | None = None
+        if 2 * len(rows) * points.dim * kind.itemsize < _free_bytes(device):
+            self._all = torch.empty(len(rows), points.dim, dtype=kind, device=device)
+            for start in range(0, len(rows), BLOCK):
+                self._all[start : start + BLOCK] = points.block(rows[start : start + BLOCK], device=device)
+
+    def at(self, start: int, stop: int) -> tuple[Int[np.ndarray, " b"], Float[Tensor, "b dim"]]:
+        """Rows by position: their numbers and their points."""
+        rows = self._rows[start:stop]
+        if self._all is not None:
+            return rows, self._all[start:stop]
+        return rows, self._points.block(rows, device=self._device).to(self._kind)
+
+
+def _free_bytes(device: torch.device) -> int:
+    """Of an accelerator's memory; of others nothing is known, so nothing is taken."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+
+
+def product_error(dim: int, radius: float, kind: torch.dtype) -> float:
+    """How far a tile's inner product of points no longer than `radius` may be from theirs.
+
+    Both factors and the product are rounded to `kind`, the sum is accumulated in float32.
+    """
+    one = HALF_ROUNDING if kind == torch.float16 else ROUNDING
+    least = HALF_LEAST if kind == torch.float16 else 0.0
+    return (3.01 * one + 2 * dim * ROUNDING) * radius**2 + 2.01 * dim**0.5 * least * (radius + 1)
+
+
+def _listed(near: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Places of a mask, so many rows at a time that the list stays short."""
+    height = max(1, CANDIDATES // max(1, near.shape[1]))
+    dense = int(near.count_nonzero()) > CANDIDATES
+    for start in range(0, len(near), height if dense else len(near)):
+        i, j = near[start : start + height if dense else None].nonzero(as_tuple=True)
+        yield i + start, j
+
+
+def _decide(
+    points: Points,
+    left: Int[np.ndarray, " p"],
+    right: Int[np.ndarray, " p"],
+    product: Float[np.ndarray, " p"],
+    error: float,
+    threshold: float,
+    metric: str,
+    into: Collector,
+) -> None:
+    links = into.links if isinstance(into, ForestBuilder) else None
+    if links is not None:
+        least = points.norm[left] ** 2 + points.norm[right] ** 2 - 2 * (product + error)
+        top = squared(np.maximum(links.top[left], links.top[right]).astype(np.float64), metric) * (1 + 1e-6)
+        useful = (links.root[left] != links.root[right]) | (least < top)
+        left, right = left[useful], right[useful]
+    dist = distance(points.squared(left, right), metric)
+    keep = dist < np.float32(threshold)
+    into.add(left[keep], right[keep], dist[keep])
+    if isinstance(into, ForestBuilder) and len(left) > CANDIDATES // 16:
+        into.reduce()

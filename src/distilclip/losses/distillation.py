@@ -1,0 +1,200 @@
+"""CLIP-KD's terms: the student imitates the teacher's relations, features, gradients and contrasts.
+
+Which embeddings go in is the caller's choice: `relational` takes the student's own, never projected; `feature`,
+`gradient` and `interactive` compare with the teacher's space and take projected ones where widths differ. The teacher
+is a constant throughout. Source: Yang et al. 2024 (CLIP-KD), section 3.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from distilclip.losses._tiling import full_precision, no_autocast, softmax_, sum_over_rows
+from distilclip.losses.contrastive import PLAIN_ENTRIES, check_pairs, contrastive, info_nce, row_block
+from distilclip.losses.features import Features
+
+
+def relational(student: Features, teacher: Features, *, block: int | None = None) -> Float[Tensor, ""]:
+    """Contrastive relational distillation (CRD): the teacher's similarities as soft targets of the student's.
+
+        1/2 [ KL(softmax(b E C^T) || softmax(a e c^T)) over rows + the same over columns ], batch mean
+
+    e, c and a are the student's image and text embeddings and its scale, E, C, b the teacher's; widths may differ.
+    Differentiable in the student's embeddings and scale. In large batches only `block` rows of similarities exist at a
+    time.
+    """
+    a, b = student.scale, teacher.scale
+    rows = row_divergence(
+        student.image, student.text, teacher.image, teacher.text, scale=a, teacher_scale=b, block=block
+    )
+    columns = row_divergence(
+        student.text, student.image, teacher.text, teacher.image, scale=a, teacher_scale=b, block=block
+    )
+    return (rows + columns) / 2
+
+
+def row_divergence(
+    queries: Float[Tensor, "n dim"],
+    keys: Float[Tensor, "m dim"],
+    teacher_queries: Float[Tensor, "n width"],
+    teacher_keys: Float[Tensor, "m width"],
+    *,
+    scale: Float[Tensor, ""] | float,
+    teacher_scale: Float[Tensor, ""] | float,
+    count: int | None = None,
+    block: int | None = None,
+) -> Float[Tensor, ""]:
+    """One direction of `relational`, for all queries or for one rank's share of them.
+
+        1 / count * sum_i KL( softmax_j(b Q_i . K_j) || softmax_j(a q_i . k_j) )
+
+    With keys gathered from all ranks and `count` the global number of queries (default: n), the ranks' results add up
+    to that of the whole batch. Differentiable in `queries`, `keys` and `scale`. Raises `ValueError` where the student's
+    and the teacher's rows differ in number.
+    """
+    for own, target, name in ((queries, teacher_queries, "queries"), (keys, teacher_keys, "keys")):
+        if len(own) != len(target):
+            raise ValueError(
+                f"student has {len(own)} {name}, teacher {len(target)}: row i of both must be the same sample."
+            )
+    queries, keys, scale, teacher_queries, teacher_keys, teacher_scale = full_precision(
+        queries, keys, scale, teacher_queries.detach(), teacher_keys.detach(), teacher_scale
+    )
+    teacher_scale = teacher_scale.detach()
+    count = len(queries) if count is None else count
+    if block is None and len(queries) * len(keys) <= PLAIN_ENTRIES:
+        with no_autocast(queries):
+            log_p = F.log_softmax(scale * queries @ keys.T, dim=1)
+            log_q = F.log_softmax(teacher_scale * teacher_queries @ teacher_keys.T, dim=1)
+            return F.kl_div(log_p, log_q, log_target=True, reduction="sum") / count
+
+    def divergence_(logits: Tensor, rows: slice) -> Tensor:
+        targets = teacher_scale * teacher_queries[rows] @ teacher_keys.T
+        gap = targets - logits
+        p, p_normaliser = softmax_(logits)
+        q, q_normaliser = softmax_(targets)
+        p.sub_(q)
+        return gap.mul_(q).sum() + (p_normaliser - q_normaliser).sum()
+
+    return sum_over_rows(queries, keys, scale, divergence_, count=count, block=block or row_block(keys))
+
+
+def feature(student: Features, teacher: Features) -> Float[Tensor, ""]:
+    """Feature distillation (FD): mean squared difference over n and dim, of images plus of texts.
+
+    The published weight 2000 belongs to this mean over dim. On the student's features of masked images (`mask_patches`)
+    this is the masked term MFD.
+    """
+    _check_same_space(student, teacher)
+    image, teacher_image = full_precision(student.image, teacher.image.detach())
+    text, teacher_text = full_precision(student.text, teacher.text.detach())
+    return F.mse_loss(image, teacher_image) + F.mse_loss(text, teacher_text)
+
+
+def gradient(student: Features, teacher: Features) -> Float[Tensor, ""]:
+    """Gradient distillation (GD): mean squared difference of both models' contrastive gradients.
+
+        g_x = s (P - I) Y / n,   g_y = s (P - I)^T X / n,   P = softmax(s X Y^T) over rows, s the model's own scale
+
+    are the gradients of InfoNCE(X, Y; s); the term is the sum of four means over n and dim: g_x and g_y of the
+    image-to-text direction and of text-to-image. Differentiable in the student's embeddings and scale; holds n x n.
+
+    The term is small: about 4 s^2 / (n^2 dim) for an untrained student (measured: 2.4e-5 at n = 256, dim = 512,
+    s = 14.3), so its weight is large and belongs to one batch size. With weight n^2 dim / 1000 its gradient was as long
+    as the contrastive loss's for a student half way to its teacher, and a twentieth of it before training (n = 256 and
+    1,024, dim = 128 and 512). Published weights are for gradients divided by s^2 and do not carry over.
+    """
+    _check_same_space(student, teacher)
+    with torch.no_grad():
+        targets = _contrastive_gradients(teacher)
+    return torch.stack(
+        [F.mse_loss(own, target.to(own)) for own, target in zip(_contrastive_gradients(student), targets, strict=True)]
+    ).sum()
+
+
+def interactive(student: Features, teacher: Features, *, scale: Float[Tensor, ""] | float) -> Float[Tensor, ""]:
+    """Interactive contrastive learning (ICL): student queries against the teacher's keys of the other modality.
+
+        1/2 [ InfoNCE(u, C; s) + InfoNCE(v, E; s) ]
+
+    u, v are the student's image and text embeddings, E, C the teacher's, s a learnable scale of this term.
+    """
+    _check_same_space(student, teacher)
+    by_image = info_nce(student.image, teacher.text.detach(), scale=scale)
+    by_text = info_nce(student.text, teacher.image.detach(), scale=scale)
+    return (by_image + by_text) / 2
+
+
+def augmented(
+    fused_image: Float[Tensor, "n dim"], fused_text: Float[Tensor, "n dim"], *, scale: Float[Tensor, ""] | float
+) -> Float[Tensor, ""]:
+    """Augmented feature distillation (AFD): contrast of student and teacher embeddings fused per modality.
+
+    The inputs are normalise(F [student ; teacher]) of images and of texts, F a linear map per modality (models.heads).
+    """
+    return contrastive(fused_image, fused_text, scale=scale)
+
+
+def mask_patches(
+    pixels: Float[Tensor, "n channels height width"],
+    *,
+    ratio: float = 0.75,
+    patch: int = 16,
+    generator: torch.Generator | None = None,
+) -> Float[Tensor, "n channels height width"]:
+    """Images with a random `ratio` of a grid of `patch` x `patch` squares set to the image's own mean colour.
+
+    Every image loses the same number of squares. Works on pixels, so that any architecture can be the student; squares
+    at the right and lower edge may be smaller. Raises `ValueError` for a ratio outside 0..1.
+    """
+    size = pixels.shape[2], pixels.shape[3]
+    masks = draw_masks(len(pixels), size, ratio=ratio, patch=patch, generator=generator, device=pixels.device)
+    return hide_patches(pixels, masks, patch=patch)
+
+
+def draw_masks(
+    num_images: int,
+    size: tuple[int, int],
+    *,
+    ratio: float = 0.75,
+    patch: int = 16,
+    generator: torch.Generator | None = None,
+    device: torch.device | None = None,
+) -> Bool[Tensor, "n rows columns"]:
+    """Which squares of the grid over images of `size` (height, width) each image loses; see `mask_patches`."""
+    if not 0 <= ratio <= 1:
+        raise ValueError(f"ratio={ratio}: the masked share of patches lies in 0..1.")
+    rows, columns = -(-size[0] // patch), -(-size[1] // patch)
+    drawn_on = device if generator is None else generator.device
+    draws = torch.rand(num_images, rows * columns, generator=generator, device=drawn_on)
+    order = draws.to(device or draws.device).argsort(dim=1)
+    return (order < round(ratio * rows * columns)).view(num_images, rows, columns)
+
+
+def hide_patches(
+    pixels: Float[Tensor, "n channels height width"], masks: Bool[Tensor, "n rows columns"], *, patch: int = 16
+) -> Float[Tensor, "n channels height width"]:
+    """The images with their masked squares set to the image's mean colour."""
+    _, _, height, width = pixels.shape
+    hidden = masks[:, None].repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[:, :, :height, :width]
+    return torch.where(hidden, pixels.mean(dim=(2, 3), keepdim=True), pixels)
+
+
+def _check_same_space(student: Features, teacher: Features) -> None:
+    check_pairs(student.image, teacher.image, names=("student", "teacher"))
+    check_pairs(student.text, teacher.text, names=("student", "teacher"))
+
+
+def _contrastive_gradients(features: Features) -> list[Tensor]:
+    """g_x, g_y of image-to-text, then of text-to-image, as tensors that can be differentiated again."""
+    image, text, scale = full_precision(features.image, features.text, features.scale)
+    identity = torch.eye(len(image), dtype=image.dtype, device=image.device)
+    gradients = []
+    with no_autocast(image):
+        for x, y in ((image, text), (text, image)):
+            difference = scale * (torch.softmax(scale * x @ y.T, dim=1) - identity) / len(x)
+            gradients += [difference @ y, difference.T @ x]
+    return gradients

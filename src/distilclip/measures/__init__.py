@@ -1,0 +1,1 @@
+"""Measures of features: probes, accuracies, retrieval. Arrays in, numbers out."""

@@ -1,1 +1,0 @@
-"""Mathematics only: tensors in, tensors or a result dataclass out."""

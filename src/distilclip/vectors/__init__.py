@@ -1,0 +1,1 @@
+"""Rows as points of a Euclidean space: what grouping and clustering share."""

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from distilclip import stage_folder
+from distilclip.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    out: str
+    threshold: float = 0.1
+    num_workers: int = stage_folder.execution(1)
+
+
+def test_a_finished_folder_is_found_done(tmp_path: Path) -> None:
+    out = str(tmp_path / "balance")
+    folder = stage_folder.open_folder(out, stage="balance", config=Config(out=out))
+    assert not folder.finished
+    folder.finish({"num_groups": 3})
+    again = stage_folder.open_folder(out, stage="balance", config=Config(out=out))
+    assert again.finished
+    assert again.result() == {"stage": "balance", "num_groups": 3}
+
+
+def test_another_config_is_an_error_that_says_what_differs(tmp_path: Path) -> None:
+    out = str(tmp_path / "balance")
+    stage_folder.open_folder(out, stage="balance", config=Config(out=out))
+    with pytest.raises(InputError, match=r"threshold was 0.1, now 0.2.*another --out"):
+        stage_folder.open_folder(out, stage="balance", config=Config(out=out, threshold=0.2))
+
+
+def test_how_to_compute_may_differ(tmp_path: Path) -> None:
+    out = str(tmp_path / "balance")
+    stage_folder.open_folder(out, stage="balance", config=Config(out=out, num_workers=1))
+    stage_folder.open_folder(out, stage="balance", config=Config(out=out, num_workers=8))
+
+
+def test_another_stage_or_a_foreign_folder_is_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "balance")
+    stage_folder.open_folder(out, stage="balance", config=Config(out=out))
+    with pytest.raises(InputError, match="stage was 'balance', now 'cluster'"):
+        stage_folder.open_folder(out, stage="cluster", config=Config(out=out))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.txt").write_text("mine")
+    with pytest.raises(InputError, match="is not empty"):
+        stage_folder.open_folder(str(tmp_path / "photos"), stage="embed", config=Config(out="x"))
+
+
+def test_require_names_the_missing_stage(tmp_path: Path) -> None:
+    out = str(tmp_path / "store")
+    with pytest.raises(InputError, match="run `distilclip embed --out"):
+        stage_folder.require(out, stage="embed")
+    folder = stage_folder.open_folder(out, stage="embed", config=Config(out=out))
+    with pytest.raises(InputError, match="is unfinished"):
+        stage_folder.require(out, stage="embed")
+    with pytest.raises(InputError, match="was written by `distilclip embed`"):
+        stage_folder.require(out, stage="balance")
+    folder.finish({"num_rows": 5})
+    assert stage_folder.require(out, stage="embed")["num_rows"] == 5
+
+
+def test_require_tells_the_store_that_a_folder_was_made_from(tmp_path: Path) -> None:
+    stores = [str(tmp_path / name) for name in ("store", "other")]
+    for number, store in enumerate(stores):
+        stage_folder.open_folder(store, stage="embed", config=Config(out=store)).finish({"number": number})
+    out = str(tmp_path / "balance")
+    folder = stage_folder.open_folder(out, stage="balance", config=Config(out=out), inputs=[(stores[0], "embed")])
+    folder.finish({})
+    stage_folder.require(out, stage="balance", store=stores[0])
+    with pytest.raises(InputError, match=r"made from another store than .*other"):
+        stage_folder.require(out, stage="balance", store=stores[1])
+    (tmp_path / "balance" / "inputs.json").unlink()
+    with pytest.raises(InputError, match=r"balance has no inputs\.json"):
+        stage_folder.require(out, stage="balance", store=stores[0])
+
+
+def test_nan_is_never_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Out of range"):
+        stage_folder.write_json(str(tmp_path / "result.json"), {"loss": float("nan")})
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_metrics_resume_drops_later_lines_and_a_torn_one(tmp_path: Path) -> None:
+    path = str(tmp_path / "metrics.jsonl")
+    metrics = stage_folder.Metrics(path)
+    for step in (1, 2, 3):
+        metrics.write(step=step, loss=1 / step)
+    with open(path, "a") as file:
+        file.write('{"step": 4, "lo')
+    stage_folder.Metrics(path, resume_at=3).write(step=3, loss=0.0)
+    lines = [json.loads(line) for line in Path(path).read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.0}]
+
+
+def test_environment_names_versions_and_command() -> None:
+    environment = stage_folder.environment()
+    assert environment["versions"]["numpy"] != "not installed"
+    assert environment["command"]
+
+
+def test_memory_filesystem_folder() -> None:
+    out = "memory://test-run/balance"
+    folder = stage_folder.open_folder(out, stage="balance", config=Config(out=out))
+    folder.finish({"num_groups": 1})
+    assert stage_folder.require(out, stage="balance")["num_groups"] == 1
