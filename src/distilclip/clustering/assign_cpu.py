@@ -17,8 +17,10 @@ from jaxtyping import Float32, Int
 from numba import njit
 
 from distilclip.clustering.sketches import Sketches, product_of_bytes, product_of_floats
-from distilclip.vectors.points import SUM, Points, kernel_view, stored, workers
+from distilclip.vectors.kernels import SUM, kernel_view, stored
+from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Contraction
+from distilclip.vectors.threads import workers
 
 BLOCK = 512  # rows compared at a time
 BREADTH = 1024  # centers compared at a time: a tile of 2 MiB

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from distilclip.clustering.assign_cpu import SLACK, CenterSketches, update_labels
 from distilclip.clustering.sketches import Sketches, choose_contraction
-from distilclip.vectors.points import ROUNDING, Points, float32_sums
+from distilclip.vectors.kernels import ROUNDING, float32_sums
+from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Contraction
 
 PART = 1 << 16  # rows whose sketches are held at a time where they are met once

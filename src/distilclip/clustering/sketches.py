@@ -23,8 +23,10 @@ from jaxtyping import Float32, Float64, Int
 from numba import njit
 from torch import Tensor
 
-from distilclip.vectors.points import ROUNDING, SUM, Points, in_threads
+from distilclip.vectors.kernels import ROUNDING, SUM
+from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Contraction, principal_directions
+from distilclip.vectors.threads import in_threads
 
 STEPS = 127
 BLOCK = 256  # vectors sketched at a time

@@ -15,7 +15,9 @@ from jaxtyping import Float32, Float64, Int, Int64
 from numba import njit
 
 from distilclip.errors import InputError
-from distilclip.vectors.points import SUM, Points, in_threads, kernel_view, stored
+from distilclip.vectors.kernels import SUM, kernel_view, stored
+from distilclip.vectors.points import Points
+from distilclip.vectors.threads import in_threads
 
 STEPS = 1 << 34  # of a unit
 MOST_ROWS = 1 << 29  # times STEPS is the largest 64-bit sum

@@ -19,7 +19,7 @@ from numba import njit
 from torch import Tensor
 
 from distilclip.grouping.forest import joining_distance
-from distilclip.vectors.points import ROUNDING, product_error, squared_distance, squared_product, widened
+from distilclip.vectors.kernels import ROUNDING, product_error, squared_distance, squared_product, widened
 
 WIDTH = 60  # contracted dimensions; with the four columns for lengths, 64 in a product
 COLUMNS = 4

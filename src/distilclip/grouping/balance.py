@@ -16,8 +16,10 @@ from torch import Tensor
 from distilclip.errors import InputError, did_you_mean
 from distilclip.grouping.forest import Curve, Forest, ForestBuilder, threshold_curve, threshold_for
 from distilclip.grouping.near_pairs import near_pairs, nearest
+from distilclip.vectors.kernels import SUM, kernel_view, stored
 from distilclip.vectors.metric import distance, squared_threshold
-from distilclip.vectors.points import SUM, Distinct, Points, distinct, in_threads, kernel_view, stored
+from distilclip.vectors.points import Distinct, Points, distinct
+from distilclip.vectors.threads import in_threads
 
 NUM_CURVE_POINTS = 100
 

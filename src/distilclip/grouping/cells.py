@@ -19,7 +19,8 @@ from numba import njit
 from torch import Tensor
 
 from distilclip.grouping._tiles import as_bits, with_lengths
-from distilclip.vectors.points import SUM, in_threads, product_error, squared_product, widened
+from distilclip.vectors.kernels import SUM, product_error, squared_product, widened
+from distilclip.vectors.threads import in_threads
 
 BLOCK = 1024  # points compared with all centers at a time
 POINTS_PER_CENTER = 16  # of the sample that the centers are fitted to

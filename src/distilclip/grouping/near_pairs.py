@@ -16,8 +16,9 @@ from torch import Tensor
 
 from distilclip.grouping.search_cpu import AllPairs, Collector, search
 from distilclip.grouping.search_gpu import compare_all
+from distilclip.vectors.kernels import squared_product
 from distilclip.vectors.metric import distance
-from distilclip.vectors.points import Points, distinct, squared_product
+from distilclip.vectors.points import Points, distinct
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,9 +31,11 @@ from distilclip.grouping._tiles import (
 )
 from distilclip.grouping.cells import Cells, Side, partition
 from distilclip.grouping.forest import ForestBuilder, Links
+from distilclip.vectors.kernels import kernel_view
 from distilclip.vectors.metric import distance, squared, squared_threshold
-from distilclip.vectors.points import Points, kernel_view, workers
+from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Contraction
+from distilclip.vectors.threads import workers
 
 HEIGHT = 1024  # most points on the left of a product
 BREADTH = 4096  # most points on the right

@@ -19,7 +19,7 @@ from numba import njit
 from torch import Tensor
 
 from distilclip.losses._tiling import blocks
-from distilclip.vectors.points import in_threads
+from distilclip.vectors.threads import in_threads
 
 _BLOCK_ENTRIES = 1 << 24  # of one matrix, where rows are copied out and back
 _ROWS_OF_A_THREAD = 256  # fewer are not worth one

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Int
 from torch import Tensor
 
-from distilclip.vectors.points import ROUNDING, Points, in_threads
+from distilclip.vectors.kernels import ROUNDING
+from distilclip.vectors.points import Points
+from distilclip.vectors.threads import in_threads
 
 PIECE = 128  # terms of a float32 sum before it is added to the next: bounds its rounding error
 BLOCK = 1024  # points projected at a time
