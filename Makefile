@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST := $(BIN)/python -m pytest --jaxtyping-packages=distilclip,beartype.beartype -n 2 --dist loadgroup
 
-.PHONY: demo test test-slow check format bench clean
+.PHONY: demo test test-slow check format layout bench clean
 
 demo: .venv/installed
 	$(BIN)/distilclip demo --out runs/demo
@@ -22,6 +22,9 @@ check: .venv/installed
 format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+layout: .venv/installed
+	$(BIN)/python -m tests.layout --write
 
 bench: .venv/installed
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[bench]'
