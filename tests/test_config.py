@@ -83,6 +83,7 @@ def test_options_of_a_group_are_compared_unless_they_say_how(tmp_path: Path) -> 
     out = str(tmp_path / "out")
     stage_folder.open_folder(out, stage="train", config=Config(out=out))
     stage_folder.open_folder(out, stage="train", config=Config(out=out, saving=Saving(keep=5)))
+    (tmp_path / "out" / "metrics.jsonl").write_text("")
     with pytest.raises(InputError, match="save_every was 10, now 3"):
         stage_folder.open_folder(out, stage="train", config=Config(out=out, saving=Saving(save_every=3)))
 

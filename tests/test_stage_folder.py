@@ -30,8 +30,28 @@ def test_a_finished_folder_is_found_done(tmp_path: Path) -> None:
 def test_another_config_is_an_error_that_says_what_differs(tmp_path: Path) -> None:
     out = str(tmp_path / "balance")
     stage_folder.open_folder(out, stage="balance", config=Config(out=out))
+    (tmp_path / "balance" / "groups").mkdir()
+    (tmp_path / "balance" / "groups" / "000000.parquet").write_bytes(b"made")
     with pytest.raises(InputError, match=r"threshold was 0.1, now 0.2.*another --out"):
         stage_folder.open_folder(out, stage="balance", config=Config(out=out, threshold=0.2))
+
+
+@pytest.mark.parametrize("root", ["", "memory://begun-anew/"])
+def test_a_folder_in_which_nothing_was_made_is_begun_anew(tmp_path: Path, root: str) -> None:
+    """A wrong value or a wrong input can be corrected without `rm -rf`."""
+    place = root or f"{tmp_path}/"
+    out, stores = place + "balance", [place + name for name in ("wrong", "right")]
+    for number, store in enumerate(stores):
+        stage_folder.open_folder(store, stage="embed", config=Config(out=store)).finish({"number": number})
+    for store, threshold in ((stores[0], 7.0), (stores[1], 0.1)):
+        config, inputs = Config(out=out, threshold=threshold), [(store, "embed")]
+        folder = stage_folder.open_folder(out, stage="balance", config=config, inputs=inputs)
+        stage_folder.files.write_bytes(folder.child("forest.parquet.123.tmp"), b"a write that was killed")
+    folder.finish({})
+    record = stage_folder.read_finished(out, stage="balance")
+    assert record is not None
+    assert record.config["threshold"] == 0.1
+    stage_folder.require(out, stage="balance", store=stores[1])
 
 
 def test_how_to_compute_may_differ(tmp_path: Path) -> None:
@@ -45,6 +65,10 @@ def test_another_stage_or_a_foreign_folder_is_refused(tmp_path: Path) -> None:
     stage_folder.open_folder(out, stage="balance", config=Config(out=out))
     with pytest.raises(InputError, match="stage was 'balance', now 'cluster'"):
         stage_folder.open_folder(out, stage="cluster", config=Config(out=out))
+    with pytest.raises(InputError, match=r"cluster --out .* with the right values"):
+        stage_folder.require(
+            str(stage_folder.open_folder(out + "2", stage="cluster", config=Config(out=out)).path), stage="cluster"
+        )
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.txt").write_text("mine")
     with pytest.raises(InputError, match="is not empty"):
@@ -77,6 +101,33 @@ def test_require_tells_the_store_that_a_folder_was_made_from(tmp_path: Path) -> 
     (tmp_path / "balance" / "inputs.json").unlink()
     with pytest.raises(InputError, match=r"balance has no inputs\.json"):
         stage_folder.require(out, stage="balance", store=stores[0])
+
+
+def test_records_of_finished_unfinished_and_foreign_folders(tmp_path: Path) -> None:
+    out = str(tmp_path / "store")
+    folder = stage_folder.open_folder(out, stage="embed", config=Config(out=out))
+    record = stage_folder.read_record(out)
+    assert record is not None
+    assert (record.path, record.stage, record.result) == (out, "embed", {})
+    assert (record.config["threshold"], "python" in record.environment) == (0.1, True)
+    assert stage_folder.read_finished(out) is None
+    folder.finish({"num_rows": 5})
+    assert stage_folder.read_finished(out, stage="balance") is None
+    finished = stage_folder.read_finished(out, stage="embed")
+    assert finished is not None
+    assert finished.result["num_rows"] == 5
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "clip"}')
+    assert stage_folder.read_record(str(tmp_path / "model")) is None
+    assert stage_folder.read_record(str(tmp_path / "nowhere")) is None
+
+
+def test_inputs_are_written_once_and_checked_ever_after(tmp_path: Path) -> None:
+    path = str(tmp_path / "subset.json")
+    for _ in range(2):
+        stage_folder.write_made_from(path, "runs/tars", {"subset": "a"})
+    with pytest.raises(InputError, match=r"runs/tars was made from other inputs .* subset came, went or changed"):
+        stage_folder.write_made_from(path, "runs/tars", {"subset": "b"})
 
 
 def test_nan_is_never_written(tmp_path: Path) -> None:

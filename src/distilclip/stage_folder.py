@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
@@ -27,13 +27,13 @@ from distilclip.options import option_fields, option_values
 
 @dataclass(frozen=True)
 class Folder:
-    """The output folder of one stage."""
+    """The output folder of one stage, open for writing."""
 
     path: str
     stage: str
 
     def child(self, *names: str) -> str:
-        """The path of a file in this folder."""
+        """Return the path of a file in this folder."""
         return files.join(self.path, *names)
 
     @property
@@ -42,7 +42,7 @@ class Folder:
         return files.exists(self.child("result.json"))
 
     def result(self) -> dict[str, Any]:
-        """The stage's result, as `finish` wrote it."""
+        """Read the stage's result, as `finish` wrote it."""
         return read_json(self.child("result.json"))
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
@@ -51,15 +51,67 @@ class Folder:
         return self.result()
 
 
+@dataclass(frozen=True, kw_only=True)
+class StageRecord:
+    """What the files of a stage's folder say. `result` is empty while the stage is unfinished."""
+
+    path: str
+    stage: str
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    result: dict[str, Any]
+
+
+def read_record(path: str) -> StageRecord | None:
+    """Read a stage's folder, finished or not; None where no stage has written (a model's config.json is another)."""
+    config, environment, result = (_read_object(files.join(path, f"{n}.json")) for n in ("config", "env", "result"))
+    stage = (result or config).get("stage")
+    if not isinstance(stage, str):
+        return None
+    config = {name: value for name, value in config.items() if name != "stage"}
+    return StageRecord(path=path, stage=stage, config=config, environment=environment, result=result)
+
+
+def read_finished(path: str, *, stage: str | None = None) -> StageRecord | None:
+    """Read a finished stage's folder; None where there is none, or where another stage than `stage` wrote it."""
+    record = read_record(path)
+    return record if record is not None and record.result and stage in (None, record.stage) else None
+
+
+def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any]:
+    """Return the result of a finished stage folder; `InputError` names the stage that is missing or unfinished.
+
+    With `store`, the folder must also have been made from that store, wherever it lies now.
+    """
+    record = read_record(str(path))
+    if record is None:
+        raise InputError(f"{path} is no {stage} folder: run `distilclip {stage} --out {path}` first.")
+    if record.stage != stage:
+        raise InputError(f"{path} was written by `distilclip {record.stage}`; a {stage} folder is needed here.")
+    if not record.result:
+        again = f"--out {path}` with the right values" if _holds_nothing(path) else f"{path}/config.json` to finish it"
+        raise InputError(f"{path} is unfinished (no result.json): run `distilclip {stage} {again}.")
+    if store is not None:
+        made_from = files.join(path, "inputs.json")
+        if not files.exists(made_from):
+            raise InputError(
+                f"{path} has no inputs.json to say which store it was made from: make it again, elsewhere."
+            )
+        if read_json(made_from).get("embed") != result_digest(store):
+            raise InputError(f"{path} was made from another store than {store}. Run `distilclip {stage}` on this one.")
+    return record.result
+
+
 def execution(default: Any) -> Any:
-    """A config field that says how to compute, not what: it may differ between a run and its resumption."""
+    """Declare a config field that says how to compute, not what: it may differ between a run and its resumption."""
     return dataclasses.field(default=default, metadata={"execution": True})
 
 
 def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[str, str]] = ()) -> Folder:
     """Create a stage's folder, or open it again to resume it or to find it finished.
 
-    `inputs` are the (folder, stage) that this one reads: each must be finished, and its digest is written down.
+    `inputs` are the (folder, stage) that this one reads: each must be finished, and its digest is written down. A
+    folder in which the stage has made nothing yet is begun anew, so that a wrong value can be corrected.
 
     Raises `InputError` when the folder was begun by another stage, with another config, or from inputs that have
     changed since, naming what differs.
@@ -70,44 +122,49 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
         require(input_path, stage=input_stage)
         name = input_stage if input_stage not in digests else f"{input_stage} {len(digests) + 1}"
         digests[name] = result_digest(input_path)
-    config_path = folder.child("config.json")
-    values = config_values(config)
+    config_path, inputs_path = folder.child("config.json"), folder.child("inputs.json")
+    values = {"stage": stage, **config_values(config)}
     if files.exists(config_path):
-        differences = _differences(read_json(config_path), {"stage": stage, **values}, config)
-        if differences:
-            raise InputError(
-                f"{path} was made with another configuration: {'; '.join(differences)}. "
-                "Choose another --out, or remove that folder."
-            )
-        if files.exists(folder.child("inputs.json")) and (before := read_json(folder.child("inputs.json"))) != digests:
-            changed = sorted(name for name in {*before, *digests} if before.get(name) != digests.get(name))
-            raise InputError(
-                f"{path} was made from other results than those there now ({', '.join(changed)} changed). "
-                f"Choose another --out, or remove {path} and what was made from it."
-            )
-        _remove_leftovers(folder.path)
-        return folder
-    if not files.is_url(folder.path) and os.path.isdir(folder.path) and _foreign_files(folder.path):
+        before = read_json(config_path)
+        try:
+            _check_same(folder, before, values, config, digests)
+        except InputError:
+            if before.get("stage") != stage or not _holds_nothing(folder.path):
+                raise
+        else:
+            _remove_leftovers(folder.path)
+            return folder
+    elif not files.is_url(folder.path) and not _holds_nothing(folder.path):
         raise InputError(f"{path} is not empty and is no {stage} folder (no config.json). Choose another --out.")
     write_json(folder.child("env.json"), environment())
-    if digests:
-        write_json(folder.child("inputs.json"), digests)
-    write_json(config_path, {"stage": stage, **values})
+    if digests or files.exists(inputs_path):
+        write_json(inputs_path, digests)
+    write_json(config_path, values)
     return folder
 
 
+def _check_same(
+    folder: Folder, before: dict[str, Any], values: dict[str, Any], config: Any, digests: Mapping[str, str]
+) -> None:
+    """Raise `InputError` where a folder was begun with another config (`before`) or from other inputs."""
+    if differences := _differences(before, values, config):
+        raise InputError(
+            f"{folder.path} was made with another configuration: {'; '.join(differences)}. "
+            "Choose another --out, or remove that folder."
+        )
+    inputs_path = folder.child("inputs.json")
+    if files.exists(inputs_path):
+        check_made_from(folder.path, read_json(inputs_path), digests)
+
+
 def folders_of(stage: str, paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Those of the paths that are folders of a stage, as inputs of another; a model may also be a name or a file."""
-    found = []
-    for path in paths:
-        config = files.join(path, "config.json")
-        if files.exists(config) and read_json(config).get("stage") == stage:
-            found.append((path, stage))
-    return found
+    """Return those of the paths that are folders of a stage, as inputs of another; a model may also be a name."""
+    records = ((path, read_record(path)) for path in paths)
+    return [(path, stage) for path, record in records if record is not None and record.stage == stage]
 
 
 def result_digest(path: str) -> str:
-    """SHA-256 of a finished folder's result.json, and of a store's manifest: equal results, equal digest."""
+    """Return the SHA-256 of a finished folder's result.json and of a store's manifest: equal results, equal digest."""
     digest = hashlib.sha256(files.read_bytes(files.join(path, "result.json")))
     manifest = files.join(path, "manifest.parquet")
     if files.exists(manifest):
@@ -115,29 +172,28 @@ def result_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any]:
-    """The result of a finished stage folder; `InputError` names the stage that is missing or unfinished.
+def check_made_from(place: str, before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Raise `InputError` where `place` was made from other inputs than there are now, naming those that changed.
 
-    With `store`, the folder must also have been made from that store, wherever it lies now.
+    `before` and `now` are digests by what each input is called.
     """
-    folder = Folder(str(path), stage)
-    if not files.exists(folder.child("config.json")):
-        raise InputError(f"{path} is no {stage} folder: run `distilclip {stage} --out {path}` first.")
-    config = read_json(folder.child("config.json"))
-    if config.get("stage") != stage:
-        raise InputError(f"{path} was written by `distilclip {config.get('stage')}`; a {stage} folder is needed here.")
-    if not folder.finished:
+    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+    if changed:
         raise InputError(
-            f"{path} is unfinished (no result.json): run `distilclip {stage} {path}/config.json` to finish it."
+            f"{place} was made from other inputs than those there now: since then, {', '.join(changed)} came, went or "
+            "changed. Choose another --out, or remove that folder and what was made from it."
         )
-    if store is not None:
-        if not files.exists(folder.child("inputs.json")):
-            raise InputError(
-                f"{path} has no inputs.json to say which store it was made from: make it again, elsewhere."
-            )
-        if read_json(folder.child("inputs.json")).get("embed") != result_digest(store):
-            raise InputError(f"{path} was made from another store than {store}. Run `distilclip {stage}` on this one.")
-    return folder.result()
+
+
+def write_made_from(path: str, place: str, now: Mapping[str, str]) -> None:
+    """Write digests of inputs to the JSON file `path` the first time, and check them every time after that.
+
+    Raises `InputError` as `check_made_from` does.
+    """
+    if files.exists(path):
+        check_made_from(place, read_json(path), now)
+    else:
+        write_json(path, dict(now))
 
 
 def config_values(config: Any) -> dict[str, Any]:
@@ -174,9 +230,18 @@ def _git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-def _foreign_files(path: str) -> list[str]:
-    """What lies in a folder that no stage has begun; a kill before config.json leaves env.json and temporary files."""
-    return [name for name in os.listdir(path) if name not in ("env.json", "inputs.json") and not name.endswith(".tmp")]
+_BEGINNING = ("config.json", "env.json", "inputs.json")  # what `open_folder` writes, before the stage does
+
+
+def _holds_nothing(path: str) -> bool:
+    """Whether a folder holds no file but those of its beginning, and temporary ones of a killed run."""
+    if files.is_url(path):
+        fs, inner = files.filesystem(path)
+        places = [place.removeprefix(inner.rstrip("/") + "/") for place in fs.find(inner)]
+    else:
+        walk = os.walk(path)
+        places = [os.path.relpath(os.path.join(parent, name), path) for parent, _, names in walk for name in names]
+    return all(place in _BEGINNING or place.endswith(".tmp") for place in places)
 
 
 def _remove_leftovers(path: str) -> None:
@@ -195,6 +260,12 @@ def _gpu_names() -> list[str]:
     if torch is None or not torch.cuda.is_available():
         return []
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+
+
+def _read_object(path: str) -> dict[str, Any]:
+    """Read a JSON object, empty where there is no such file."""
+    value = read_json(path) if files.exists(path) else {}
+    return value if isinstance(value, dict) else {}
 
 
 def read_json(path: str) -> dict[str, Any]:

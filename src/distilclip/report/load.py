@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 
 from distilclip import files, stage_folder
 from distilclip.errors import InputError
+from distilclip.sets.score import Score
+from distilclip.stage_folder import StageRecord
 
 # The objective's terms (distilclip.train.objective.TERMS, which needs torch) in the words of the page.
 TERMS = {
@@ -30,40 +32,6 @@ TERMS = {
     "interactive": "CLIP-KD interactive contrast (ICL)",
     "augmented": "CLIP-KD augmented features (AFD)",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageFolder:
-    """One stage's output folder. `result` is empty while the stage is unfinished."""
-
-    path: str
-    stage: str
-    config: dict[str, Any]
-    environment: dict[str, Any]
-    result: dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One row of an evaluate folder: `value`, its 95 % interval `low` to `high`, and `chance`, None where not known.
-
-    They are fractions, except for the metric `kl`, in nats. `headline` marks the metric that the set is known by;
-    `reason` says why there is no value.
-    """
-
-    model: str
-    digest: str
-    set: str
-    task: str
-    metric: str
-    value: float | None
-    low: float | None = None
-    high: float | None = None
-    chance: float | None = None
-    num_test: int | None = None
-    num_unreadable: int = 0
-    headline: bool = True
-    reason: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,17 +101,17 @@ class Results:
     `num_parameters` is that of the evaluated models, by the digest of their weights.
     """
 
-    folders: list[StageFolder]
+    folders: list[StageRecord]
     scores: list[Score]
     trainings: list[Training]
     num_parameters: dict[str, int]
 
-    def finished(self, stage: str) -> list[StageFolder]:
+    def finished(self, stage: str) -> list[StageRecord]:
         """The finished folders of one stage, in the order found."""
         return _finished(self.folders, stage)
 
     @property
-    def unfinished(self) -> list[StageFolder]:
+    def unfinished(self) -> list[StageRecord]:
         """Folders that were begun and have no result."""
         return [folder for folder in self.folders if not folder.result]
 
@@ -153,12 +121,12 @@ def load(paths: Sequence[str]) -> Results:
 
     Raises `InputError` for a path that is not there, and when none of them holds a finished stage.
     """
-    found: dict[str, StageFolder] = {}
+    found: dict[str, StageRecord] = {}
     for path in paths:
         if not files.exists(path):
             raise InputError(f"{path} (from --folders) does not exist. Name the folder of a run, or of its stages.")
         for place in _folders_with(path, ("config.json", "result.json")):
-            folder = _read_folder(place)
+            folder = stage_folder.read_record(place)
             if folder is not None and folder.stage not in ("run", "demo", "report"):
                 found[place] = folder
     folders = list(found.values())
@@ -176,7 +144,7 @@ def load(paths: Sequence[str]) -> Results:
     )
 
 
-def _finished(folders: Sequence[StageFolder], stage: str) -> list[StageFolder]:
+def _finished(folders: Sequence[StageRecord], stage: str) -> list[StageRecord]:
     return [folder for folder in folders if folder.stage == stage and folder.result]
 
 
@@ -192,57 +160,23 @@ def _folders_with(path: str, names: tuple[str, ...]) -> list[str]:
     return sorted(places, key=lambda place: (place.count("/"), place))
 
 
-def _read_folder(path: str) -> StageFolder | None:
-    """A stage's folder, or None for a folder whose config.json is something else's (a model's, say)."""
-    config, environment, result = (_read_object(files.join(path, f"{n}.json")) for n in ("config", "env", "result"))
-    stage = (result or config).get("stage")
-    if not isinstance(stage, str):
-        return None
-    config = {name: value for name, value in config.items() if name != "stage"}
-    return StageFolder(path=path, stage=stage, config=config, environment=environment, result=result)
-
-
-def _read_object(path: str) -> dict[str, Any]:
-    """A JSON object, empty where there is no such file."""
-    value = stage_folder.read_json(path) if files.exists(path) else {}
-    return value if isinstance(value, dict) else {}
-
-
-def _scores(folders: Sequence[StageFolder]) -> list[Score]:
+def _scores(folders: Sequence[StageRecord]) -> list[Score]:
     """Every evaluation row. One that two folders repeat counts once: the later folder's value stands.
 
     Two models of one name (three seeds of a student, say) are told apart by the beginning of their digests.
     """
-    rows = [_score(row) for folder in folders for row in folder.result["rows"]]
-    scores = {(s.model, s.digest, s.set, s.task, s.metric): s for s in rows}.values()
+    rows = [Score.from_row(row) for folder in folders for row in folder.result["rows"]]
+    scores = {(s.model, s.model_digest, s.set, s.task, s.metric): s for s in rows}.values()
     digests: dict[str, set[str]] = {}
     for score in scores:
-        digests.setdefault(score.model, set()).add(score.digest)
+        digests.setdefault(score.model, set()).add(score.model_digest)
     return [
-        score if len(digests[score.model]) == 1 else replace(score, model=f"{score.model} {score.digest[:7]}")
+        score if len(digests[score.model]) == 1 else replace(score, model=f"{score.model} {score.model_digest[:7]}")
         for score in scores
     ]
 
 
-def _score(row: dict[str, Any]) -> Score:
-    return Score(
-        model=row["model"],
-        digest=row["model_digest"],
-        set=row["set"],
-        task=row["task"],
-        metric=row["metric"],
-        value=row["value"],
-        low=row.get("low"),
-        high=row.get("high"),
-        chance=row.get("chance"),
-        num_test=row.get("num_test"),
-        num_unreadable=row.get("num_unreadable", 0),
-        headline=row.get("headline", True),
-        reason=row.get("reason") or "",
-    )
-
-
-def _training(folder: StageFolder) -> Training:
+def _training(folder: StageRecord) -> Training:
     result = folder.result
     weights = {name: float(result["objective"][name]) for name in TERMS if result["objective"].get(name)}
     return Training(

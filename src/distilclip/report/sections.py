@@ -23,8 +23,9 @@ from distilclip.report.gallery import (
     picture_group,
     picture_pairs,
 )
-from distilclip.report.load import Results, StageFolder
+from distilclip.report.load import Results
 from distilclip.report.pictures import PictureReader
+from distilclip.stage_folder import StageRecord
 from distilclip.vectors.metric import equivalents
 
 
@@ -210,7 +211,7 @@ def _equivalents(threshold: float, metric: str) -> dict[str, float]:
     return {metric: same[metric], **same}
 
 
-def _store_of(folder: StageFolder, results: Results) -> Store:
+def _store_of(folder: StageRecord, results: Results) -> Store:
     """The store that a balance or cluster folder was made for, or the only one of this report if that has moved."""
     path = str(folder.config["store"])
     found = results.finished("embed")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from distilclip import files, stage_folder
 from distilclip.errors import InputError
-from distilclip.report.load import Results, load
+from distilclip.report.load import load
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,9 +54,9 @@ def main(config: Config) -> dict[str, Any]:
 
     folder = stage_folder.open_folder(config.out, stage="report", config=config)
     results = load(config.folders)
-    sources = _digests(results)
+    sources = {record.path: stage_folder.result_digest(record.path) for record in results.folders if record.result}
     if folder.finished:
-        _check_unchanged(folder.result()["sources"], sources, config.out)
+        stage_folder.check_made_from(config.out, folder.result()["sources"], sources)
         return folder.result()
     page = build(
         results,
@@ -80,21 +78,3 @@ def main(config: Config) -> dict[str, Any]:
             "sources": sources,
         }
     )
-
-
-def _digests(results: Results) -> dict[str, str]:
-    """SHA-256 of the result of every finished folder, by its path."""
-    return {
-        folder.path: hashlib.sha256(json.dumps(folder.result, sort_keys=True).encode()).hexdigest()
-        for folder in results.folders
-        if folder.result
-    }
-
-
-def _check_unchanged(old: dict[str, str], new: dict[str, str], out: str) -> None:
-    changed = sorted(path for path in {*old, *new} if old.get(path) != new.get(path))
-    if changed:
-        raise InputError(
-            f"{out} shows earlier results: since then {', '.join(changed)} came, went or changed. "
-            "Choose another --out, or remove that folder to have the page made again."
-        )
