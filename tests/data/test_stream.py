@@ -246,7 +246,7 @@ def test_groups_and_clusters_of_another_store_are_refused(tmp_path: Path, joined
     with pytest.raises(InputError, match=r"rows of shard 1 are not the valid rows of the store.*distilclip balance"):
         stream(**joined)
     write_groups(joined["groups"], 1, Groups(**{**vars(groups), "row": groups.row + np.uint32(9)}))
-    with pytest.raises(InputError, match=r"shard 1 has a row 15, the store .* 7 rows"):
+    with pytest.raises(InputError, match=r"rows of shard 1 are not the valid rows of the store"):
         stream(**joined)
     with pytest.raises(InputError, match=r"clusters: row 0 of shard 0 has no label.*groups that the clusters"):
         stream(store=joined["store"], clusters=joined["clusters"])

@@ -14,7 +14,7 @@ from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import BadSample
 from distilclip.data.shards import open_shard
-from distilclip.data.side_files import read_groups, read_labels
+from distilclip.data.side_files import kept_rows, read_labels
 from distilclip.data.store import Rows, Store, sample_id
 from distilclip.errors import InputError
 
@@ -83,7 +83,7 @@ def join_stores(
     def join(shard: int) -> _Part:
         rows = Index.read(store, shard)
         check_source(store, shard, uris[shard], rows)
-        keep = kept_rows(store, shard, rows, groups)
+        keep = kept_rows(store, shard, rows.valid, groups)
         for other in stores[1:]:
             keep = keep & other.columns(shard, "valid")["valid"].to_numpy()
         cluster = None if clusters is None else _clusters(clusters, shard, keep)
@@ -158,28 +158,6 @@ def _table(uris: list[str], parts: list[_Part]) -> PairTable:
         key=pa.concat_arrays([part.key for part in parts]),
         cluster=np.concatenate(clusters) if clusters else None,
     )
-
-
-def kept_rows(store: Store, shard: int, rows: Rows | Index, groups: str | None) -> Bool[np.ndarray, " r"]:
-    """Which of the r rows of a shard are valid, and kept by `groups` (a balance folder; None keeps all).
-
-    Raises:
-        InputError: the groups were made for another store.
-    """
-    if groups is None:
-        return rows.valid
-    table = read_groups(groups, shard)
-    num_rows = len(rows.valid)
-    keep = np.zeros(num_rows, bool)
-    if len(table.row) and table.row[-1] >= num_rows:
-        raise InputError(f"{groups}: shard {shard} has a row {table.row[-1]}, the store {store.path} {num_rows} rows.")
-    keep[table.row[table.keep]] = True
-    if (keep & ~rows.valid).any() or len(table.row) != rows.valid.sum():
-        raise InputError(
-            f"{groups}: the rows of shard {shard} are not the valid rows of the store {store.path}; these groups were "
-            "made for another store. Run `distilclip balance` on this one."
-        )
-    return keep
 
 
 def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int32[np.ndarray, " n"]:

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float32, UInt32, UInt64
 
 from distilclip import files
 from distilclip.data.columns import FORMAT_VERSION, read_columns, write_columns
+from distilclip.data.store import Store
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.errors import InputError
 
@@ -77,6 +78,27 @@ def write_groups(folder: str, shard: int, groups: Groups) -> None:
 def read_groups(folder: str, shard: int) -> Groups:
     """The groups of a shard from a balance folder."""
     return Groups(**_read(groups_path(folder, shard), GROUPS_SCHEMA))
+
+
+def kept_rows(store: Store, shard: int, valid: Bool[np.ndarray, " r"], groups: str | None) -> Bool[np.ndarray, " r"]:
+    """Return which of the r rows of a shard are valid and kept by `groups`, a balance folder.
+
+    Without `groups` all valid rows are kept. `valid` is that column of the shard's row table.
+
+    Raises:
+        InputError: the groups were made for another store.
+    """
+    if groups is None:
+        return valid
+    table = read_groups(groups, shard)
+    if not np.array_equal(table.row, np.flatnonzero(valid)):
+        raise InputError(
+            f"{groups}: the rows of shard {shard} are not the valid rows of the store {store.path}; these groups were "
+            "made for another store. Run `distilclip balance` on this one."
+        )
+    keep = np.zeros(len(valid), bool)
+    keep[table.row[table.keep]] = True
+    return keep
 
 
 def write_labels(folder: str, shard: int, labels: Labels) -> None:

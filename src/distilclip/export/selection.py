@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Bool, UInt8, UInt32, UInt64
 
-from distilclip.data.pairs import check_source, kept_rows
-from distilclip.data.side_files import read_groups
+from distilclip.data.pairs import check_source
+from distilclip.data.side_files import kept_rows, read_groups
 from distilclip.data.store import Rows, Store
 from distilclip.errors import InputError
 from distilclip.export.uids import UidKind, in_subset, read_subset, read_uids
@@ -59,17 +59,13 @@ class Selection:
         """
         rows = self.store.rows(shard)
         check_source(self.store, shard, self.uris[shard], rows)
-        selected = _selected(self.uris[shard], rows, self.keep(shard, rows))
+        selected = _selected(self.uris[shard], rows, kept_rows(self.store, shard, rows.valid, self.groups))
         if self.subset is None:
             return selected
         uids = read_uids(selected.uri, selected.key, selected.offset, selected.size, kind=self.uid)
         chosen = np.zeros(len(rows), bool)
         chosen[selected.row[in_subset(uids, read_subset(self.subset))]] = True
         return _selected(self.uris[shard], rows, chosen)
-
-    def keep(self, shard: int, rows: Rows) -> Bool[np.ndarray, " r"]:
-        """Which rows of a shard are valid and kept by `groups`; a subset file is not consulted."""
-        return kept_rows(self.store, shard, rows, self.groups)
 
     def count(self, shard: int) -> int:
         """How many rows of a shard are selected."""
