@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from PIL import Image
 from tokenizers import normalizers
 
 from distilclip.errors import InputError
@@ -114,6 +116,51 @@ def test_the_image_processor_takes_the_same_steps(tiny_clip: Clip, tmp_path: Pat
         difference = (pixels - tiny_clip.preprocess(image)).abs()
         assert difference.max() < 2.1 * level
         assert difference.mean() < 0.3 * level
+
+
+@pytest.mark.parametrize(("size", "patch"), [(224, 32), (240, 16), (336, 32)])
+def test_a_model_of_common_size_is_written_and_prepares_pictures_as_open_clip_does(
+    size: int, patch: int, tmp_path: Path
+) -> None:
+    """The crop begins one pixel earlier in transformers where a picture is 3, 7, 11, ... pixels too long."""
+    config = {"vision_cfg": {"image_size": size, "patch_size": patch, "layers": 1}, "text_cfg": {"layers": 1}}
+    clip = create_clip(json.dumps({"base": "ViT-B-32", **config}), seed=1)
+    found = write_huggingface(clip, str(tmp_path))
+    assert found["difference"]["pixels"] < 1e-6
+    assert found["pixels_with_torchvision"] < 2.1 / 255 / min(clip.preprocess_cfg["std"])
+    assert found["pixels_with_crop_off_by_one"] > 1  # noise: neighbouring pixels have nothing in common
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path, backend="pil")
+    for longer in range(size + 1, size + 9):
+        noise = noise_picture((longer, size), seed=longer)
+        for image in (noise, noise.transpose(Image.Transpose.TRANSPOSE)):
+            (pixels,) = processor(images=[image], return_tensors="pt")["pixel_values"]
+            equal = bool((pixels - clip.preprocess(image)).abs().max() < 1e-6)
+            assert equal == ((longer - size) % 4 != 3)
+
+
+def noise_picture(size: tuple[int, int], seed: int) -> Image.Image:
+    width, height = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_an_image_processor_that_cuts_elsewhere_is_not_written(
+    tiny_clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crop may be off by one pixel where transformers rounds otherwise, and by no more."""
+    cut = transformers.CLIPImageProcessorPil.center_crop
+    monkeypatch.setattr(
+        transformers.CLIPImageProcessorPil,
+        "center_crop",
+        lambda self, image, size, **options: cut(self, np.roll(image, 1, axis=-1), size, **options),
+    )
+    with pytest.raises(InputError, match=r"differs from open_clip by .*pixels"):
+        write_huggingface(tiny_clip, str(tmp_path))
+
+
+def test_a_cnn_of_224_pixels_is_refused_for_its_tower_alone(tmp_path: Path) -> None:
+    clip = create_clip(json.dumps(changed(vision_cfg={"image_size": 224, "timm_model_name": "cnn_w8"})), seed=1)
+    with pytest.raises(InputError, match=r"its image tower is timm's 'cnn_w8', no CLIP vision transformer\. Export it"):
+        write_huggingface(clip, str(tmp_path))
 
 
 @pytest.mark.parametrize(

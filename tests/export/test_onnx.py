@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -17,7 +18,7 @@ from distilclip.errors import InputError
 from distilclip.export.int8 import measure_int8, write_int8
 from distilclip.export.onnx_files import MAX_BYTES, OPSET, write_onnx
 from distilclip.export.onnx_runtime import OnnxClip, encoder_file, open_onnx, preprocess
-from distilclip.export.parity_inputs import CAPTIONS
+from distilclip.export.parity_inputs import CAPTIONS, pictures
 from distilclip.export.tokenizer_json import build_tokenizer, differing
 from distilclip.models.clip import Clip, create_clip
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
@@ -65,6 +66,23 @@ def test_pixels_equal_open_clips(mode: str, interpolation: str) -> None:
         np.testing.assert_allclose(
             preprocess(picture(seed, size), cfg), transform(picture(seed, size)).numpy(), atol=1e-6
         )
+
+
+@pytest.mark.parametrize("size", [224, 240, 336])
+def test_pixels_equal_open_clips_at_common_sizes(size: int) -> None:
+    transform = open_clip.image_transform(size, is_train=False)
+    normalize = transform.transforms[-1]
+    cfg = {"size": size, "mean": normalize.mean, "std": normalize.std}
+    for image in pictures((size + 1, size), (size + 3, size), (size, size + 3)):
+        found = preprocess(image, {**cfg, "interpolation": "bicubic", "resize_mode": "shortest"})
+        np.testing.assert_allclose(found, transform(image).numpy(), atol=1e-6)
+
+
+def test_a_cnn_of_224_pixels_is_written(tmp_path: Path) -> None:
+    config = copy.deepcopy(TINY_CLIP)
+    config["vision_cfg"] = {"image_size": 224, "timm_model_name": "cnn_w8", "timm_pool": "", "timm_proj": "linear"}
+    found = write_onnx(create_clip(json.dumps(config), seed=1), str(tmp_path))
+    assert all(value <= 1e-5 for value in found["difference"].values())
 
 
 def test_the_tokenizer_file_reads_captions_as_open_clip_does(exported: OnnxClip, tiny_clip: Clip) -> None:

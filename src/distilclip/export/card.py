@@ -27,6 +27,7 @@ model = CLIPModel.from_pretrained("model")
 # Not CLIPTokenizer, which leaves curled quotation marks as they are.
 tokenizer = AutoTokenizer.from_pretrained("model")
 # Pictures are resized with Pillow, as in training; transformers' default, torchvision, rounds otherwise.
+# Where the longer side, resized, is 3, 7, 11, ... pixels too long, transformers cuts one pixel earlier than open_clip.
 processor = AutoImageProcessor.from_pretrained("model", backend="pil")""",
     "onnx": """\
 import numpy as np

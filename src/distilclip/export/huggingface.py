@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from jaxtyping import Float
 from open_clip.model import CLIPTextCfg, CLIPVisionCfg
+from PIL import Image
 from tokenizers import decoders
 from torch import Tensor, nn
 from transformers import (
@@ -43,8 +44,10 @@ _MODEL = {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text", "i
 def write_huggingface(clip: Clip, folder: str) -> dict[str, Any]:
     """Write config, weights, tokenizer and image processor, and compare them with open_clip.
 
-    Returns the largest differences of both embeddings and, with transformers' Pillow backend, of the pixels; besides,
-    that of its default backend, torchvision, which rounds otherwise when it resizes.
+    Returns the largest differences of both embeddings and, with transformers' Pillow backend, of the pixels. Besides,
+    what no setting of transformers avoids: the difference of the pixels with its default backend, torchvision, which
+    rounds differently when it resizes, and that of pictures whose crop begins one pixel earlier than open_clip's (the
+    longer side, resized, is 3, 7, 11, ... pixels longer than the model's input).
 
     Raises:
         InputError: the architecture, tokenizer or preprocessing is none that transformers' CLIP can express (all the
@@ -214,19 +217,47 @@ def _compare(clip: Clip, model: CLIPModel, folder: str) -> dict[str, Any]:
         tower: float((ours.cpu() - _unit(theirs.pooler_output)).abs().max())
         for tower, (ours, theirs) in embeddings.items()
     }
-    found["pixels"] = _pixel_difference(clip, AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    exact = _pixel_differences(clip, AutoImageProcessor.from_pretrained(folder, backend="pil"))
+    found["pixels"] = exact["same_crop"]
     wrong = {name: value for name, value in found.items() if not value <= TOLERANCE}  # not >, so that NaN is wrong
     if wrong:
         raise InputError(f"{clip.name}: as a CLIPModel it differs from open_clip by {wrong}, more than {TOLERANCE}.")
-    torchvision = _pixel_difference(clip, AutoImageProcessor.from_pretrained(folder, backend="torchvision"))
-    return {"difference": found, "pixels_with_torchvision": torchvision}
+    rounded = _pixel_differences(clip, AutoImageProcessor.from_pretrained(folder, backend="torchvision"))
+    return {
+        "difference": found,
+        "pixels_with_torchvision": rounded["same_crop"],
+        "pixels_with_crop_off_by_one": exact["own_crop"],
+    }
 
 
-def _pixel_difference(clip: Clip, processor: Any) -> float:
-    """The largest over the probes' pictures, in the unit of the pixels that the model takes."""
-    ours = [clip.preprocess(picture) for picture in pictures()]
-    theirs = [processor(images=[picture], return_tensors="pt")["pixel_values"][0] for picture in pictures()]
-    return max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True))
+def _pixel_differences(clip: Clip, processor: Any) -> dict[str, float]:
+    """Return the largest differences of the parity pictures' pixels, in the unit that the model takes.
+
+    `own_crop` compares with open_clip's pixels, `same_crop` with those at the place where transformers cuts.
+    """
+    size = _size(clip.preprocess_cfg)[0]
+    found = {"same_crop": 0.0, "own_crop": 0.0}
+    for picture in pictures((size + 3, size)):  # of this one the two cut differently
+        (theirs,) = processor(images=[picture], return_tensors="pt")["pixel_values"]
+        for name, shown in (("same_crop", _shorten(clip, picture)), ("own_crop", picture)):
+            found[name] = max(found[name], float((clip.preprocess(shown) - theirs).abs().max()))
+    return found
+
+
+def _shorten(clip: Clip, picture: Image.Image) -> Image.Image:
+    """Return the resized picture, without its last pixel where open_clip would cut later than transformers.
+
+    Half a pixel is rounded down by transformers, and to an even number by open_clip's torchvision: of 11 pixels, the
+    middle 8 begin at 1.5, so at 1 or at 2. Of the first 10 pixels, the middle 8 begin at 1 for both. No setting of
+    transformers changes that.
+    """
+    if clip.preprocess_cfg["resize_mode"] == "squash":
+        return picture
+    preprocess: Any = clip.preprocess
+    resized = preprocess.transforms[0](picture)
+    size = _size(clip.preprocess_cfg)[0]
+    width, height = (side - ((side - size) % 4 == 3) for side in resized.size)
+    return resized.crop((0, 0, width, height))
 
 
 def _unit(features: Float[Tensor, "n dim"]) -> Float[Tensor, "n dim"]:

@@ -21,7 +21,7 @@ SIZES = ((97, 64), (64, 97), (640, 480), (31, 33))
 """They try a preprocessing: upright, lying, larger, smaller than the input."""
 
 
-def pictures() -> list[Image.Image]:
-    """Noise of every size, where each pixel that is off shows."""
+def pictures(*sizes: tuple[int, int]) -> list[Image.Image]:
+    """Return noise of every size, and of `sizes` (width, height): in noise, each pixel that is off shows."""
     generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in SIZES]
+    return [Image.fromarray(generator.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in (*SIZES, *sizes)]
