@@ -1,4 +1,4 @@
-"""Run work that leaves the GIL in one thread per core."""
+"""Run a function in one thread per core; for compiled loops and torch, which work without the GIL."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def in_threads(function: Callable[[int, int], Any], count: int, *, at_least: int = 1) -> None:
-    """Call `function(start, stop)` over equal slices of `range(count)`, one per core; for work without the GIL."""
+    """Call `function(start, stop)` on equal slices of `range(count)`, each in a thread and `at_least` as long."""
     num_slices = max(1, min(torch.get_num_threads(), count // at_least))
     if num_slices == 1:
         function(0, count)
@@ -24,11 +24,13 @@ def in_threads(function: Callable[[int, int], Any], count: int, *, at_least: int
 
 @contextlib.contextmanager
 def workers(count: int) -> Iterator[Callable[..., None]]:
-    """A `map` over threads, inside which torch computes on one thread each, so that both never compete for a core."""
+    """Give a `map` over `count` threads, in each of which torch computes on one thread."""
     num_threads = torch.get_num_threads()
+    # In the caller, and again in every thread: a new thread of Python begins with OpenMP's default, one per core, so
+    # that C threads would compute on C x C.
     torch.set_num_threads(1)
     try:
-        with ThreadPoolExecutor(count) as pool:
+        with ThreadPoolExecutor(count, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield lambda function, *arguments: list(pool.map(function, *arguments)).clear()
     finally:
         torch.set_num_threads(num_threads)
