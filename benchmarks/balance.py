@@ -17,7 +17,7 @@ from _harness import Case, compare, given_store, is_quick
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from distilclip.data.images import Images
+from distilclip.data.images import ImageMatrix
 from distilclip.data.store import Store
 from distilclip.grouping.balance import Balance, balance
 from distilclip.grouping.near_pairs import pairs_within
@@ -170,7 +170,7 @@ def case(name: str, make, num_rows: int, dim: int, metric: str, *, with_peer: bo
 
 def stored(folder: str, metric: str) -> Case:
     """The valid image embeddings of a store."""
-    images = Images(Store.open(folder))
+    images = ImageMatrix(Store.open(folder))
     rows = images.take(np.flatnonzero(images.valid()))
     return case(f"{Path(folder).parent.name} (a store)", lambda *_: rows, len(rows), rows.shape[1], metric)
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from distilclip.data.bad_samples import _REMEDIES
 from distilclip.data.columns import FORMAT_VERSION
-from distilclip.data.side_files import Forest, write_centers, write_forest
+from distilclip.data.side_files import ForestEdges, write_centers, write_forest
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "formats.md").read_text()
@@ -36,7 +36,7 @@ def written(path: Path) -> dict[str, str]:
 @pytest.fixture
 def folders(joined: dict[str, str]) -> dict[str, Path]:
     ids = np.array([0, 1], np.uint64)
-    write_forest(joined["groups"], Forest(ids[:1], ids[1:], np.zeros(1, np.float32)))
+    write_forest(joined["groups"], ForestEdges(ids[:1], ids[1:], np.zeros(1, np.float32)))
     write_centers(joined["clusters"], np.eye(2, dtype=np.float32))
     return {name: Path(folder) for name, folder in joined.items()}
 

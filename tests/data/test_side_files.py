@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from distilclip.data.side_files import (
-    Forest,
+    ForestEdges,
     Groups,
     Labels,
     groups_path,
@@ -27,7 +27,7 @@ IDS = np.array([2**32, 2**32 + 2, 2**33], np.uint64)
 DISTANCE = np.array([0, 0.25, 0.5], np.float32)
 GROUPS = Groups(ROWS, IDS, IDS[[0, 0, 2]], DISTANCE, np.array([True, False, True]))
 LABELS = Labels(ROWS, np.array([7, 0, 2**31], np.uint32), DISTANCE)
-FOREST = Forest(IDS[:2], IDS[1:], DISTANCE[1:])
+FOREST = ForestEdges(IDS[:2], IDS[1:], DISTANCE[1:])
 CENTERS = np.eye(3, 5, dtype=np.float32)
 
 

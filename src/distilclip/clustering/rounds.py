@@ -21,7 +21,7 @@ from distilclip import files
 from distilclip.clustering.assignment import Assignment, Known
 from distilclip.clustering.sketches import Sketches, choose_contraction, fastest_code
 from distilclip.clustering.sums import CenterSums
-from distilclip.data.images import Images
+from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import Labels, labels_path, read_centers, read_groups, read_labels, write_labels
 from distilclip.data.store import Store, stem
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
@@ -112,9 +112,9 @@ class Rounds:
         contraction = Contraction(mean=found["mean"], directions=found.get("directions"))
         centers = np.array(self.centers(number))  # a copy: the file is mapped read-only
         assignment = Assignment(centers, contraction, device=resolve_device(self.device))
-        return partial(self._compute, number, Images(Store.open(self.store)), self.rows(), assignment)
+        return partial(self._compute, number, ImageMatrix(Store.open(self.store)), self.rows(), assignment)
 
-    def _compute(self, number: int, images: Images, rows: np.ndarray, assignment: Assignment, part: Part) -> None:
+    def _compute(self, number: int, images: ImageMatrix, rows: np.ndarray, assignment: Assignment, part: Part) -> None:
         """Write the sums of a part's clusters in this round, unless that is done already."""
         path = self._path(f"sums-{part}", number)
         if files.exists(path):

@@ -18,7 +18,7 @@ DIGEST_BYTES = 16  # of the SHA-256 of an image file, kept in memory; enough to 
 
 
 @dataclass(frozen=True)
-class Images:
+class ImageMatrix:
     """Reads ranges and rows in half precision; what lies in one shard of a local store stays a memory map."""
 
     store: Store

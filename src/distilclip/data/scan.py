@@ -254,7 +254,7 @@ class _Decoder(Dataset):
         return decode_crop(image, [self.view_size], draw=draw, max_pixels=self.max_pixels)[0]
 
 
-class Part:
+class ShardEmbeddings:
     """Collects a shard's embeddings and writes its files once all its rows are there."""
 
     def __init__(self, source: Source, *, dim: int, num_views: int) -> None:

@@ -52,7 +52,7 @@ class Labels:
 
 
 @dataclass(frozen=True)
-class Forest:
+class ForestEdges:
     """The edges of a spanning forest of sample ids, left < right."""
 
     left: UInt64[np.ndarray, " m"]
@@ -111,24 +111,24 @@ def read_labels(folder: str, shard: int) -> Labels:
     return Labels(**_read(labels_path(folder, shard), LABELS_SCHEMA))
 
 
-def write_forest(folder: str, forest: Forest) -> None:
+def write_forest(folder: str, forest: ForestEdges) -> None:
     """Write the spanning forest into a balance folder."""
     write_edges(files.join(folder, "forest.parquet"), forest)
 
 
-def read_forest(folder: str) -> Forest:
+def read_forest(folder: str) -> ForestEdges:
     """The spanning forest of a balance folder."""
     return read_edges(files.join(folder, "forest.parquet"))
 
 
-def write_edges(path: str, forest: Forest) -> None:
+def write_edges(path: str, forest: ForestEdges) -> None:
     """Write a forest, whole or of a part of the search."""
     _write(path, FOREST_SCHEMA, vars(forest))
 
 
-def read_edges(path: str) -> Forest:
+def read_edges(path: str) -> ForestEdges:
     """A forest that `write_edges` wrote."""
-    return Forest(**_read(path, FOREST_SCHEMA))
+    return ForestEdges(**_read(path, FOREST_SCHEMA))
 
 
 def write_centers(folder: str, centers: Float32[np.ndarray, "k dim"], metadata: Mapping[str, str] | None = None) -> str:

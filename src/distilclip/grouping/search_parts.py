@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 
 from distilclip import files
 from distilclip.data import side_files as tables
-from distilclip.data.images import Images
+from distilclip.data.images import ImageMatrix
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.grouping.balance import similarity_forest
@@ -67,12 +67,12 @@ class Search:
 
     def prepare(self) -> Callable[[Part], None]:
         """In a worker: read what all parts share."""
-        images = Images(Store.open(self.store))
+        images = ImageMatrix(Store.open(self.store))
         copied = np.zeros(len(images), bool)
         copied[images.rows(self.copies().right)] = True
         return partial(self._compute, images, copied)
 
-    def _compute(self, images: Images, copied: Bool[np.ndarray, " n"], part: Part) -> None:
+    def _compute(self, images: ImageMatrix, copied: Bool[np.ndarray, " n"], part: Part) -> None:
         """Write the forest of the part's pairs, unless that is done already."""
         if files.exists(self.path(part)):
             return
@@ -89,18 +89,18 @@ class Search:
             memory_gb=self.memory_gb,
             device=resolve_device(self.device),
         )
-        edges = tables.Forest(images.ids(rows[forest.left]), images.ids(rows[forest.right]), forest.distance)
+        edges = tables.ForestEdges(images.ids(rows[forest.left]), images.ids(rows[forest.right]), forest.distance)
         tables.write_edges(self.path(part), edges)
 
     def path(self, part: Part) -> str:
         """Where the forest of a part lies."""
         return files.join(self.folder, "search", f"{part}.parquet")
 
-    def forest(self, part: Part) -> tables.Forest:
+    def forest(self, part: Part) -> tables.ForestEdges:
         """The forest of a finished part."""
         return tables.read_edges(self.path(part))
 
-    def write_copies(self, images: Images) -> None:
+    def write_copies(self, images: ImageMatrix) -> None:
         """Find the rows whose image file is equal to the byte to that of an earlier row; no part looks at them."""
         path = files.join(self.folder, "search", "copies.parquet")
         if files.exists(path):
@@ -108,9 +108,9 @@ class Search:
         original = _originals(images)
         copies = np.flatnonzero(original != np.arange(len(images)))
         nothing = np.zeros(len(copies), np.float32)
-        tables.write_edges(path, tables.Forest(images.ids(original[copies]), images.ids(copies), nothing))
+        tables.write_edges(path, tables.ForestEdges(images.ids(original[copies]), images.ids(copies), nothing))
 
-    def copies(self) -> tables.Forest:
+    def copies(self) -> tables.ForestEdges:
         """Edges of length 0 from the first row of an image file to each of its copies."""
         return tables.read_edges(files.join(self.folder, "search", "copies.parquet"))
 
@@ -120,7 +120,7 @@ def remove_parts(folder: str) -> None:
     files.remove_folder(files.join(folder, "search"))
 
 
-def _originals(images: Images) -> Int[np.ndarray, " n"]:
+def _originals(images: ImageMatrix) -> Int[np.ndarray, " n"]:
     """Of every row, the first valid row with the same image file; the row itself where that is not known."""
     digests = images.digests()
     original = np.arange(len(images))

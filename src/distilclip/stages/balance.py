@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int
 
 from distilclip import files, stage_folder
 from distilclip.data import side_files as tables
-from distilclip.data.images import Images
+from distilclip.data.images import ImageMatrix
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import Engine, map_parts
@@ -83,7 +83,7 @@ def main(config: Config) -> dict[str, Any]:
     folder = stage_folder.open_folder(config.out, stage="balance", config=config, inputs=[(config.store, "embed")])
     if folder.finished:
         return folder.result()
-    images = Images(Store.open(config.store))
+    images = ImageMatrix(Store.open(config.store))
     valid = images.valid()
     if not files.exists(folder.child("forest.parquet")):
         _search(config, folder.path, images, valid)
@@ -113,7 +113,7 @@ def main(config: Config) -> dict[str, Any]:
     return folder.finish({**_result(balance), **_examples(balance, images)})
 
 
-def _search(config: Config, path: str, images: Images, valid: Bool[np.ndarray, " n"]) -> None:
+def _search(config: Config, path: str, images: ImageMatrix, valid: Bool[np.ndarray, " n"]) -> None:
     """Write the forest, and before it what else the search has to say."""
     search = Search(
         store=config.store,
@@ -141,11 +141,11 @@ def _search(config: Config, path: str, images: Images, valid: Bool[np.ndarray, "
                 advance(1, 0)
     stage_folder.write_json(files.join(path, "search.json"), {"saturated": saturated})
     whole = forest.forest()
-    tables.write_forest(path, tables.Forest(images.ids(whole.left), images.ids(whole.right), whole.distance))
+    tables.write_forest(path, tables.ForestEdges(images.ids(whole.left), images.ids(whole.right), whole.distance))
 
 
 def _search_lists(
-    config: Config, search: Search, images: Images, valid: Bool[np.ndarray, " n"], forest: ForestBuilder
+    config: Config, search: Search, images: ImageMatrix, valid: Bool[np.ndarray, " n"], forest: ForestBuilder
 ) -> float:
     """Search every row's nearest instead, all at once; the share of rows whose list is full."""
     assert config.top_k is not None
@@ -172,7 +172,7 @@ def _block_rows(config: Config, num_rows: int) -> int:
     return fit if config.engine == "local" else min(fit, num_rows // NUM_BLOCKS_SHARED + 1)
 
 
-def _forecast(config: Config, images: Images, rows: Int[np.ndarray, " m"], parts: list[Part]) -> str:
+def _forecast(config: Config, images: ImageMatrix, rows: Int[np.ndarray, " m"], parts: list[Part]) -> str:
     """What the search will need, measured on a sample of the rows."""
     growth = calibrate(
         images.take,
@@ -211,14 +211,14 @@ def _engine(config: Config) -> Engine:
     return Engine(kind=config.engine, address=config.engine_address, num_workers=workers, num_gpus=gpus)
 
 
-def _read_forest(path: str, images: Images) -> Forest:
+def _read_forest(path: str, images: ImageMatrix) -> Forest:
     """The forest file with rows counted through all shards."""
     found = tables.read_forest(path)
     left, right = images.rows(found.left), images.rows(found.right)
     return Forest(left=left, right=right, distance=found.distance, num_rows=len(images))
 
 
-def _write_groups(path: str, images: Images, balance: Balance) -> None:
+def _write_groups(path: str, images: ImageMatrix, balance: Balance) -> None:
     """One file per shard, of its valid rows. Finished files are left as they are: they would be the same."""
     for shard, (start, stop) in enumerate(zip(images.starts[:-1], images.starts[1:], strict=True)):
         rows = start + np.flatnonzero(balance.group[start:stop] >= 0)
@@ -253,7 +253,7 @@ def _result(balance: Balance) -> dict[str, Any]:
     }
 
 
-def _examples(balance: Balance, images: Images) -> dict[str, Any]:
+def _examples(balance: Balance, images: ImageMatrix) -> dict[str, Any]:
     """What to look at before believing a threshold: pairs next to it, and the groups that chains made long."""
 
     def pairs(edges: Forest) -> list[dict[str, Any]]:

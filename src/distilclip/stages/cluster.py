@@ -22,7 +22,7 @@ from distilclip.clustering.kmeans import (
 )
 from distilclip.clustering.rounds import Labelling, Rounds, kept_and_removed, parts_of
 from distilclip.clustering.sketches import choose_contraction
-from distilclip.data.images import Images
+from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import write_centers
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
@@ -79,7 +79,7 @@ def main(config: Config) -> dict[str, Any]:
     folder = stage_folder.open_folder(config.out, stage="cluster", config=config, inputs=inputs)
     if folder.finished:
         return folder.result()
-    images = Images(Store.open(config.store))
+    images = ImageMatrix(Store.open(config.store))
     labelling = Labelling(
         store=config.store,
         groups=config.groups,
@@ -99,7 +99,7 @@ def main(config: Config) -> dict[str, Any]:
     )
 
 
-def _fit(config: Config, folder: stage_folder.Folder, images: Images) -> None:
+def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix) -> None:
     """Write centers.safetensors, and before it fit.json; each round is a checkpoint."""
     rounds = Rounds(store=config.store, folder=folder.child(ROUNDS), device=config.device)
     number = rounds.current(config.num_iterations + REPAIRS)
@@ -124,7 +124,7 @@ def _fit(config: Config, folder: stage_folder.Folder, images: Images) -> None:
     _write_centers(folder.path, centers, images.store)
 
 
-def _begin(config: Config, rounds: Rounds, images: Images) -> None:
+def _begin(config: Config, rounds: Rounds, images: ImageMatrix) -> None:
     """Choose the rows to fit to, and draw the first centers from them."""
     kept = _kept_rows(images, config.groups)
     check_num_centers(config.num_centers, len(kept))
@@ -141,7 +141,7 @@ def _begin(config: Config, rounds: Rounds, images: Images) -> None:
     rounds.begin(0, centers, [])
 
 
-def _kept_rows(images: Images, groups: str | None) -> Int[np.ndarray, " n"]:
+def _kept_rows(images: ImageMatrix, groups: str | None) -> Int[np.ndarray, " n"]:
     """Of all shards, counted through them."""
     kept = [start + kept_and_removed(images.store, groups, shard)[0] for shard, start in enumerate(images.starts[:-1])]
     return np.concatenate([np.empty(0, np.int64), *kept])

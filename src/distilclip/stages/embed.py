@@ -17,7 +17,7 @@ from distilclip import files, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy, OnError
 from distilclip.data.decode import Augmentation
 from distilclip.data.samples import MAX_PIXELS
-from distilclip.data.scan import Part, ScannedBatch, scan
+from distilclip.data.scan import ScannedBatch, ShardEmbeddings, scan
 from distilclip.data.store import finished_shard, read_shard_rows, write_manifest
 from distilclip.data.views import Views
 from distilclip.devices import resolve_device
@@ -179,11 +179,11 @@ class Embedder:
             view_size=clip.image_size,
         )
         num_views = self.views.num if self.views else 0
-        part: Part | None = None
+        part: ShardEmbeddings | None = None
         with progress(f"embed {self.folder}", len(shards)) as advance:
             for batch in batches:
                 if part is None:
-                    part = Part(batch.source, dim=clip.dim, num_views=num_views)
+                    part = ShardEmbeddings(batch.source, dim=clip.dim, num_views=num_views)
                 part.add(batch, **_forward(clip, batch, clip.dim, PRECISIONS[self.precision]), policy=policy)
                 advance(len(batch.errors) / len(batch.source.entries), len(batch.errors))
                 if part.full:
