@@ -1,11 +1,22 @@
 from __future__ import annotations
 
+import doctest
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+
 import pytest
 
-from distilclip.progress import progress, track
+from distilclip import progress as module
+from distilclip.progress import duration, progress, say, summarise, track
 
 
-def test_silent_where_nobody_watches(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_short_loop_in_a_log_file_says_nothing(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.delenv("DISTILCLIP_PROGRESS", raising=False)
     assert list(track(range(3), "train", num_samples=8)) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
@@ -25,6 +36,51 @@ def test_shows_speed_when_asked_to(monkeypatch: pytest.MonkeyPatch, capfd: pytes
     assert "100%" in shown.err
 
 
+def test_a_long_loop_in_a_log_file_is_not_silent(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also while one part takes long: lines come by the clock, not by the parts."""
+    monkeypatch.delenv("DISTILCLIP_PROGRESS", raising=False)
+    monkeypatch.setattr(module, "FIRST_LINES", (0.05, 0.1, 0.15, 59))
+    with progress("embed runs/a", 40) as advance:
+        time.sleep(0.2)
+        advance(10, 640, "loss 2.5")
+        say("embed: a word")
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 5
+    assert re.fullmatch(r"\d\d:\d\d:\d\d embed runs/a: 0 of 40 \(0%\), \d+ s so far", lines[0])
+    assert lines[3] == "embed: a word"
+    last = r"\d\d:\d\d:\d\d embed runs/a: 10 of 40 \(25%\), [\d,]+ samples/s, \d+ s so far, \d+ s left, loss 2.5"
+    assert re.fullmatch(last, lines[4])
+    assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("variable", ["DISTILCLIP_PROGRESS=0", "RANK=1"])
+def test_silence_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], variable: str
+) -> None:
+    monkeypatch.setenv(*variable.split("="))
+    monkeypatch.setattr(module, "FIRST_LINES", (0.01,))
+    with progress("embed", 2) as advance:
+        time.sleep(0.05)
+        advance(2, 2)
+    say("a word")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    program = "from distilclip.progress import track; list(track(range(3), 'train', num_samples=8))"
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    environment.pop("DISTILCLIP_PROGRESS", None)
+    subprocess.run([sys.executable, "-c", program], check=True, stderr=slave, env=environment)
+    os.close(slave)
+    shown = os.read(master, 100_000).decode()
+    assert "\x1b" in shown
+    assert "100%" in shown
+    assert "samples/s" in shown
+
+
 def test_a_failure_inside_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         with progress("embed", 1.0):
@@ -34,3 +90,14 @@ def test_a_failure_inside_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setenv("DISTILCLIP_PROGRESS", shown)
         with pytest.raises(KeyError, match="inside"):
             fail()
+
+
+def test_the_summary_is_one_line() -> None:
+    assert doctest.testmod(module).failed == 0
+    result = {"stage": "balance", "num_kept": 7080, "num_valid": 12000, "removed_ratio": 0.41, "curve": []}
+    line = summarise(result, seconds=150.0, out="runs/balance")
+    assert line == "balance: kept 7,080 of 12,000 images (41.0% removed), in 2.5 min, written to runs/balance"
+    evaluated = {"stage": "evaluate", "rows": [1, 2], "models": [1], "sets": [1, 2, 3]}
+    assert "measured 1 models on 3 sets" in summarise(evaluated, seconds=1.0, out="x")
+    assert summarise({}, seconds=1.0, out="x") == ""
+    assert [duration(s) for s in (3.0, 119.0, 120.0, 7200.0, 200_000.0)] == ["3 s", "119 s", "2.0 min", "2.0 h", "2.3 days"]

@@ -1,9 +1,10 @@
-"""The command line: a table of stages, imported on use, so that `distilclip --help` is immediate."""
+"""Run the command line: a table of stages, each imported when it is used, so that `distilclip --help` is immediate."""
 
 from __future__ import annotations
 
 import importlib
 import sys
+import time
 from collections.abc import Sequence
 
 STAGES = {
@@ -23,7 +24,7 @@ STAGES = {
 
 
 def usage() -> str:
-    """The text of `distilclip --help`."""
+    """Return the text of `distilclip --help`."""
     lines = [f"  {name:10} {text}" for name, text in STAGES.items()]
     return "\n".join(
         [
@@ -56,10 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"distilclip: no stage {name!r}. {did_you_mean(name, STAGES)}", file=sys.stderr)
         return 2
     from distilclip import config
+    from distilclip.progress import say, summarise
 
     stage = importlib.import_module(f"distilclip.stages.{name}")
+    started = time.perf_counter()
     try:
-        stage.main(config.parse(stage.Config, argv, stage=name, description=stage.__doc__ or ""))
+        values = config.parse(stage.Config, argv, stage=name, description=stage.__doc__ or "")
+        result = stage.main(values)
+        say(summarise(result, seconds=time.perf_counter() - started, out=values.out))
     except InputError as error:
         print(f"distilclip {name}: {error}", file=sys.stderr)
         return 2

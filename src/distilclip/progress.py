@@ -1,28 +1,97 @@
-"""Progress bars on stderr: done, total, samples per second, time left. Silent where nobody is watching."""
+"""Show how far a stage is, on stderr: a bar on a terminal, plain lines in a log file.
+
+`DISTILCLIP_PROGRESS=0` silences both. Of several processes of `torchrun`, only the first speaks.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
-Advance = Callable[[float | int, int], None]
+FIRST_LINES = (5, 10, 20, 40)  # seconds after the start; then a line every minute
+
+SUMMARIES = {
+    "corpus": "{num_pairs:,} pairs, {removable_ratio:.1%} of them copies of others",
+    "embed": "{num_valid:,} of {num_rows:,} pairs embedded, {num_invalid:,} could not be used",
+    "balance": "kept {num_kept:,} of {num_valid:,} images ({removed_ratio:.1%} removed)",
+    "cluster": "{num_labelled:,} images in {num_centers:,} clusters",
+    "train": "{num_samples_seen:,} samples seen, {num_parameters:,} parameters",
+    "evaluate": "measured {models} models on {sets} sets",
+    "export": "exported {what}",
+    "report": "page with {figures} figures",
+}
+
+
+class Advance(Protocol):
+    """What a loop calls after each part of its work."""
+
+    def __call__(self, amount: float | int, num_samples: int, note: str = "") -> None:
+        """Count `amount` of the total and `num_samples` more samples as done; `note` is shown until the next one."""
 
 
 @contextlib.contextmanager
 def progress(description: str, total: float | int) -> Iterator[Advance]:
-    """A bar for the length of the block; yields `advance(amount, num_samples)`, amounts summing to `total`.
+    """Show progress for the length of the block; yields `advance(amount, num_samples)`, amounts summing to `total`."""
+    if not _is_heard():
+        yield lambda amount, num_samples, note="": None
+    elif sys.stderr.isatty():
+        with _bar(description, total) as advance:
+            yield advance
+    else:
+        with _lines(description, total) as advance:
+            yield advance
 
-    Shown on a terminal only; the environment variable `DISTILCLIP_PROGRESS` (1 or 0) decides otherwise.
+
+def track(items: Sequence[T], description: str, *, num_samples: int = 0) -> Iterator[T]:
+    """Yield the items and show progress; each stands for `num_samples` samples."""
+    with progress(description, len(items)) as advance:
+        for item in items:
+            yield item
+            advance(1, num_samples)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, unless it is empty or `DISTILCLIP_PROGRESS=0`."""
+    if text and _is_heard():
+        print(text, file=sys.stderr, flush=True)
+
+
+def summarise(result: Mapping[str, Any], *, seconds: float, out: str) -> str:
+    """Return one line about a stage's result; empty for a stage that says it itself.
+
+    >>> result = {"stage": "cluster", "num_labelled": 7080, "num_centers": 400}
+    >>> summarise(result, seconds=3.2, out="runs/cluster")
+    'cluster: 7,080 images in 400 clusters, in 3 s, written to runs/cluster'
     """
-    if not _watched():
-        yield lambda amount, num_samples: None
-        return
+    stage = result.get("stage", "")
+    if stage not in SUMMARIES:
+        return ""
+    values = {name: len(value) if isinstance(value, list) else value for name, value in result.items()}
+    return f"{stage}: {SUMMARIES[stage].format(**values)}, in {duration(seconds)}, written to {out}"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds in the unit that people would use: `148 s` as `2.5 min`."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _is_heard() -> bool:
+    return os.environ.get("DISTILCLIP_PROGRESS", "1") != "0" and os.environ.get("RANK", "0") == "0"
+
+
+@contextlib.contextmanager
+def _bar(description: str, total: float | int) -> Iterator[Advance]:
+    """A bar that moves, with speed and time left."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
@@ -32,42 +101,57 @@ def progress(description: str, total: float | int) -> Iterator[Advance]:
         TaskProgressColumn(),
         TextColumn("{task.fields[speed]}"),
         TimeRemainingColumn(elapsed_when_finished=True),
+        TextColumn("{task.fields[note]}"),
     )
     started = time.perf_counter()
-    num_done = 0
-    with Progress(*columns, console=Console(stderr=True, force_terminal=True)) as bar:
-        task = bar.add_task(description, total=total, speed="")
+    num_done, last_note = 0, ""
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(description, total=total, speed="", note="")
 
-        def advance(amount: float | int, num_samples: int) -> None:
-            nonlocal num_done
+        def advance(amount: float | int, num_samples: int, note: str = "") -> None:
+            nonlocal num_done, last_note
             num_done += num_samples
             speed = f"{num_done / (time.perf_counter() - started):,.0f} samples/s" if num_done else ""
-            bar.update(task, advance=amount, speed=speed)
+            last_note = note or last_note
+            bar.update(task, advance=amount, speed=speed, note=last_note)
 
         yield advance
 
 
-def say(text: str) -> None:
-    """A line on stderr for whoever is watching."""
-    if _watched():
-        print(text, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _lines(description: str, total: float | int) -> Iterator[Advance]:
+    """Plain lines, soon after the start and then every minute; none for a loop that is done before the first."""
+    started = time.perf_counter()
+    done, num_done, last_note, finished = 0.0, 0, "", threading.Event()
 
+    def advance(amount: float | int, num_samples: int, note: str = "") -> None:
+        nonlocal done, num_done, last_note
+        done, num_done, last_note = done + amount, num_done + num_samples, note or last_note
 
-def duration(seconds: float) -> str:
-    """Seconds in the unit that people would use."""
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.1f} {unit}"
-    return f"{seconds:.0f} s"
+    def show() -> None:
+        seconds = time.perf_counter() - started
+        words = [f"{done:,.6g} of {total:,} ({100 * done / total if total else 100:.0f}%)"]
+        if num_done:
+            words.append(f"{num_done / seconds:,.0f} samples/s")
+        words.append(f"{duration(seconds)} so far")
+        if 0 < done < total:
+            words.append(f"{duration(seconds * (total - done) / done)} left")
+        print(f"{time.strftime('%H:%M:%S')} {description}: {', '.join(filter(None, [*words, last_note]))}", file=stream)
+        stream.flush()
 
+    def watch() -> None:
+        for due in (*FIRST_LINES, *range(60, 10**9, 60)):
+            if finished.wait(max(0.0, started + due - time.perf_counter())):
+                return
+            show()
 
-def _watched() -> bool:
-    return os.environ.get("DISTILCLIP_PROGRESS", "1" if sys.stderr.isatty() else "0") == "1"
-
-
-def track(items: Sequence[T], description: str, *, num_samples: int = 0) -> Iterator[T]:
-    """The items, behind a bar; each stands for `num_samples` samples."""
-    with progress(description, len(items)) as advance:
-        for item in items:
-            yield item
-            advance(1, num_samples)
+    stream = sys.stderr
+    watcher = threading.Thread(target=watch, daemon=True)  # a thread: one part of the work can take an hour
+    watcher.start()
+    try:
+        yield advance
+    finally:
+        finished.set()
+        watcher.join()
+        if time.perf_counter() - started >= FIRST_LINES[0] or "DISTILCLIP_PROGRESS" in os.environ:
+            show()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from distilclip import cli
 from distilclip.errors import InputError
 from distilclip.stages import corpus
 
@@ -85,3 +87,17 @@ def test_killed_and_run_again_gives_the_same_files(tmp_path: Path) -> None:
 def test_negative_workers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="num-workers"):
         config(tmp_path, num_workers=-1)
+
+
+def test_progress_is_silent_when_asked_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in dataclasses.asdict(config(tmp_path / "a")).items()]
+    monkeypatch.setenv("DISTILCLIP_PROGRESS", "0")
+    assert cli.main(["corpus", *flags]) == 0
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("DISTILCLIP_PROGRESS", "1")
+    assert cli.main(["corpus", *flags[1:], f"--out={tmp_path / 'b'}"]) == 0
+    shown = capfd.readouterr().err.splitlines()
+    assert re.search(r"corpus .*b: 11 of 11 \(100%\)", shown[0])
+    assert re.match(r"corpus: 60 pairs, .*% of them copies of others, in \d+ s, written to .*b$", shown[1])

@@ -12,6 +12,7 @@ import pytest
 from distilclip import cli, config
 from distilclip.errors import InputError
 from distilclip.models.architectures import STUDENTS
+from distilclip.stages import demo
 from distilclip.stages import run as run_stage
 from distilclip.train.objective import objective
 from tests.ranks import server
@@ -270,6 +271,43 @@ def test_the_papers_own_recipes_name_their_students_and_settings() -> None:
     assert {(c.objective, c.batch_size) for c in trained.values()} == {("clip-kd", 1024), ("clip-cid", 32768)}
     assert objective("clip-cid", trained["vit-b-32"].terms).sample_rate == 0.1
     assert all(config.optimization.beta2 == 0.98 for config in trained.values())
+
+
+def test_overrides_replace_a_value_in_every_step_of_a_stage(recipe: str) -> None:
+    Path(recipe).write_text(Path(recipe).read_text().replace("[train.clip-kd]", "[train.clip-kd]\nnum_steps = 8"))
+    tables = run_stage.override(config.read_recipe(recipe), ["train.num_steps=6", "balance.metric=euclidean"])
+    steps = run_stage.read_steps(tables, out="here", seed=None, source="recipe")
+    assert [step.config.num_steps for step in steps if step.stage == "train"] == [6, 6, 6]
+    assert next(step.config.metric for step in steps if step.stage == "balance") == "euclidean"
+    assert config.read_recipe(recipe)["train"]["num_steps"] == 4
+    for wrong, message in (
+        ("train.num_steps", "not of the form"),
+        ("trian.num_steps=6", r"no \[trian\]. Did you mean 'train'"),
+        ("search.query=x", r"no \[search\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run_stage.override(tables, [wrong])
+    overridden = run_stage.override(tables, ["train.num_stepps=6"])
+    with pytest.raises(InputError, match="unknown key 'num_stepps'"):
+        run_stage.read_steps(overridden, out="here", seed=None, source="recipe")
+
+
+def test_the_demo_trains_in_fp32_where_bf16_would_be_emulated(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[run_stage.Config] = []
+    monkeypatch.setattr(run_stage, "main", lambda given: asked.append(given) or {})
+    monkeypatch.setattr(demo, "comparison", lambda out: "table")
+    for fast in (False, True):
+        monkeypatch.setattr(demo, "has_fast_bf16", lambda fast=fast: fast)
+        demo.main(demo.Config(out=str(tmp_path)))
+    assert [given.overrides for given in asked] == [("train.precision=fp32",), ()]
+    assert capsys.readouterr().err.count("\n") == 1
+    for given in asked:
+        tables = run_stage.override(config.read_recipe(given.recipe), given.overrides)
+        steps = run_stage.read_steps(tables, out="here", seed=0, source="recipe")
+        expected = "fp32" if given.overrides else "bf16"
+        assert {step.config.precision for step in steps if step.stage == "train"} == {expected}
 
 
 @pytest.mark.parametrize(

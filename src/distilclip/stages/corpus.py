@@ -6,12 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-from rich.progress import track
-
 from distilclip import files, stage_folder
 from distilclip.corpus.composition import plan_corpus, write_shards, write_texts
 from distilclip.errors import InputError
+from distilclip.progress import progress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +50,8 @@ def main(config: Config) -> dict[str, Any]:
         return folder.result()
     write_texts(folder.path, corpus.texts)
     missing = [shard for shard in corpus.shards if not files.exists(folder.child(shard.path))]
-    written = write_shards(folder.path, missing, num_workers=config.num_workers)
-    for _ in track(written, total=len(missing), description="corpus", console=Console(stderr=True)):
-        pass
+    with progress(f"corpus {folder.path}", len(missing)) as advance:
+        for _ in write_shards(folder.path, missing, num_workers=config.num_workers):
+            advance(1, 0)
     summary = dataclasses.asdict(corpus.summary)
     return folder.finish({**summary, "removable_ratio": corpus.summary.removable_ratio})

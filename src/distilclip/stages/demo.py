@@ -10,8 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from distilclip import files, stage_folder
+from distilclip.devices import resolve_device
 from distilclip.errors import InputError
-from distilclip.stages import run as run_stage
+from distilclip.progress import say
+from distilclip.stages import run
 
 # Column: evaluation set and task. `unseen` are shape + colour pairs never trained on, `sketch` is the shifted set.
 COLUMNS = {
@@ -36,11 +38,24 @@ class Config:
 
 def main(config: Config) -> dict[str, Any]:
     """Run the recipe, print the students side by side, say where the page is."""
-    result = run_stage.main(run_stage.Config(recipe=recipe_path(), out=config.out, seed=config.seed))
+    overrides: tuple[str, ...] = ()
+    if not has_fast_bf16():
+        say("demo: training in fp32, since this CPU has no bfloat16 arithmetic and would emulate it 7 times slower")
+        overrides = ("train.precision=fp32",)
+    result = run.main(run.Config(recipe=recipe_path(), out=config.out, seed=config.seed, overrides=overrides))
     console = Console()
     console.print(comparison(config.out))
     console.print(f"The page: {files.join(config.out, 'report/index.html')}", highlight=False)
     return result
+
+
+def has_fast_bf16() -> bool:
+    """Whether training computes in bfloat16 natively: on a GPU, or by instructions that Linux lists for the CPU."""
+    if resolve_device("auto").type != "cpu" or not os.path.exists("/proc/cpuinfo"):
+        return True
+    with open("/proc/cpuinfo") as file:
+        flags = set(file.read().split())
+    return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
 
 
 def recipe_path() -> str:

@@ -9,6 +9,7 @@ of an earlier recipe, down to the folders it reads, is that step: computed once,
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import re
@@ -18,11 +19,10 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-from rich.console import Console
-
-from distilclip import config as recipes
 from distilclip import files, stage_folder
+from distilclip.config import build, field_names, read_recipe, recipe_values, step_names
 from distilclip.errors import InputError, did_you_mean
+from distilclip.progress import say, summarise
 
 REFERENCE = re.compile(r"(?:^|(?<=[=:]))@([\w./-]*)")
 STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "export", "report")
@@ -41,6 +41,8 @@ class Config:
     """folder for all steps (default: the recipe's own `out`; several recipes need one)"""
     seed: int | None = None
     """replaces the seed of every step that has one"""
+    overrides: tuple[str, ...] = ()
+    """STAGE.OPTION=VALUE: replaces a value in all steps of a stage, such as train.precision=fp32"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,15 +65,14 @@ def main(config: Config) -> dict[str, Any]:
         out, steps, summary = _one(config)
     folder = stage_folder.open_folder(out, stage="run", config=dataclasses.replace(config, out=out))
     shared = _shared(steps, out)
-    console = Console(stderr=True)
     for number, step in enumerate(steps, start=1):
         finished = stage_folder.Folder(step.config.out, step.stage).finished
         state = f" (is {shared[step.path]})" if step.path in shared else " (finished before)" if finished else ""
-        console.print(f"[bold]{number}/{len(steps)} {step.path}[/bold]{state}", highlight=False)
+        say(f"{number}/{len(steps)} {step.path}{state}")
         started = time.perf_counter()
-        importlib.import_module(f"distilclip.stages.{step.stage}").main(step.config)
+        result = importlib.import_module(f"distilclip.stages.{step.stage}").main(step.config)
         if not state:
-            console.print(f"    {time.perf_counter() - started:.1f} s", highlight=False)
+            say(f"    {summarise(result, seconds=time.perf_counter() - started, out=step.config.out)}")
     if folder.finished and folder.result() == {"stage": "run", **summary}:
         return folder.result()
     return folder.finish(summary)
@@ -79,7 +80,7 @@ def main(config: Config) -> dict[str, Any]:
 
 def _one(config: Config) -> tuple[str, list[Step], dict[str, Any]]:
     """Folder, steps and result of a run of one recipe."""
-    tables = recipes.read_recipe(config.recipe)
+    tables = override(read_recipe(config.recipe), config.overrides)
     out = config.out or tables.get("out")
     if not out:
         raise InputError(f'{config.recipe} names no `out` folder: add `out = "runs/NAME"` or give --out.')
@@ -96,10 +97,29 @@ def _several(config: Config) -> tuple[str, list[Step], dict[str, Any]]:
     for name, path in zip(names, paths, strict=True):
         if [*names, "report"].count(name) > 1:
             raise InputError(f"{path}: its folder would be {name}, and so would another's. Rename the recipe's file.")
-    tables = {name: recipes.read_recipe(path) for name, path in zip(names, paths, strict=True)}
+    tables = {name: override(read_recipe(path), config.overrides) for name, path in zip(names, paths, strict=True)}
     steps = read_all_steps(tables, out=config.out, seed=config.seed)
     summary = {"recipes": tables, "steps": [step.path for step in steps], "shared": _shared(steps, config.out)}
     return config.out, steps, summary
+
+
+def override(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Return a recipe's tables with the values of `STAGE.OPTION=VALUE` in place of its own, in every step of the stage.
+
+    Raises `InputError` for another form and for a stage that the recipe has not; `read_steps` checks the options.
+    """
+    changed = copy.deepcopy(tables)
+    for text in overrides:
+        place, _, value = text.partition("=")
+        stage, _, option = place.partition(".")
+        if not (stage and option and value):
+            raise InputError(f"--overrides {text!r} is not of the form STAGE.OPTION=VALUE.")
+        if stage not in STEP_STAGES or not isinstance(changed.get(stage), dict):
+            raise InputError(f"--overrides {text!r}: the recipe has no [{stage}]. {did_you_mean(stage, changed)}")
+        for name in step_names(changed[stage], _config_type(stage)):
+            changed[stage][name].pop(option, None)
+        changed[stage][option] = value
+    return changed
 
 
 def _shared(steps: Sequence[Step], out: str) -> dict[str, str]:
@@ -124,7 +144,7 @@ def read_all_steps(tables: Mapping[str, dict[str, Any]], *, out: str, seed: int 
         "out": files.join(out, "report"),
         "title": ", ".join(tables),
     }
-    report = recipes.build(_config_type("report"), values, stage="report")
+    report = build(_config_type("report"), values, stage="report")
     return [*steps, Step(stage="report", path="report", config=report)]
 
 
@@ -146,9 +166,9 @@ def read_steps(
         config_type = _config_type(stage)
         resolved = {key: _resolve(value, folders) for key, value in values[path].items()}
         resolved["out"] = files.join(out, path)
-        if seed is not None and "seed" in recipes.field_names(config_type):
+        if seed is not None and "seed" in field_names(config_type):
             resolved["seed"] = seed
-        config = recipes.build(config_type, resolved, stage=stage)
+        config = build(config_type, resolved, stage=stage)
         config = next((step.config for step in earlier if _equal(config, step.config)), config)
         folders[path] = config.out
         steps.append(Step(stage=stage, path=path, config=config))
@@ -171,9 +191,9 @@ def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, 
         if stage not in STEP_STAGES:
             raise InputError(f"{source}: no stage [{stage}]. {did_you_mean(stage, STEP_STAGES)}")
         config_type = _config_type(stage)
-        for name in recipes.step_names(table, config_type) or [""]:
+        for name in step_names(table, config_type) or [""]:
             path = f"{stage}/{name}" if name else stage
-            values[path] = recipes.recipe_values(tables, config_type, stage=stage, name=name, source=source)
+            values[path] = recipe_values(tables, config_type, stage=stage, name=name, source=source)
             if "out" in values[path]:
                 raise InputError(f"{source}, [{stage}]: a step's folder is its name below the run's; leave out `out`.")
     return values
