@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from distilclip.clustering import assignment as module
-from distilclip.clustering import sketches
+from distilclip.clustering import assign_cpu, kmeans, sketches
 from distilclip.clustering.assignment import Assignment, assign
 from distilclip.clustering.kmeans import first_centers, sample_rows
-from distilclip.clustering.sketches import Sketches, choose_contraction
+from distilclip.clustering.sketches import Sketches, choose_projection
 from distilclip.vectors.points import Points
-from distilclip.vectors.projection import Contraction
+from distilclip.vectors.projection import Projection
 
 CPU = torch.device("cpu")
 
@@ -66,10 +66,10 @@ def test_no_guess_no_width_and_no_code_changes_a_label(
     width: int, dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sketches, "fastest_code", lambda: dtype)
-    monkeypatch.setattr(nearest, "BREADTH", 256)
+    monkeypatch.setattr(assign_cpu, "BREADTH", 256)
     x, centers = rows(700), unit(rows(300, seed=1)).astype(np.float32)
     points, everyone = Points.of(x, metric="cosine"), np.arange(700)
-    assignment = Assignment(centers, Contraction.fit(points, everyone, width=width))
+    assignment = Assignment(centers, Projection.fit(points, everyone, width=width))
     truth = (unit(x) @ centers.astype(np.float64).T).argmax(axis=1)
     known = assignment.begin(points, everyone)
     for guess in (-1, truth, np.random.default_rng(0).integers(0, 300, 700), 299):
@@ -84,11 +84,11 @@ def test_sketches_bound_inner_products(width: int, dtype: type, monkeypatch: pyt
     monkeypatch.setattr(sketches, "fastest_code", lambda: dtype)
     x = rows(200)
     points, everyone = Points.of(x, metric="cosine"), np.arange(200)
-    contraction = Contraction.fit(points, everyone, width=width)
-    found = Sketches.of(contraction, points, everyone)
+    projection = Projection.fit(points, everyone, width=width)
+    found = Sketches.of(projection, points, everyone)
     assert found.code.shape == (200, width)
     assert found.code.dtype == dtype
-    y = unit(x) - contraction.mean.numpy()
+    y = unit(x) - projection.mean.numpy()
     coded = found.step[:, None].astype(np.float64) * found.code
     residual, length = found.residual.astype(np.float64), found.length.astype(np.float64)
     error = residual[:, None] * length + (length + residual)[:, None] * residual
@@ -96,7 +96,7 @@ def test_sketches_bound_inner_products(width: int, dtype: type, monkeypatch: pyt
     assert slack.min() > -1e-6
     if width == 24:  # nothing is left out but the rounding
         assert slack.max() < (0.1 if dtype == np.int8 else 1e-4)
-    np.testing.assert_allclose(found.along, unit(x) @ contraction.mean.numpy(), atol=1e-6)
+    np.testing.assert_allclose(found.along, unit(x) @ projection.mean.numpy(), atol=1e-6)
     assert sketches.fastest_code() == dtype
 
 
@@ -107,7 +107,7 @@ def test_sketches_are_narrow_where_the_rows_are_and_wide_on_a_sphere() -> None:
     for x, narrow in ((flat, True), (sphere, False)):
         points = Points.of(x, metric="cosine")
         centers = points.block(np.arange(200)).numpy()
-        assert (choose_contraction(points, np.arange(3000), centers).directions is not None) == narrow
+        assert (choose_projection(points, np.arange(3000), centers).directions is not None) == narrow
 
 
 def test_first_centers_are_rows_and_far_apart() -> None:
@@ -123,7 +123,7 @@ def test_first_centers_are_rows_and_far_apart() -> None:
 
 
 def test_samples_ascend_and_lie_in_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seeding, "LEAST_ROWS", 70)
+    monkeypatch.setattr(kmeans, "LEAST_ROWS", 70)
     fit, first = sample_rows(1000, num_centers=10, points_per_center=30, random=np.random.default_rng(0))
     assert len(fit) == len(np.unique(fit)) == 300
     assert len(first) == 70

@@ -113,7 +113,7 @@ def test_a_kill_in_the_middle_of_a_round_leaves_the_same_bytes(tmp_path: Path) -
     assert len(result["objectives"]) > 3
     begun = """
 import os, signal, sys
-from distilclip.data import rounds
+from distilclip.clustering import rounds
 from distilclip.stages.cluster import Config, main
 write, kill_at, calls = rounds.write_tensors, int(sys.argv[1]), []
 def write_or_die(*arguments):

@@ -19,7 +19,7 @@ from numba import njit
 from distilclip.clustering.sketches import Sketches, product_of_bytes, product_of_floats
 from distilclip.vectors.kernels import SUM, kernel_view, stored
 from distilclip.vectors.points import Points
-from distilclip.vectors.projection import Contraction
+from distilclip.vectors.projection import Projection
 from distilclip.vectors.threads import workers
 
 BLOCK = 512  # rows compared at a time
@@ -39,12 +39,12 @@ class CenterSketches:
     offset: Float32[np.ndarray, " padded"]  # x . c = (x - mean) . (c - mean) + offset + x . mean
 
     @classmethod
-    def of(cls, centers: Float32[np.ndarray, "k dim"], contraction: Contraction) -> CenterSketches:
+    def of(cls, centers: Float32[np.ndarray, "k dim"], projection: Projection) -> CenterSketches:
         """Sketch unit centers."""
         slots = np.minimum(np.arange(-(-len(centers) // RUN) * RUN), len(centers) - 1)
         points = Points(values=centers, scale=np.ones(len(centers)), norm=np.ones(len(centers)))
-        sketches = Sketches.of(contraction, points, slots)
-        offset = (sketches.along - float(contraction.mean.double().square().sum())).astype(np.float32)
+        sketches = Sketches.of(projection, points, slots)
+        offset = (sketches.along - float(projection.mean.double().square().sum())).astype(np.float32)
         offset[len(centers) :] = ABSENT
         return cls(centers=centers, sketches=sketches, offset=offset)
 
@@ -58,7 +58,7 @@ def update_labels(
 ) -> Float32[np.ndarray, " n"]:
     """Write each row's center of largest inner product; the cosine distances to them.
 
-    `labels` are guesses, good ones save time; or -1 for all. `sketches` are the rows', by the centers' contraction.
+    `labels` are guesses, good ones save time; or -1 for all. `sketches` are the rows', by the centers' projection.
     """
     distance = np.empty(len(rows), np.float32)
     crew = [_Worker(labels, sketches, points, rows, centers, distance) for _ in range(torch.get_num_threads())]

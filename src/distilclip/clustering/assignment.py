@@ -14,10 +14,10 @@ from jaxtyping import BFloat16, Bool, Float32, Float64, Int
 from torch import Tensor
 
 from distilclip.clustering.assign_cpu import SLACK, CenterSketches, update_labels
-from distilclip.clustering.sketches import Sketches, choose_contraction
+from distilclip.clustering.sketches import Sketches, choose_projection
 from distilclip.vectors.kernels import ROUNDING, float32_sums
 from distilclip.vectors.points import Points
-from distilclip.vectors.projection import Contraction
+from distilclip.vectors.projection import Projection
 
 PART = 1 << 16  # rows whose sketches are held at a time where they are met once
 ROWS = 8192  # rows and centers of a product on an accelerator: 256 MiB of float32
@@ -48,24 +48,24 @@ class Assignment:
     def __init__(
         self,
         centers: Float32[np.ndarray, "k dim"],
-        contraction: Contraction,
+        projection: Projection,
         *,
         device: str | torch.device | None = None,
     ) -> None:
-        """`contraction` is that of the rows' sketches; it decides about time on the CPU and nothing else."""
+        """`projection` is that of the rows' sketches; it decides about time on the CPU and nothing else."""
         self.centers = centers
-        self._contraction = contraction
+        self._projection = projection
         device = torch.device(device or "cpu")
         self._ready: CenterSketches | DeviceCenters
         if device.type in ("cpu", "mps"):  # MPS has no float64 to decide with
-            self._ready = CenterSketches.of(centers, contraction)
+            self._ready = CenterSketches.of(centers, projection)
         else:
             self._ready = DeviceCenters(torch.from_numpy(centers).to(device))
 
     def begin(self, points: Points, rows: Int[np.ndarray, " n"]) -> Known:
         """What is known of rows before their first round."""
         on_cpu = isinstance(self._ready, CenterSketches)
-        sketches = Sketches.of(self._contraction, points, rows) if on_cpu else None
+        sketches = Sketches.of(self._projection, points, rows) if on_cpu else None
         return Known.unlabelled(len(rows), sketches)
 
     def update(self, known: Known, points: Points, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
@@ -100,7 +100,7 @@ def assign(
     `device` is where products are computed: a CUDA device, or the CPU, which is the default and stands in for MPS.
     """
     rows = np.arange(len(points)) if rows is None else rows
-    return Assignment(centers, choose_contraction(points, rows, centers), device=device).assign(points, rows)
+    return Assignment(centers, choose_projection(points, rows, centers), device=device).assign(points, rows)
 
 
 class DeviceCenters:

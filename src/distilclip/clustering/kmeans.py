@@ -16,7 +16,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from distilclip.clustering.assignment import Assignment, Known
-from distilclip.clustering.sketches import choose_contraction
+from distilclip.clustering.sketches import choose_projection
 from distilclip.clustering.sums import CenterSums
 from distilclip.errors import InputError
 from distilclip.vectors.points import Points
@@ -85,13 +85,13 @@ def kmeans(
         centers = first_centers(points, first, num_centers=num_centers, random=random, device=device)
     else:
         centers = _unit_centers(initial, (num_centers, points.dim))
-    contraction = choose_contraction(points, rows, centers)
-    known = Assignment(centers, contraction, device=device).begin(points, rows)
+    projection = choose_projection(points, rows, centers)
+    known = Assignment(centers, projection, device=device).begin(points, rows)
     sums = CenterSums.zero(num_centers, points.dim)
     objectives: list[float] = []
     while True:
         before = known.labels.copy()
-        assignment = Assignment(centers, contraction, device=device)
+        assignment = Assignment(centers, projection, device=device)
         distance = assignment.update(known, points, rows)
         sums.move(points, rows, before, known.labels)
         objectives.append(sums.objective(centers))
@@ -184,8 +184,8 @@ def first_centers(
     2012, whose oversampled candidates are kept as they are): n x k inner products in all.
     """
     some = points.block(rows[:: max(1, len(rows) // num_centers)]).numpy()
-    contraction = choose_contraction(points, rows, some)
-    sketches = Assignment(some[:1], contraction, device=device).begin(points, rows).sketches
+    projection = choose_projection(points, rows, some)
+    sketches = Assignment(some[:1], projection, device=device).begin(points, rows).sketches
     chosen = np.empty(0, np.int64)
     nearest = np.full(len(rows), 2.0, np.float32)
     while len(chosen) < num_centers:
@@ -195,7 +195,7 @@ def first_centers(
         keys[chosen] = np.inf
         drawn = np.argpartition(keys, count - 1)[:count]
         drawn = drawn[np.argsort(keys[drawn], kind="stable")]
-        assignment = Assignment(points.block(rows[drawn]).numpy(), contraction, device=device)
+        assignment = Assignment(points.block(rows[drawn]).numpy(), projection, device=device)
         nearest = np.minimum(nearest, assignment.update(Known.unlabelled(len(rows), sketches), points, rows))
         chosen = np.concatenate([chosen, drawn])
     return points.block(rows[chosen]).numpy()

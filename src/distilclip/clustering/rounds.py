@@ -19,7 +19,7 @@ from jaxtyping import Float32, Int, Int32, Int64
 
 from distilclip import files
 from distilclip.clustering.assignment import Assignment, Known
-from distilclip.clustering.sketches import Sketches, choose_contraction, fastest_code
+from distilclip.clustering.sketches import Sketches, choose_projection, fastest_code
 from distilclip.clustering.sums import CenterSums
 from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import Labels, labels_path, read_centers, read_groups, read_labels, write_labels
@@ -28,7 +28,7 @@ from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
 from distilclip.vectors.points import Points
-from distilclip.vectors.projection import Contraction
+from distilclip.vectors.projection import Projection
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class Rounds:
         """The rows of the store that centers are fitted to."""
         return read_tensors(self._path("rows"))["rows"]
 
-    def write_contraction(self, contraction: Contraction) -> None:
+    def write_projection(self, projection: Projection) -> None:
         """Say how rows and centers are sketched."""
-        found = {"mean": contraction.mean.numpy()}
-        if contraction.directions is not None:
-            found["directions"] = contraction.directions.numpy()
-        write_tensors(self._path("contraction"), found, {})
+        found = {"mean": projection.mean.numpy()}
+        if projection.directions is not None:
+            found["directions"] = projection.directions.numpy()
+        write_tensors(self._path("projection"), found, {})
 
     def begin(self, number: int, centers: Float32[np.ndarray, "k dim"], objectives: Sequence[float]) -> None:
         """Write the centers of a round, and the objectives of the rounds before."""
@@ -108,10 +108,10 @@ class Rounds:
 
     def prepare(self, number: int) -> Callable[[Part], None]:
         """In a worker: read what all parts of a round share."""
-        found = {name: torch.from_numpy(np.array(t)) for name, t in read_tensors(self._path("contraction")).items()}
-        contraction = Contraction(mean=found["mean"], directions=found.get("directions"))
+        found = {name: torch.from_numpy(np.array(t)) for name, t in read_tensors(self._path("projection")).items()}
+        projection = Projection(mean=found["mean"], directions=found.get("directions"))
         centers = np.array(self.centers(number))  # a copy: the file is mapped read-only
-        assignment = Assignment(centers, contraction, device=resolve_device(self.device))
+        assignment = Assignment(centers, projection, device=resolve_device(self.device))
         return partial(self._compute, number, ImageMatrix(Store.open(self.store)), self.rows(), assignment)
 
     def _compute(self, number: int, images: ImageMatrix, rows: np.ndarray, assignment: Assignment, part: Part) -> None:
@@ -195,8 +195,8 @@ class Labelling:
         points, kept, _ = next(
             found for shard in range(store.num_shards) if len((found := self._rows(store, shard))[1])
         )
-        contraction = choose_contraction(points, kept, centers)
-        return partial(self._compute, store, Assignment(centers, contraction, device=resolve_device(self.device)))
+        projection = choose_projection(points, kept, centers)
+        return partial(self._compute, store, Assignment(centers, projection, device=resolve_device(self.device)))
 
     def _compute(self, store: Store, assignment: Assignment, shard: int) -> None:
         """Write the labels of a shard, unless that is done already."""

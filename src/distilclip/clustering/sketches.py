@@ -25,7 +25,7 @@ from torch import Tensor
 
 from distilclip.vectors.kernels import ROUNDING, SUM
 from distilclip.vectors.points import Points
-from distilclip.vectors.projection import Contraction, principal_directions
+from distilclip.vectors.projection import Projection, principal_directions
 from distilclip.vectors.threads import in_threads
 
 STEPS = 127
@@ -46,31 +46,28 @@ class Sketches:
     along: Float64[np.ndarray, " n"]
 
     @classmethod
-    def of(cls, contraction: Contraction, points: Points, rows: Int[np.ndarray, " n"]) -> Sketches:
+    def of(cls, projection: Projection, points: Points, rows: Int[np.ndarray, " n"]) -> Sketches:
         """Sketch some of the points."""
-        width = points.dim if contraction.directions is None else contraction.directions.shape[1] + 1
         step, residual, length = (np.empty(len(rows), np.float32) for _ in range(3))
-        code: np.ndarray = np.empty((len(rows), width), fastest_code())
+        code: np.ndarray = np.empty((len(rows), projection.width), fastest_code())
         along = np.empty(len(rows))
         kernel = _to_bytes if code.dtype == np.int8 else _to_floats
-        mean = contraction.mean.double()
+        mean = projection.mean.double()
 
         def sketch(start: int, stop: int) -> None:
             for first in range(start, stop, BLOCK):
                 here = slice(first, min(first + BLOCK, stop))
                 block = points.block(rows[here])
                 along[here] = (block.double() @ mean).numpy()
-                image, error, _ = contraction.exact(block)
+                image, error, _ = projection.project_block(block)
                 kernel(image.numpy(), np.float32(error), code[here], step[here], residual[here], length[here])
 
         in_threads(sketch, len(rows), at_least=BLOCK)
         return cls(code=code, step=step, residual=residual, length=length, along=along)
 
 
-def choose_contraction(
-    points: Points, rows: Int[np.ndarray, " n"], centers: Float32[np.ndarray, "k dim"]
-) -> Contraction:
-    """The contraction with which rows find their nearest center at the least cost, by a sample of both.
+def choose_projection(points: Points, rows: Int[np.ndarray, " n"], centers: Float32[np.ndarray, "k dim"]) -> Projection:
+    """The projection with which rows find their nearest center at the least cost, by a sample of both.
 
     How many centers of a row the bounds leave open depends little on how many there are, so a sample tells. Centers
     are moved to the means of their rows first, as all but the first round will have them.
@@ -83,15 +80,15 @@ def choose_contraction(
     sample = sample[::4]
     largest = (sample @ some.T).amax(dim=1, keepdim=True)
     besides = (some @ mean - mean @ mean) + (sample @ mean)[:, None]
-    best, least = Contraction(mean=mean, directions=None), float(len(centers))
+    best, least = Projection(mean=mean, directions=None), float(len(centers))
     for width in widths:
         assert directions is not None, "there are widths"
-        contraction = Contraction(mean=mean, directions=directions[:, : width - 1].contiguous())
-        images = [contraction.exact(block.clone())[0] for block in (sample, some)]
+        projection = Projection(mean=mean, directions=directions[:, : width - 1].contiguous())
+        images = [projection.project_block(block.clone())[0] for block in (sample, some)]
         left_open = float((images[0] @ images[1].T + besides >= largest).float().sum(dim=1).mean())
         cost = width / points.dim * len(centers) + DECISION * left_open
         if cost < least:
-            best, least = contraction, cost
+            best, least = projection, cost
     return best
 
 

@@ -34,7 +34,7 @@ from distilclip.grouping.forest import ForestBuilder, Links
 from distilclip.vectors.kernels import kernel_view
 from distilclip.vectors.metric import distance, squared, squared_threshold
 from distilclip.vectors.points import Points
-from distilclip.vectors.projection import Contraction
+from distilclip.vectors.projection import Projection
 from distilclip.vectors.threads import workers
 
 HEIGHT = 1024  # most points on the left of a product
@@ -86,11 +86,11 @@ def search(
         return
     num_cells = num_cells or default_num_cells(len(rows))
     _check_memory(len(rows), num_cells, memory_gb)
-    contraction = Contraction.fit(points, rows, width=WIDTH)
-    images = contraction.images(points, rows)
-    cells = partition(images.image, num_cells=num_cells, radius=images.radius)
+    projection = Projection.fit(points, rows, width=WIDTH)
+    projected = projection.project(points, rows)
+    cells = partition(projected.values, num_cells=num_cells, radius=projected.radius)
     rounding = Rounding.of(
-        error=images.error, radius=images.radius, mean_length=float(contraction.mean.norm()), dim=points.dim
+        error=projected.error, radius=projected.radius, mean_length=float(projection.mean.norm()), dim=points.dim
     )
     query = _Query(
         points=points,

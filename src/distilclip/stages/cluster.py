@@ -21,7 +21,7 @@ from distilclip.clustering.kmeans import (
     size_histogram,
 )
 from distilclip.clustering.rounds import Labelling, Rounds, kept_and_removed, parts_of
-from distilclip.clustering.sketches import choose_contraction
+from distilclip.clustering.sketches import choose_projection
 from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import write_centers
 from distilclip.data.store import Store
@@ -137,7 +137,7 @@ def _begin(config: Config, rounds: Rounds, images: ImageMatrix) -> None:
     device = resolve_device(config.device)
     everyone = np.arange(len(points))
     centers = first_centers(points, everyone, num_centers=config.num_centers, random=random, device=device)
-    rounds.write_contraction(choose_contraction(points, everyone, centers))
+    rounds.write_projection(choose_projection(points, everyone, centers))
     rounds.begin(0, centers, [])
 
 
