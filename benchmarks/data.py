@@ -29,7 +29,7 @@ from distilclip import files
 from distilclip.data.shards import open_shard
 from distilclip.data.side_files import Groups, write_groups
 from distilclip.data.store import Rows, finished_shard, sample_id, write_manifest, write_shard
-from distilclip.data.stream import open_stream
+from distilclip.data.stream import PairSource, Presentation, open_stream
 from distilclip.models.clip import normalise_pixels
 
 SIZE = (512, 384)
@@ -130,12 +130,9 @@ def make_inputs(num_images: int, dropped: float) -> Inputs:
 
 def ours(inputs: Inputs) -> int:
     stream = open_stream(
-        stores=[inputs.store],
-        groups=inputs.groups,
-        sizes=[224],
-        tokenize=open_clip.get_tokenizer("ViT-B-32"),
+        PairSource(stores=[inputs.store], groups=inputs.groups),
+        Presentation(sizes=[224], tokenize=open_clip.get_tokenizer("ViT-B-32"), seed=0),
         batch_size=BATCH,
-        seed=0,
     )
     batches = stream.batches(stop=inputs.num_images // BATCH, num_workers=2)
     return sum(len(normalise_pixels(batch.pixels, NORMALISATION)) for batch in batches)

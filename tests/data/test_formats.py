@@ -76,13 +76,13 @@ def test_the_documented_version_is_the_written_one() -> None:
 
 def test_every_reason_in_the_source_is_documented() -> None:
     phrases = set(_REMEDIES)
-    for name in ("samples", "tars", "tables", "scan", "loader"):
+    for name in ("samples", "tars", "tabular", "scan", "stream"):
         source = (ROOT / "src" / "distilclip" / "data" / f"{name}.py").read_text()
         phrases |= set(re.findall(r'BadSample\("([a-z][^"]+)"', source))
         phrases |= {phrase.split(":")[0] for phrase in re.findall(r'CutError\(f?"([^"]+)"', source)}
         phrases |= set(re.findall(r'error = (?:error or )?"([a-z][^"]+)"', source))
     documented_reasons = {
-        r for cells in documented("with one of these reasons", "reason") for r in re.findall("`([^`]+)`", cells[0])
+        r for cells in documented("holds one of these reasons", "reason") for r in re.findall("`([^`]+)`", cells[0])
     }
     assert len(phrases) >= 15
     assert phrases <= documented_reasons, phrases - documented_reasons

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip.data.decode import Augmentation
-from distilclip.data.loader import Batch, OpenShards
+from distilclip.data.bad_samples import ErrorPolicy
+from distilclip.data.shards import OpenShards
 from distilclip.data.side_files import Groups, read_groups, write_groups
 from distilclip.data.store import Store, sample_id
-from distilclip.data.stream import PairStream, open_stream
+from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, open_stream
+from distilclip.data.views import Augmentation
 from distilclip.errors import InputError
 from tests.conftest import encoded, picture, write_tar
 from tests.data.conftest import embedding, tokenize, write_store
@@ -26,9 +27,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  #
 
 
 def stream(batch_size: int = 4, **options: Any) -> PairStream:
+    def take(*names: str) -> dict[str, Any]:
+        return {name: options.pop(name) for name in names if name in options}
+
+    stores = [options.pop("store")] if "store" in options else options.pop("stores", [])
+    source = PairSource(stores=stores, **take("data", "groups", "clusters"))
     fixed = {"sizes": [8], "augmentation": Augmentation(min_crop=0.3), "tokenize": tokenize, "seed": 5}
-    stores = [options.pop("store")] if "store" in options else []
-    return open_stream(**{**fixed, "stores": stores, "batch_size": batch_size, **options})
+    shown = Presentation(**{**fixed, **take("sizes", "seed", "num_views", "max_pixels")})  # type: ignore[arg-type]
+    policy = ErrorPolicy(options.pop("on_error", "skip"), **take("max_bad_ratio"))
+    return open_stream(source, shown, batch_size=batch_size, policy=policy, **options)
 
 
 def tensors(value: object) -> list[torch.Tensor]:

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distilclip.data.shards import open_shard
-from distilclip.data.texts import read_texts
+from distilclip.data.shards import open_shard, read_texts
 from distilclip.errors import InputError
 from distilclip.export.keys import write_keys
 from distilclip.export.selection import open_selection

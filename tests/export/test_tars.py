@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from distilclip.data.columns import read_columns
+from distilclip.data.shards import read_texts
 from distilclip.data.store import split_id
 from distilclip.data.tars import TarShard
-from distilclip.data.texts import read_texts
 from distilclip.errors import InputError
 from distilclip.export.curated_tars import (
     INDEX_SCHEMA,

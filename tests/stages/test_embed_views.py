@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip.data.decode import Augmentation
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import decode_image
 from distilclip.data.store import Store
-from distilclip.data.stream import open_stream
+from distilclip.data.stream import PairSource, Presentation, open_stream
+from distilclip.data.views import Augmentation
 from distilclip.errors import InputError
 from distilclip.models.clip import load_clip, normalise_pixels
 from distilclip.stages.embed import Config, main
@@ -52,7 +53,10 @@ def store(tmp_path: Path, tiny_clip_folder: str) -> Store:
 def test_the_student_sees_what_the_teacher_embedded(store: Store, tiny_clip_folder: str) -> None:
     clip = load_clip(tiny_clip_folder)
     opened = open_stream(
-        stores=[store.path], sizes=[32], tokenize=clip.tokenizer, batch_size=4, seed=9, num_views=2, max_bad_ratio=0.5
+        PairSource(stores=[store.path]),
+        Presentation(sizes=[32], tokenize=clip.tokenizer, seed=9, num_views=2),
+        batch_size=4,
+        policy=ErrorPolicy("skip", 0.5),
     )
     captions = set()
     for batch in opened.batches(stop=6):

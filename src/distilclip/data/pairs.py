@@ -13,7 +13,7 @@ from jaxtyping import Bool, Int32, Int64, UInt32, UInt64
 from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import BadSample
-from distilclip.data.shards import open_shard
+from distilclip.data.shards import assert_key, open_shard
 from distilclip.data.side_files import kept_rows, read_labels
 from distilclip.data.store import Rows, Store, sample_id
 from distilclip.errors import InputError
@@ -199,12 +199,3 @@ def check_source(store: Store, shard: int, uri: str, rows: Rows | Index) -> None
         found = str(error)
     source.close()
     assert_key(found, str(rows.key[row]), uri=uri, row=row)
-
-
-def assert_key(found: str, expected: str, *, uri: str, row: int) -> None:
-    """Raise `InputError` where a shard holds another key than the store says."""
-    if found != expected:
-        raise InputError(
-            f"{uri}, row {row}: the key is {found!r} where the store has {expected!r}. It is not the file that "
-            "was embedded: embed it again, or give the files that were."
-        )

@@ -23,12 +23,11 @@ from torch.utils.data import Dataset
 from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.decode import decode_crop
-from distilclip.data.loader import OpenShards, Tokenize
 from distilclip.data.samples import MAX_PIXELS, BadSample, Entry, decode_image
-from distilclip.data.shards import open_shard
+from distilclip.data.shards import OpenShards, open_shard
 from distilclip.data.store import Rows, not_unit, write_shard
 from distilclip.data.views import ViewEmbeddings, Views
-from distilclip.data.workers import map_tasks
+from distilclip.data.workers import Tokenize, map_tasks
 from distilclip.errors import InputError
 
 Preprocess = Callable[[Image.Image], Tensor]

@@ -1,85 +1,136 @@
-"""The training stream: global batches as a pure function of (seed, step), decoded and joined in loader processes."""
+"""Stream batches of pairs for training, decoded and joined with their embeddings in loader processes.
+
+A global batch is a pure function of (seed, step): it does not depend on the number of processes, ranks or restarts.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+import torch
+from jaxtyping import Float, Int, Int64, UInt8
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from distilclip import files
-from distilclip.data.bad_samples import ErrorPolicy, OnError
-from distilclip.data.decode import Augmentation
-from distilclip.data.loader import Batch as Batch
-from distilclip.data.loader import PairLoader, Tokenize
-from distilclip.data.pairs import index_pairs, join_stores
-from distilclip.data.samples import MAX_PIXELS
+from distilclip.data.bad_samples import ErrorPolicy
+from distilclip.data.decode import decode_crop
+from distilclip.data.embeddings import Embeddings
+from distilclip.data.pairs import PairTable, index_pairs, join_stores
+from distilclip.data.samples import MAX_PIXELS, BadSample
+from distilclip.data.shards import OpenShards, assert_key
 from distilclip.data.store import Store
-from distilclip.data.workers import map_tasks
+from distilclip.data.views import Augmentation, Crop, caption_in, view_in
+from distilclip.data.workers import Tokenize, map_tasks
 from distilclip.errors import InputError
+
+MAX_REPLACEMENTS = 16
+READ_AHEAD = 64  # samples under way at once: more than a disk's queue, fewer than the shards that stay open
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSource:
+    """Which pairs to train on: those of shards, or those of the rows of stores.
+
+    `data` are patterns of shards; with stores they are needed only where the shards have moved, in the order in which
+    they were embedded. `stores` are folders of `embed` over the same shards, by one teacher each; rows that all of them
+    could use are shown. `groups` and `clusters` are a balance and a cluster folder of the first store.
+    """
+
+    data: Sequence[str] = ()
+    stores: Sequence[str] = ()
+    groups: str | None = None
+    clusters: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Presentation:
+    """How a pair is shown to the models.
+
+    Each picture is shown as one crop, at each of `sizes` (pixels per side): the student's, then a live teacher's. The
+    crop is one of the stores' first `num_views` views, or, with `num_views` 0, drawn by `augmentation` from (`seed`,
+    epoch, sample). `seed` also decides the order of the pairs. Pictures of more than `max_pixels` are unusable.
+    """
+
+    sizes: Sequence[int]
+    tokenize: Tokenize
+    seed: int
+    augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
+    num_views: int = 0
+    max_pixels: int = MAX_PIXELS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """One rank's n rows of a global batch.
+
+    `pixels` are the student's, `teacher_pixels` the same crop at a live teacher's size; the models subtract their means
+    on their own device. `ids` are sample ids. `teacher_image` and `teacher_text` hold the embeddings of every store
+    that is joined, `labels` the clusters. `bad` lists, as (where, error), the samples in whose place other rows stand
+    here.
+    """
+
+    ids: Int64[Tensor, " n"]
+    pixels: UInt8[Tensor, "n 3 size size"]
+    tokens: Int[Tensor, "n context"]
+    captions: list[str]
+    teacher_pixels: UInt8[Tensor, "n 3 other other"] | None = None
+    teacher_image: tuple[Float[Tensor, "n _"], ...] = ()
+    teacher_text: tuple[Float[Tensor, "n _"], ...] = ()
+    labels: Int64[Tensor, " n"] | None = None
+    bad: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in page-locked memory, from which a copy to a GPU keeps no process waiting."""
+        pinned: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                pinned[name] = value.pin_memory()
+            elif isinstance(value, tuple):
+                pinned[name] = tuple(tensor.pin_memory() for tensor in value)
+        return dataclasses.replace(self, **pinned)
 
 
 def open_stream(
+    source: PairSource,
+    presentation: Presentation,
     *,
-    data: Sequence[str] = (),
-    stores: Sequence[str] = (),
-    groups: str | None = None,
-    clusters: str | None = None,
-    sizes: Sequence[int],
-    tokenize: Tokenize,
-    augmentation: Augmentation | None = None,
-    num_views: int = 0,
     batch_size: int,
-    seed: int,
+    policy: ErrorPolicy | None = None,
     rank: int = 0,
     world: int = 1,
-    on_error: OnError = "skip",
-    max_bad_ratio: float = 0.05,
-    max_pixels: int = MAX_PIXELS,
 ) -> PairStream:
-    """The stream over shards (`data`, patterns), or over the rows of stores, which know their shards.
+    """Open the stream of pairs.
 
-    Args:
-        data: with a store only needed where the shards have moved; then in the order they were embedded.
-        stores: folders of `embed` over the same shards, by one teacher each; rows that all of them could use.
-        groups: a balance folder of the first store; only rows that it keeps.
-        clusters: a cluster folder, for labels.
-        sizes: pixels per side at which the crop is shown: the student's, then a live teacher's (`teacher_pixels`).
-        augmentation: how crops are drawn from (seed, epoch, sample).
-        num_views: show the stores' views instead, so many of them, with their own embeddings.
-        batch_size: rows of the global batch, a multiple of `world`.
-        on_error: what a sample does that fails while training. `skip` puts a row drawn by (seed, epoch, sample) in its
-            place and counts it; `raise` stops.
+    `batch_size` counts the rows of the global batch, a multiple of `world`. A sample that fails while training is
+    counted by `policy` (default: at most 5 % may fail); a row drawn by (seed, epoch, sample) takes its place.
 
     Raises:
         InputError: shards, stores, groups and clusters do not belong together, or hold fewer rows than a batch.
     """
-    policy = ErrorPolicy(on_error, max_bad_ratio)
-    uris = files.expand(list(data)) if data else []
-    opened = [Store.open(store) for store in stores]
-    if opened:
-        _check_views(opened, num_views)
-        table = join_stores(opened, data=uris, groups=groups, clusters=clusters)
-    elif groups is not None or clusters is not None or num_views:
+    policy = policy or ErrorPolicy("skip")
+    uris = files.expand(list(source.data)) if source.data else []
+    stores = [Store.open(store) for store in source.stores]
+    if stores:
+        _check_views(stores, presentation.num_views)
+        table = join_stores(stores, data=uris, groups=source.groups, clusters=source.clusters)
+    elif source.groups is not None or source.clusters is not None or presentation.num_views:
         raise InputError("groups, clusters and views refer to the rows of a store: name the store too.")
     else:
         table = index_pairs(uris, policy=policy)
         policy.check(final=True)
-    loader = PairLoader(
-        table,
-        opened,
-        sizes=sizes,
-        tokenize=tokenize,
-        augmentation=augmentation or Augmentation(),
-        num_views=num_views,
-        seed=seed,
-        max_pixels=max_pixels,
-    )
-    return PairStream(loader, policy, batch_size=batch_size, rank=rank, world=world)
+    return PairStream(PairLoader(table, stores, presentation), policy, batch_size=batch_size, rank=rank, world=world)
 
 
 def _check_views(stores: Sequence[Store], num_views: int) -> None:
-    """`InputError` where a store has no such views, or two stores have different ones."""
+    """Raise `InputError` where a store has too few views, or two stores have different ones."""
     if not num_views:
         return
     for store in stores:
@@ -98,7 +149,7 @@ def _check_views(stores: Sequence[Store], num_views: int) -> None:
 class PairStream:
     """An endless stream of batches; see `open_stream`. `policy` counts what could not be used.
 
-    Each epoch is a fresh permutation, cut into global batches; the remainder that fills none is left out of it.
+    Each epoch is a fresh permutation of the rows, cut into global batches. Rows that fill no batch are left out of it.
     """
 
     def __init__(
@@ -110,31 +161,31 @@ class PairStream:
             raise InputError(
                 f"There are {len(loader.table)} usable pairs, fewer than one batch of {batch_size}. Lower batch_size."
             )
-        if loader.seed < 0:
-            raise InputError(f"seed is {loader.seed}; it must not be negative.")
+        if loader.presentation.seed < 0:
+            raise InputError(f"seed is {loader.presentation.seed}; it must not be negative.")
         self.loader, self.policy = loader, policy
         self.batch_size, self.rank, self.world = batch_size, rank, world
         self._latest: tuple[int, Int64[np.ndarray, " rows"]] = -1, np.empty(0, np.int64)
 
     @property
     def num_rows(self) -> int:
-        """Rows that are drawn from."""
+        """Number of rows that batches are drawn from."""
         return len(self.loader.table)
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full global batches in an epoch."""
+        """Number of full global batches in an epoch."""
         return self.num_rows // self.batch_size
 
     def rows_at(self, step: int) -> tuple[int, Int64[np.ndarray, " n"]]:
-        """The epoch of a step, and which rows of the table this rank has in its batch."""
+        """Return the epoch of a step, and which rows of the table this rank has in its batch."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         local = self.batch_size // self.world
         start = batch * self.batch_size + self.rank * local
         return epoch, self._order(epoch)[start : start + local]
 
     def batches(self, *, start: int = 0, stop: int, num_workers: int = 0) -> Iterator[Batch]:
-        """The batches of steps `start` to `stop`, the same whatever `num_workers` (0 decodes in this process).
+        """Yield the batches of steps `start` to `stop`, the same for any `num_workers` (0 decodes in this process).
 
         Raises:
             InputError: a shard is not the one that was embedded, or more samples fail than the policy allows.
@@ -149,6 +200,124 @@ class PairStream:
 
     def _order(self, epoch: int) -> Int64[np.ndarray, " rows"]:
         if self._latest[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self.loader.seed, epoch]))
+            generator = np.random.Generator(np.random.PCG64([self.loader.presentation.seed, epoch]))
             self._latest = epoch, generator.permutation(self.num_rows)
         return self._latest[1]
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """A row as it stands in a batch: its caption, one of `num_captions`, and its crop at every size asked for."""
+
+    index: int
+    caption: str
+    pixels: list[UInt8[Tensor, "3 _ _"]]
+    view: int
+    caption_number: int
+    num_captions: int
+
+
+class PairLoader(Dataset):
+    """Maps (epoch, rows of the table) to their batch. Picklable; opens files in the process that reads them."""
+
+    def __init__(self, table: PairTable, stores: Sequence[Store], presentation: Presentation) -> None:
+        self.table, self.presentation = table, presentation
+        self.embeddings = [Embeddings(store) for store in stores]
+        self.views = stores[0].views if presentation.num_views else None
+        self._shards = OpenShards()
+
+    def __getitem__(self, task: tuple[int, Int64[np.ndarray, " n"]]) -> Batch | InputError:
+        """Return the batch of (epoch, rows of the table), or an `InputError`: raised here, it would lose its type."""
+        try:
+            return self._batch(*task)
+        except InputError as error:
+            return error
+
+    def _batch(self, epoch: int, wanted: Int64[np.ndarray, " n"]) -> Batch:
+        bad: list[tuple[str, str]] = []
+        drawn = [self._draw_usable(epoch, index, bad) for index in self._read_ahead(wanted)]
+        rows = np.array([sample.index for sample in drawn])
+        captions = [sample.caption for sample in drawn]
+        pixels = [torch.stack(of_one_size) for of_one_size in zip(*(sample.pixels for sample in drawn), strict=True)]
+        shard, row = self.table.shard[rows], self.table.row[rows]
+        view = caption = None
+        if self.views is not None:
+            view = np.array([sample.view for sample in drawn])
+            caption = np.array([sample.caption_number for sample in drawn])
+            self._check_captions(rows, np.array([sample.num_captions for sample in drawn]))
+        embedded = [embeddings.rows(shard, row, view, caption) for embeddings in self.embeddings]
+        return Batch(
+            ids=torch.from_numpy(self.table.ids(rows).astype(np.int64)),
+            pixels=pixels[0],
+            teacher_pixels=pixels[1] if len(pixels) > 1 else None,
+            tokens=self.presentation.tokenize(captions),
+            captions=captions,
+            teacher_image=tuple(image for image, _ in embedded),
+            teacher_text=tuple(text for _, text in embedded),
+            labels=None if self.table.cluster is None else torch.from_numpy(self.table.cluster[rows].astype(np.int64)),
+            bad=bad,
+        )
+
+    def _read_ahead(self, rows: Int64[np.ndarray, " n"]) -> Iterator[int]:
+        """Yield the rows; the bytes of each are asked for `READ_AHEAD` rows before its turn."""
+        table = self.table
+        for place in range(len(rows) + READ_AHEAD):
+            if place < len(rows):
+                index = rows[place]
+                shard = self._shards[table.uris[int(table.shard[index])]]
+                shard.prefetch(int(table.offset[index]), int(table.size[index]))
+            if place >= READ_AHEAD:
+                yield int(rows[place - READ_AHEAD])
+
+    def _draw_usable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> _Drawn:
+        """Return a row as it is shown, or, where it cannot be used, another row drawn by (seed, epoch, row)."""
+        for attempt in range(1, MAX_REPLACEMENTS + 1):
+            try:
+                return self._draw(epoch, index)
+            except BadSample as error:
+                bad.append((error.where, error.error))
+                index = int(self._generator(epoch, index, attempt).integers(len(self.table)))
+        raise InputError(
+            f"{MAX_REPLACEMENTS} samples drawn in a row cannot be used, the last {bad[-1][0]}: {bad[-1][1]}. "
+            "Check the data with `distilclip embed`."
+        )
+
+    def _draw(self, epoch: int, index: int) -> _Drawn:
+        table, shown = self.table, self.presentation
+        uri, shard, row = table.uris[int(table.shard[index])], int(table.shard[index]), int(table.row[index])
+        sample = self._shards[uri].read(int(table.offset[index]), int(table.size[index]))
+        assert_key(sample.key, table.key[index].as_py(), uri=uri, row=row)
+        where = f"{uri}: {sample.key}"
+        if sample.caption is None:
+            raise BadSample("no caption", where=where)
+        if sample.image is None:
+            raise BadSample("no image", where=where)
+        captions, view, number = [sample.caption], 0, 0
+        if self.views is not None:
+            view = view_in(epoch, shard, row, num_views=shown.num_views)
+            captions = sample.captions
+            number = caption_in(epoch, shard, row, num_views=shown.num_views, num_captions=len(captions))
+
+        def draw(width: int, height: int) -> Crop:
+            if self.views is not None:
+                return self.views.crop(width, height, shard=shard, row=row, view=view)
+            return shown.augmentation.draw(width, height, self._generator(epoch, index))
+
+        pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
+        return _Drawn(index, captions[number], pixels, view, number, len(captions))
+
+    def _check_captions(self, rows: Int64[np.ndarray, " n"], num_captions: Int64[np.ndarray, " n"]) -> None:
+        """Raise `InputError` where a sample has more or fewer captions than the store."""
+        shard, row = self.table.shard[rows], self.table.row[rows]
+        other = np.flatnonzero(num_captions != self.embeddings[0].num_captions(shard, row))
+        if len(other):
+            first = other[0]
+            raise InputError(
+                f"{self.table.uris[int(shard[first])]}: {self.table.key[rows[first]]} has other captions than when it "
+                "was embedded. Embed the data again."
+            )
+
+    def _generator(self, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
+        """Return the random numbers of one sample in one epoch, the same in any batch, process or run."""
+        shard, row = int(self.table.shard[index]), int(self.table.row[index])
+        return np.random.Generator(np.random.PCG64([self.presentation.seed, epoch, shard, row, attempt]))

@@ -6,15 +6,18 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from distilclip.errors import InputError
 
 MOST_WORKERS = 16
+
+Tokenize = Callable[[list[str]], Tensor]  # in a loader process: captions to token ids [n, context]
 
 
 def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:

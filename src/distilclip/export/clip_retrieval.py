@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilclip import files
-from distilclip.data.texts import read_texts
+from distilclip.data.shards import read_texts
 from distilclip.export.selection import Selection
 
 METADATA_SCHEMA = pa.schema(

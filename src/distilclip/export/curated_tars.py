@@ -19,9 +19,9 @@ import pyarrow as pa
 
 from distilclip import files
 from distilclip.data.columns import read_column_metadata, write_columns
-from distilclip.data.pairs import assert_key
 from distilclip.data.reader import Reader
 from distilclip.data.samples import IMAGE_EXTENSIONS
+from distilclip.data.shards import assert_key
 from distilclip.data.store import sample_id
 from distilclip.data.tars import BLOCK, CutError, Member, walk
 from distilclip.errors import InputError

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, UInt32, UInt64
 
 from distilclip import files
-from distilclip.data.texts import Text, read_texts
+from distilclip.data.shards import Text, read_texts
 from distilclip.errors import InputError
 
 UidKind = Literal["json", "md5"]

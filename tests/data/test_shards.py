@@ -7,9 +7,8 @@ import pytest
 
 from distilclip.data.reader import Reader
 from distilclip.data.samples import BadSample
-from distilclip.data.shards import open_shard
+from distilclip.data.shards import TextReader, open_shard
 from distilclip.data.tars import CutError
-from distilclip.data.texts import TextReader
 from tests.conftest import encoded, picture, write_tar
 
 
