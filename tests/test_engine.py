@@ -20,7 +20,7 @@ def cluster() -> Iterator[None]:
 
 
 pytestmark = pytest.mark.xdist_group("ray")  # two clusters that start and stop side by side disturb each other
-ENGINES = [Engine(), Engine(kind="processes", num_workers=2), Engine(kind="ray", num_workers=2)]
+ENGINES = [Engine(), Engine(engine="processes", engine_workers=2), Engine(engine="ray", engine_workers=2)]
 
 
 def prepare_square(log: str) -> Callable[[int], int]:
@@ -55,17 +55,17 @@ def prepare_doom(log: str) -> Callable[[int], int]:
     return lambda part: os.kill(os.getpid(), signal.SIGKILL) or 0
 
 
-@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.kind)
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.engine)
 def test_every_part_is_computed_and_what_it_raises_is_raised_here(engine: Engine, tmp_path: Path) -> None:
     squares = dict(map_parts(functools.partial(prepare_square, str(tmp_path)), range(8), engine=engine))
     assert squares == {part: part * part for part in range(8)}
-    assert 1 <= len(list(tmp_path.glob("prepared-*"))) <= (engine.num_workers or 1)
+    assert 1 <= len(list(tmp_path.glob("prepared-*"))) <= (engine.engine_workers or 1)
     with pytest.raises(InputError, match="part 3 is wrong"):
         list(map_parts(functools.partial(prepare_fault, str(tmp_path)), range(8), engine=engine))
     assert list(map_parts(functools.partial(prepare_fault, str(tmp_path)), [], engine=engine)) == []
 
 
-@pytest.mark.parametrize("engine", ENGINES[1:], ids=lambda e: e.kind)
+@pytest.mark.parametrize("engine", ENGINES[1:], ids=lambda e: e.engine)
 def test_the_parts_of_a_worker_that_dies_are_computed_again(engine: Engine, tmp_path: Path) -> None:
     found = dict(map_parts(functools.partial(prepare_death, str(tmp_path)), range(6), engine=engine))
     assert (tmp_path / "died").exists()
@@ -73,13 +73,13 @@ def test_the_parts_of_a_worker_that_dies_are_computed_again(engine: Engine, tmp_
 
 
 def test_workers_that_keep_dying_are_an_error(tmp_path: Path) -> None:
-    engine = Engine(kind="processes", num_workers=1)
+    engine = Engine(engine="processes", engine_workers=1)
     with pytest.raises(InputError, match=r"keep dying.*--engine-workers"):
         list(map_parts(functools.partial(prepare_doom, str(tmp_path)), [7], engine=engine))
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"num_workers": 0}, "at least 1"), ({"address": "auto"}, "--engine ray")]
+    ("arguments", "message"), [({"engine_workers": 0}, "at least 1"), ({"engine_address": "auto"}, "--engine ray")]
 )
 def test_bad_engines_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):

@@ -23,7 +23,11 @@ LEVELS = [
     {"cli", "__main__"},
 ]
 # What runs a stage, for stages and the training loop only, with what it imports itself.
-RUNNERS = {"config": {"errors", "files", "options"}, "engine": {"errors"}, "distributed": {"errors", "devices"}}
+RUNNERS = {
+    "config": {"errors", "files", "options"},
+    "engine": {"errors", "stage_folder"},
+    "distributed": {"errors", "devices"},
+}
 USERS_OF_RUNNERS = {"config": {"stages", "cli"}, "engine": {"stages"}, "distributed": {"stages", "train"}}
 FILES = [p for p in sorted(SOURCE.rglob("*.py")) if p.name != "__init__.py"]
 

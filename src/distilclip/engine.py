@@ -1,6 +1,6 @@
-"""Where the parts of a stage are computed: here, in processes, or on a Ray cluster. What comes out is the same.
+"""Compute the parts of a stage here, in processes, or on a Ray cluster; the files that come out are the same.
 
-Parts and results are small (names, ranges, counts); data travels by files that a part writes atomically. So a part can
+Parts and results are small (names, ranges, counts); data travels in files that a part writes atomically. So a part can
 be computed twice without harm, which is what happens when a worker dies.
 """
 
@@ -18,47 +18,47 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from distilclip import stage_folder
 from distilclip.errors import InputError
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
-Kind = Literal["local", "processes", "ray"]
 
 MAX_DEATHS = 3  # of workers in succession, without a part finished between them
 
 
 @dataclass(frozen=True, kw_only=True)
 class Engine:
-    """How parts are computed.
+    """Options of a stage that can compute its parts elsewhere.
 
     Raises:
         InputError: an address without Ray, or a number of workers below one.
     """
 
-    kind: Kind = "local"
-    address: str | None = None
-    """of a running Ray cluster (`host:port`, or `auto`); None: that of $RAY_ADDRESS, or one started on this machine"""
-    num_workers: int | None = None
-    """default: one per core of this machine or of the cluster, or per GPU where `num_gpus` is given"""
-    num_gpus: float = 0.0
-    """of each worker on Ray"""
+    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
+    """where parts of the work are computed: here, in processes, or on a Ray cluster; the files are the same"""
+    engine_address: str | None = stage_folder.execution(None)
+    """address of a running Ray cluster, as HOST:PORT or auto (default: $RAY_ADDRESS, or start one on this machine)"""
+    engine_workers: int | None = stage_folder.execution(None)
+    """number of parts computed at the same time (default: one per core; on Ray with --device cuda, one per GPU)"""
 
     def __post_init__(self) -> None:
-        if self.address is not None and self.kind != "ray":
-            raise InputError(f"engine_address={self.address!r} is for --engine ray, not {self.kind}.")
-        if self.num_workers is not None and self.num_workers < 1:
-            raise InputError(f"engine_workers={self.num_workers}; it must be at least 1.")
+        if self.engine_address is not None and self.engine != "ray":
+            raise InputError(f"engine_address={self.engine_address!r} is for --engine ray, not {self.engine}.")
+        if self.engine_workers is not None and self.engine_workers < 1:
+            raise InputError(f"engine_workers={self.engine_workers}; it must be at least 1.")
 
 
 def map_parts(
-    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], *, engine: Engine
+    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], *, engine: Engine, device: str = "cpu"
 ) -> Iterator[tuple[Part, Result]]:
     """Compute `function(part)` for every part, with `function = prepare()` made once in each worker.
 
     Args:
         prepare: picklable (a `functools.partial` of a module's function, or an object); it may load a model.
         parts: what to compute, in the order in which it is begun. Each may run twice: it must be idempotent.
-        engine: where.
+        engine: where they are computed, and by how many workers.
+        device: what a part computes on; with cuda, every worker on Ray gets a GPU of its own.
 
     Yields each part with its result, as they finish. An exception in a part stops everything and is raised here.
 
@@ -67,17 +67,17 @@ def map_parts(
     """
     if not parts:
         return iter(())
-    if engine.kind == "local":
+    if engine.engine == "local":
         return _here(prepare, parts)
-    if engine.kind == "processes":
-        return _in_processes(prepare, parts, engine.num_workers or os.cpu_count() or 1)
-    return _on_ray(prepare, parts, engine)
+    if engine.engine == "processes":
+        return _in_processes(prepare, parts, engine.engine_workers or os.cpu_count() or 1)
+    return _on_ray(prepare, parts, engine, num_gpus=1.0 if device.startswith("cuda") else 0.0)
 
 
 @contextlib.contextmanager
 def connected(engine: Engine) -> Iterator[None]:
-    """One connection to Ray for several calls of `map_parts`, which else make one each; nothing for other engines."""
-    with _cluster(_import_ray(), engine.address) if engine.kind == "ray" else contextlib.nullcontext():
+    """Keep one connection to Ray for several calls of `map_parts`, which else make one each."""
+    with _cluster(_import_ray(), engine.engine_address) if engine.engine == "ray" else contextlib.nullcontext():
         yield
 
 
@@ -133,14 +133,16 @@ def _in_processes(
 
 
 def _on_ray(
-    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], engine: Engine
+    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], engine: Engine, num_gpus: float
 ) -> Iterator[tuple[Part, Result]]:
-    """A pool of actors. One whose node died is replaced when there is room; only a running actor holds a part."""
+    """Compute in a pool of actors; one whose node died is replaced when there is room for it.
+
+    Only a running actor holds a part.
+    """
     ray = _import_ray()
-    with _cluster(ray, engine.address):
-        per_worker = {"num_cpus": 1, "num_gpus": engine.num_gpus}
-        worker = ray.remote(**per_worker)(_Worker)
-        num_workers = min(len(parts), engine.num_workers or _room(ray, engine.num_gpus))
+    with _cluster(ray, engine.engine_address):
+        worker = ray.remote(num_cpus=1, num_gpus=num_gpus)(_Worker)
+        num_workers = min(len(parts), engine.engine_workers or _room(ray, num_gpus))
         todo = collections.deque(parts)
         waiting: dict[Any, tuple[Any, list[Part]]] = {}  # what an actor will answer: the actor, and its part
         deaths = 0
@@ -189,7 +191,7 @@ class _Worker:
 
 @contextlib.contextmanager
 def _cluster(ray: Any, address: str | None) -> Iterator[None]:
-    """A connection to Ray: the one that exists, or one for as long as it is needed."""
+    """Connect to Ray, unless there is a connection already."""
     if ray.is_initialized():
         yield
         return

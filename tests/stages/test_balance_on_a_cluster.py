@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distilclip.engine import Engine
 from distilclip.grouping.search_parts import parts_of, rows_of_budget
 from distilclip.stages.balance import Config, main
 from tests.stages.conftest import contents, write_store
@@ -41,7 +42,7 @@ def test_blocks_change_nothing(tmp_path: Path, block_rows: int) -> None:
 
 def test_processes_change_nothing(tmp_path: Path) -> None:
     store, _, _ = write_store(tmp_path / "store")
-    shared = run(store, tmp_path / "shared", engine="processes", engine_workers=2)
+    shared = run(store, tmp_path / "shared", execution=Engine(engine="processes", engine_workers=2))
     assert shared == run(store, tmp_path / "whole")
 
 

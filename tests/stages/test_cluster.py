@@ -14,6 +14,7 @@ import pytest
 from distilclip.clustering import rounds, sketches
 from distilclip.clustering.kmeans import kmeans
 from distilclip.data.side_files import read_centers, read_labels
+from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.stages import balance
 from distilclip.stages.cluster import Config, main
@@ -86,7 +87,15 @@ def test_centers_are_those_of_kmeans_whatever_the_shards_and_the_engine(tmp_path
         for engine in ("local", "processes") if number == 1 else ("local",):
             out = str(tmp_path / f"{number}{engine}")
             result = main(
-                Config(store=store, out=out, num_centers=6, num_iterations=2, seed=3, device="cpu", engine=engine)
+                Config(
+                    store=store,
+                    out=out,
+                    num_centers=6,
+                    num_iterations=2,
+                    seed=3,
+                    device="cpu",
+                    execution=Engine(engine=engine),
+                )
             )
             assert read_centers(out).tobytes() == whole.centers.tobytes()
             labels = np.concatenate([read_labels(out, shard).cluster for shard in range(SHARDS[number][2])])
@@ -101,7 +110,7 @@ def test_ray_gives_the_bytes_of_local(tmp_path: Path) -> None:
     store, _, _ = write_store(tmp_path / "store")
     config = {"store": store, "num_centers": 6, "num_iterations": 2, "seed": 3, "device": "cpu"}
     here = main(Config(out=str(tmp_path / "local"), **config))
-    there = main(Config(out=str(tmp_path / "ray"), engine="ray", engine_workers=2, **config))
+    there = main(Config(out=str(tmp_path / "ray"), execution=Engine(engine="ray", engine_workers=2), **config))
     assert there == here
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 

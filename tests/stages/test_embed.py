@@ -18,6 +18,7 @@ import torch
 
 from distilclip.data.samples import decode_image
 from distilclip.data.store import Store
+from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.models.clip import load_clip
 from distilclip.stages.embed import Config, main
@@ -217,7 +218,7 @@ def test_the_bytes_do_not_depend_on_the_engine(
     tmp_path: Path, whole: tuple[Path, list[str]], tiny_clip_folder: str, engine: str
 ) -> None:
     folder, data = whole
-    options = {"max_bad_ratio": 0.5, "engine": engine, "engine_workers": 2}
+    options = {"max_bad_ratio": 0.5, "execution": Engine(engine=engine, engine_workers=2)}
     embed(tmp_path / "shared", data, tiny_clip_folder, **options)
     assert contents(tmp_path / "shared") == contents(folder)
     with pytest.raises(InputError, match="over the budget"):

@@ -16,6 +16,7 @@ import torch
 
 from distilclip import stage_folder
 from distilclip.config import build
+from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.export.curated_tars import tar_path
 from distilclip.export.selection import open_selection
@@ -55,7 +56,7 @@ def test_tars_are_curated_and_counted(made: Made, tmp_path: Path) -> None:
 def test_processes_write_the_same_bytes(made: Made, tmp_path: Path) -> None:
     shared: dict[str, Any] = {"what": "tars", "store": made.store, "groups": made.groups, "samples_per_tar": 5}
     main(Config(**shared, out=str(tmp_path / "here")))
-    main(Config(**shared, out=str(tmp_path / "there"), engine="processes", engine_workers=2))
+    main(Config(**shared, out=str(tmp_path / "there"), execution=Engine(engine="processes", engine_workers=2)))
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 
@@ -152,7 +153,7 @@ def test_every_flag_belongs_to_some_export() -> None:
         ({"what": "tars", "store": "s", "model": "m"}, "--model has no meaning with --what tars"),
         ({"what": "onnx", "model": "m", "groups": "g"}, "--groups has no meaning with --what onnx"),
         ({"what": "huggingface", "model": "m", "quantize": "int8"}, "--quantize has no meaning"),
-        ({"what": "keys", "store": "s", "engine": "ray"}, "--engine has no meaning with --what keys"),
+        ({"what": "keys", "store": "s", "execution": Engine(engine="ray")}, "--engine has no meaning with --what keys"),
         ({"what": "tars"}, "needs --store"),
         ({"what": "onnx"}, "needs --model"),
         ({"what": "keys", "store": "s", "groups": "g", "subset": "n"}, "give one of them"),
@@ -161,7 +162,6 @@ def test_every_flag_belongs_to_some_export() -> None:
         ({"what": "onnx", "model": "m", "data": ("d",)}, "give --quantize int8"),
         ({"what": "tars", "store": "s", "samples_per_tar": 0}, "samples_per_tar is 0"),
         ({"what": "onnx", "model": "m", "num_samples": 10**6}, "at most 20000"),
-        ({"what": "tars", "store": "s", "engine_workers": 0}, "engine_workers=0"),
     ],
 )
 def test_flags_without_meaning_are_refused(flags: dict[str, Any], message: str) -> None:

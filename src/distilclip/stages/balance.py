@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
@@ -60,12 +60,7 @@ class Config:
     """rows of a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
     device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
-    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
-    """where the parts of the search are computed: here, in processes, or on a Ray cluster; the groups are the same"""
-    engine_address: str | None = stage_folder.execution(None)
-    """of a running Ray cluster (default: one is started on this machine)"""
-    engine_workers: int | None = stage_folder.execution(None)
-    """parts computed at the same time (default: one per core)"""
+    execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         _search_distance(self)
@@ -73,9 +68,8 @@ class Config:
             raise InputError(f"target_removed is {self.target_removed}; it must lie between 0 and 1.")
         if self.block_rows is not None and self.block_rows < 1:
             raise InputError(f"block_rows is {self.block_rows}; it must be at least 1.")
-        if self.top_k is not None and self.engine != "local":
+        if self.top_k is not None and self.execution.engine != "local":
             raise InputError("topk mode compares every list with all rows: --engine local only.")
-        _engine(self)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -135,7 +129,7 @@ def _search(config: Config, path: str, images: ImageMatrix, valid: Bool[np.ndarr
         if len(images) >= FORECAST_FROM:
             say(_forecast(config, images, np.flatnonzero(valid), parts))
         with progress(f"search {path}", len(parts)) as advance:
-            for part, _ in map_parts(search.prepare, parts, engine=_engine(config)):
+            for part, _ in map_parts(search.prepare, parts, engine=config.execution, device=config.device):
                 found = search.forest(part)
                 forest.add(images.rows(found.left), images.rows(found.right), found.distance)
                 advance(1, 0)
@@ -169,7 +163,7 @@ def _block_rows(config: Config, num_rows: int) -> int:
     if config.block_rows is not None:
         return config.block_rows
     fit = rows_of_budget(num_rows, config.memory_gb)
-    return fit if config.engine == "local" else min(fit, num_rows // NUM_BLOCKS_SHARED + 1)
+    return fit if config.execution.engine == "local" else min(fit, num_rows // NUM_BLOCKS_SHARED + 1)
 
 
 def _forecast(config: Config, images: ImageMatrix, rows: Int[np.ndarray, " m"], parts: list[Part]) -> str:
@@ -182,7 +176,7 @@ def _forecast(config: Config, images: ImageMatrix, rows: Int[np.ndarray, " m"], 
         memory_gb=config.memory_gb,
         device=resolve_device(config.device),
     )
-    num_workers = 1 if config.engine == "local" else config.engine_workers or os.cpu_count() or 1
+    num_workers = 1 if config.execution.engine == "local" else config.execution.engine_workers or os.cpu_count() or 1
     num_left, num_right = (parts[0].left[1] - parts[0].left[0], parts[0].right[1] - parts[0].right[0])
     seconds = sum(
         growth.within(part.left[1] - part.left[0])
@@ -203,12 +197,6 @@ def _forecast(config: Config, images: ImageMatrix, rows: Int[np.ndarray, " m"], 
 def _search_distance(config: Config) -> float:
     names = ("threshold", "metric", "mode", "top_k", "max_radius", "target_removed", "max_threshold")
     return largest_threshold(**{name: getattr(config, name) for name in names})
-
-
-def _engine(config: Config) -> Engine:
-    gpus = 1.0 if config.engine == "ray" and config.device.startswith("cuda") else 0.0
-    workers = config.engine_workers
-    return Engine(kind=config.engine, address=config.engine_address, num_workers=workers, num_gpus=gpus)
 
 
 def _read_forest(path: str, images: ImageMatrix) -> Forest:

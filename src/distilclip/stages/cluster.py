@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float32, Int
@@ -56,12 +56,7 @@ class Config:
     """of the sample and of the first centers"""
     device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
-    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
-    """where shards are assigned and summed: here, in processes, or on a Ray cluster; the centers are the same"""
-    engine_address: str | None = stage_folder.execution(None)
-    """of a running Ray cluster (default: one is started on this machine)"""
-    engine_workers: int | None = stage_folder.execution(None)
-    """parts computed at the same time (default: one per core)"""
+    execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         for name in ("num_centers", "num_iterations", "points_per_center"):
@@ -70,7 +65,6 @@ class Config:
                 raise InputError(f"{name} is {value}; it must be at least 1.")
         if not 0 <= self.tolerance < 1:
             raise InputError(f"tolerance is {self.tolerance}; it must be at least 0 and less than 1.")
-        _engine(self)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -88,7 +82,7 @@ def main(config: Config) -> dict[str, Any]:
         device=config.device,
     )
     shards = range(images.store.num_shards)
-    with connected(_engine(config)):
+    with connected(config.execution):
         if not files.exists(folder.child("centers.safetensors")):
             _fit(config, folder, images)
         _map(labelling.prepare, shards, config, f"label {folder.path}")
@@ -109,7 +103,7 @@ def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix) -> No
     rows = rounds.rows()
     per_shard = np.diff(np.searchsorted(rows, images.starts)).tolist()
     # With as many rows as centers, the sums of a part take at most four times the bytes of its rows.
-    parts = parts_of(per_shard, least=len(rows) if config.engine == "local" else config.num_centers)
+    parts = parts_of(per_shard, least=len(rows) if config.execution.engine == "local" else config.num_centers)
     while True:
         _map(partial(rounds.prepare, number), parts, config, f"round {number} of {folder.path}")
         centers, sums = np.array(rounds.centers(number)), rounds.sums(number, parts)
@@ -153,15 +147,8 @@ def _write_centers(path: str, centers: Float32[np.ndarray, "k dim"], store: Stor
 
 def _map(prepare: Callable[[], Callable[[Any], Any]], parts: Any, config: Config, description: str) -> None:
     with progress(description, len(parts)) as advance:
-        for _ in map_parts(prepare, parts, engine=_engine(config)):
+        for _ in map_parts(prepare, parts, engine=config.execution, device=config.device):
             advance(1, 0)
-
-
-def _engine(config: Config) -> Engine:
-    num_gpus = 1.0 if config.engine == "ray" and config.device.startswith("cuda") else 0.0
-    return Engine(
-        kind=config.engine, address=config.engine_address, num_workers=config.engine_workers, num_gpus=num_gpus
-    )
 
 
 def _describe_labels(labelling: Labelling, shards: range, num_centers: int) -> dict[str, Any]:

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from distilclip import files, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy, OnError
-from distilclip.data.decode import Augmentation
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.scan import ScannedBatch, ShardEmbeddings, scan
 from distilclip.data.store import finished_shard, read_shard_rows, write_manifest
-from distilclip.data.views import Views
+from distilclip.data.views import Augmentation, Views
 from distilclip.devices import resolve_device
 from distilclip.engine import Engine, map_parts
 from distilclip.errors import InputError
@@ -60,12 +59,7 @@ class Config:
     """auto (CUDA, then MPS, then CPU), or a torch device"""
     num_workers: int = stage_folder.execution(2)
     """processes that read and decode for a teacher; 0 decodes in the teacher's own process"""
-    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
-    """where the teacher works on shards: here, in processes, or on a Ray cluster"""
-    engine_address: str | None = stage_folder.execution(None)
-    """of a running Ray cluster (default: one is started on this machine)"""
-    engine_workers: int | None = stage_folder.execution(None)
-    """teachers that work at the same time (default: one per core; on Ray with --device cuda, one per GPU)"""
+    execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -77,7 +71,6 @@ class Config:
         if self.views < 0:
             raise InputError(f"views is {self.views}; it must be 0 or more.")
         _views(self)
-        _engine(self)
         ErrorPolicy(self.on_error, self.max_bad_ratio)
 
 
@@ -129,12 +122,12 @@ def _embed(config: Config, path: str, pending: list[tuple[int, str]], policy: Er
         device=config.device,
         num_workers=config.num_workers,
     )
-    engine = _engine(config)
     teacher = None
-    if engine.kind == "local":  # one teacher takes all shards, so that the next is read while one ends
+    if config.execution.engine == "local":  # one teacher takes all shards, so that the next is read while one ends
         return embedder.embed(embedder.load(), tuple(pending), policy) if pending else None
     with progress(f"embed {path}", len(pending)) as advance:
-        for part, said in map_parts(partial(embedder.prepare, policy.on_error), pending, engine=engine):
+        prepare = partial(embedder.prepare, policy.on_error)
+        for part, said in map_parts(prepare, pending, engine=config.execution, device=config.device):
             teacher = said
             _count_finished(path, *part, policy)
             policy.check()
@@ -204,12 +197,6 @@ def describe_teacher(clip: Clip, *, precision: str) -> dict[str, Any]:
         "scale": float(clip.scale.detach()),
         **({} if clip.bias is None else {"bias": float(clip.bias.detach())}),
     }
-
-
-def _engine(config: Config) -> Engine:
-    gpus = 1.0 if config.engine == "ray" and config.device.startswith("cuda") else 0.0
-    workers = config.engine_workers
-    return Engine(kind=config.engine, address=config.engine_address, num_workers=workers, num_gpus=gpus)
 
 
 def _views(config: Config) -> Views | None:

@@ -23,6 +23,7 @@ from distilclip.export.curated_tars import TarWriter, plan_tars
 from distilclip.export.keys import write_keys
 from distilclip.export.selection import Selection, open_selection
 from distilclip.export.uids import UidKind, read_uids, write_subset
+from distilclip.options import option_fields, option_values
 from distilclip.progress import progress
 
 What = Literal["tars", "keys", "subset", "clip-retrieval", "open_clip", "huggingface", "onnx"]
@@ -66,12 +67,7 @@ class Config:
     """of --data, the first so many usable pairs are measured on"""
     batch_size: int = stage_folder.execution(32)
     """pairs at once while measuring"""
-    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
-    """where parts are written: here, in processes, or on a Ray cluster; the files are the same"""
-    engine_address: str | None = stage_folder.execution(None)
-    """of a running Ray cluster (default: one is started on this machine)"""
-    engine_workers: int | None = stage_folder.execution(None)
-    """parts written at the same time (default: one per core)"""
+    execution: Engine = dataclasses.field(default_factory=Engine)
 
     def __post_init__(self) -> None:
         _check_fields(self)
@@ -90,7 +86,6 @@ class Config:
                 raise InputError(f"{field} is {value}; it must be at least 1.")
         if self.num_samples > MAX_SAMPLES:
             raise InputError(f"num_samples is {self.num_samples}; every two are compared, so at most {MAX_SAMPLES}.")
-        _engine(self)
 
 
 _ENGINE = {"engine", "engine_address", "engine_workers"}
@@ -140,7 +135,7 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
         uid=config.uid,
         data=files.expand(list(config.data)) if config.data else (),
     )
-    engine = _engine(config)
+    engine = config.execution
     shards = range(selection.store.num_shards)
     if config.what == "tars":
         found = _write_tars(selection, folder, samples_per_tar=config.samples_per_tar, engine=engine)
@@ -265,15 +260,12 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
     return {"name": clip.name, "digest": digest, "model": "model", **exported}
 
 
-def _engine(config: Config) -> Engine:
-    return Engine(kind=config.engine, address=config.engine_address, num_workers=config.engine_workers)
-
-
 def _check_fields(config: Config) -> None:
     """Raise `InputError` for a flag that `what` does not read, and for the one that it cannot do without."""
     meaningful = MEANINGFUL[config.what] | {"what", "out"}
-    for field in dataclasses.fields(config):
-        if field.name not in meaningful and getattr(config, field.name) != field.default:
+    values = option_values(config)
+    for field in option_fields(Config):
+        if field.name not in meaningful and values[field.name] != field.default:
             raise InputError(
                 f"--{field.name.replace('_', '-')} has no meaning with --what {config.what}: leave it out."
             )
