@@ -8,9 +8,10 @@ import torch
 from _harness import Case, compare, is_quick
 from torch.nn.functional import normalize
 
-from distilclip.evaluate.scores import RECALL_AT, Score, retrieval_scores, zero_shot_scores
+from distilclip.evaluate.scores import RECALL_AT, retrieval_scores, zero_shot_scores
 from distilclip.evaluate.zero_shot import TextClassifier, classify
 from distilclip.measures.retrieval import retrieval
+from distilclip.sets.score import Score
 
 DIM = 512
 

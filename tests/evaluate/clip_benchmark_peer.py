@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from distilclip.data.samples import decode_image
 from distilclip.data.shards import open_shard
-from distilclip.evaluate.embedders import ModelEmbedder
+from distilclip.evaluate.embedders import Embedder
 from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.protocol import Protocol
 from distilclip.models.clip import Clip
@@ -50,7 +50,7 @@ def by_clip_benchmark(clip: Clip, dataset: EvaluationSet, *, batch_size: int = 6
 
 def by_distilclip(clip: Clip, dataset: EvaluationSet) -> dict[str, float]:
     """The same by this package's protocol."""
-    scores = Protocol(tasks=("zero-shot", "retrieval")).measure(ModelEmbedder(clip, Encoding()), dataset).scores
+    scores = Protocol(tasks=("zero-shot", "retrieval")).measure(Embedder(clip, Encoding()), dataset)
     return {score.metric: score.value for score in scores if score.value is not None}
 
 

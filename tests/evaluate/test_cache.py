@@ -14,7 +14,7 @@ import torch
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
 from distilclip.evaluate.cache import FeatureCache, images_digest
-from distilclip.evaluate.embedders import ModelEmbedder
+from distilclip.evaluate.embedders import Embedder
 from distilclip.evaluate.encode import Encoding, ImageFeatures, Output, encode_images
 from distilclip.evaluate.zero_shot import text_classifier
 from distilclip.models.clip import Clip, create_clip, load_clip
@@ -38,15 +38,15 @@ def clip(tiny_clip_folder: str) -> Clip:
 
 
 def images(
-    model: ModelEmbedder, refs: Sequence[ImageRef], *outputs: Output, policy: ErrorPolicy | None = None
+    model: Embedder, refs: Sequence[ImageRef], *outputs: Output, policy: ErrorPolicy | None = None
 ) -> ImageFeatures:
-    return model.images(refs, outputs or ("embedding",), policy=policy or ErrorPolicy(), name="x")
+    return model.image_features(refs, outputs or ("embedding",), policy=policy or ErrorPolicy(), name="x")
 
 
 def test_what_is_read_equals_what_was_encoded(
     clip: Clip, refs: list[ImageRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ModelEmbedder(clip, Encoding(), FeatureCache(str(tmp_path / "cache")))
+    model = Embedder(clip, Encoding(), FeatureCache(str(tmp_path / "cache")))
     first = images(model, refs, "embedding", "backbone")
     monkeypatch.setattr("distilclip.evaluate.embedders.encode_images", None)  # a second forward would fail
     monkeypatch.setattr("distilclip.evaluate.embedders.text_classifier", None)
@@ -60,7 +60,7 @@ def test_what_is_read_equals_what_was_encoded(
 def test_only_the_missing_output_is_computed(
     clip: Clip, refs: list[ImageRef], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = ModelEmbedder(clip, Encoding(), FeatureCache(str(tmp_path / "cache")))
+    model = Embedder(clip, Encoding(), FeatureCache(str(tmp_path / "cache")))
     images(model, refs, "embedding")
     asked = []
 
@@ -80,13 +80,13 @@ def test_other_weights_precision_or_files_are_encoded_anew(
     folder = tmp_path / "cache"
     cache = FeatureCache(str(folder))
     for model in (
-        ModelEmbedder(clip, Encoding(), cache),
-        ModelEmbedder(create_clip(tiny_clip_json, seed=1), Encoding(), cache),
-        ModelEmbedder(clip, Encoding(dtype=torch.bfloat16), cache),
+        Embedder(clip, Encoding(), cache),
+        Embedder(create_clip(tiny_clip_json, seed=1), Encoding(), cache),
+        Embedder(clip, Encoding(dtype=torch.bfloat16), cache),
     ):
         images(model, refs)
     assert len(os.listdir(folder)) == 3
-    model = ModelEmbedder(clip, Encoding(batch_size=2, num_workers=0), cache)
+    model = Embedder(clip, Encoding(batch_size=2, num_workers=0), cache)
     images(model, refs)
     assert len(os.listdir(folder)) == 3  # the batch size is no part of the features
     Path(refs[2].uri).write_bytes(encoded(picture(99, (48, 48))))
@@ -97,7 +97,7 @@ def test_other_weights_precision_or_files_are_encoded_anew(
 
 def test_unreadable_images_are_judged_again_each_time(clip: Clip, refs: list[ImageRef], tmp_path: Path) -> None:
     Path(refs[1].uri).write_bytes(b"broken")
-    model = ModelEmbedder(clip, Encoding(), FeatureCache(str(tmp_path / "cache")))
+    model = Embedder(clip, Encoding(), FeatureCache(str(tmp_path / "cache")))
     first = images(model, refs, policy=ErrorPolicy("skip", 0.5))
     again = images(model, refs, policy=ErrorPolicy("skip", 0.5))
     assert first.unreadable == again.unreadable == ((1, "not an image"),)
@@ -110,13 +110,10 @@ def test_unreadable_images_are_judged_again_each_time(clip: Clip, refs: list[Ima
 
 def test_classifiers_are_kept_by_names_and_templates(clip: Clip, tmp_path: Path) -> None:
     folder = tmp_path / "cache"
-    model = ModelEmbedder(clip, Encoding(), FeatureCache(str(folder)))
+    model = Embedder(clip, Encoding(), FeatureCache(str(folder)))
     first = model.classifier(["cat", "dog"], ["a {}."])
     again = model.classifier(["cat", "dog"], ["a {}."])
     other = model.classifier(["cat"], ["dog", "a {}."])
-    assert first is not None
-    assert again is not None
-    assert other is not None
     assert torch.equal(first.weight, again.weight)
     assert first.scale == again.scale
     assert len(other.weight) == 1
@@ -142,13 +139,12 @@ def test_images_in_memory_are_known_by_their_pixels() -> None:
 def test_equal_weights_in_another_architecture_are_another_model(refs: list[ImageRef], tmp_path: Path) -> None:
     cache = FeatureCache(str(tmp_path / "cache"))
     clips = [create_clip(json.dumps({**TINY_CLIP, "quick_gelu": quick}), seed=1) for quick in (False, True)]
-    plain, quick = (ModelEmbedder(clip, Encoding(), cache) for clip in clips)
+    plain, quick = (Embedder(clip, Encoding(), cache) for clip in clips)
     assert plain.digest == quick.digest
     assert plain.identity != quick.identity
     for model, clip in zip((plain, quick), clips, strict=True):
         assert torch.equal(images(model, refs).embedding, encode_images(clip, refs).embedding)
         found = model.classifier(["cat"], ["a {}."])
-        assert found is not None
         assert torch.equal(found.weight, text_classifier(clip, ["cat"], ["a {}."]).weight)
     assert not torch.equal(images(plain, refs).embedding, images(quick, refs).embedding)
 
@@ -167,7 +163,7 @@ def test_a_file_is_looked_at_once_for_all_models(
     cache = FeatureCache(str(tmp_path / "cache"))
     split = tuple(refs)
     for own in (clip, create_clip(tiny_clip_json, seed=1)):
-        images(ModelEmbedder(own, Encoding(), cache), split)
+        images(Embedder(own, Encoding(), cache), split)
     assert {ref.uri: looked_at[ref.uri] for ref in refs} == {ref.uri: 1 for ref in refs}
 
 

@@ -10,15 +10,14 @@ import pytest
 import torch
 
 from distilclip.errors import InputError
-from distilclip.evaluate.embedders import ModelEmbedder
+from distilclip.evaluate.embedders import Embedder
 from distilclip.evaluate.encode import Encoding, Output, encode_images, encode_texts
 from distilclip.evaluate.protocol import Protocol, View
-from distilclip.evaluate.scores import Score
-from distilclip.evaluate.zero_shot import zero_shot
 from distilclip.measures.probe import linear_probe
 from distilclip.models.clip import Clip, load_clip
 from distilclip.sets.dataset import EvaluationSet, LabelledSet, MissingSet, PairSet
 from distilclip.sets.open import load_set
+from distilclip.sets.score import Score
 from tests.conftest import encoded, picture, write_tar
 from tests.sets.test_sets import labelled, paired, write_images, write_labelled_tar
 
@@ -43,15 +42,15 @@ def colours(tmp_path: Path) -> str:
 
 def measure(clip: Clip, dataset: EvaluationSet, *, teacher: View | None = None, **options: Any) -> list[Score]:
     """Scores by a protocol with these options."""
-    return Protocol(**options).measure(embedder(clip), dataset, teacher=teacher).scores
+    return Protocol(**options).measure(embedder(clip), dataset, teacher=teacher)
 
 
 def view(clip: Clip, dataset: LabelledSet | PairSet) -> View:
     return Protocol().view(embedder(clip), dataset)
 
 
-def embedder(clip: Clip) -> ModelEmbedder:
-    return ModelEmbedder(clip, Encoding())
+def embedder(clip: Clip) -> Embedder:
+    return Embedder(clip, Encoding())
 
 
 def by_metric(scores: list[Score]) -> dict[tuple[str, str], Score]:
@@ -182,33 +181,6 @@ def test_class_names_are_recorded_by_their_digest(clip: Clip, tmp_path: Path) ->
         (score, *_) = measure(clip, labelled(f"folder:{tmp_path}"), tasks=("zero-shot",))
         digests.append(score.details["classes_digest"])
     assert digests[0] != digests[1]
-
-
-def test_of_a_classs_prompt_names_the_nearest_counts_for_student_and_teacher(clip: Clip, colours: str) -> None:
-    dataset = labelled(colours)
-    classes = dataclasses.replace(dataset.classes, prompt_names=(("night", "coal", "dark"), ("snow",)))
-    several = dataclasses.replace(dataset, classes=classes)
-    found = by_metric(measure(clip, several, tasks=("zero-shot", "agreement"), teacher=view(clip, several)))
-    by_hand = zero_shot(clip, several)
-    assert found["zero-shot", "top1"].value == by_hand.top1
-    assert found["zero-shot", "top1"].chance == 0.5
-    assert found["agreement", "top1_agreement"].value == 1.0
-
-
-def test_all_probes_are_measured_on_one_encoding(clip: Clip, colours: str) -> None:
-    found = by_metric(measure(clip, labelled(colours), tasks=("linear-probe", "knn-probe", "few-shot")))
-    assert found["knn-probe", "top1"].value == 1.0
-    assert found["knn-probe", "top1"].details["num_neighbours"] == 20
-    assert [metric for task, metric in found if task == "few-shot"] == [
-        "1_shot",
-        "2_shot",
-        "4_shot",
-        "8_shot",
-        "16_shot",
-    ]
-    assert found["few-shot", "16_shot"].value == 1.0
-    assert [found["few-shot", f"{k}_shot"].headline for k in (1, 16)] == [False, True]
-    assert len(found["few-shot", "1_shot"].details["values"]) == 5
 
 
 def test_several_folds_are_averaged(clip: Clip, colours: str) -> None:

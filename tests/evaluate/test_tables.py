@@ -8,15 +8,32 @@ from typing import Any
 import pytest
 
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
-from distilclip.evaluate.scores import Score
 from distilclip.evaluate.tables import build_tables
 from distilclip.sets.catalogue import GROUPS
 from distilclip.sets.references import LINEAR_PROBE, REFERENCE_MODEL, ZERO_SHOT
+from distilclip.sets.score import Score
 
 
-def row(set_name: str, value: float | None, *, model: str = "tiny", task: Any = "zero-shot", **more: Any) -> dict:
-    values = {"metric": "top1", "headline": True, **more}
-    return Score(set=set_name, task=task, value=value, **values).row(model=model, digest="0123456789abcdef")
+def row(set_name: str, value: float | None, *, model: str = "tiny", task: Any = "zero-shot", **more: Any) -> Score:
+    values = {"metric": "top1", "headline": True, "model_digest": "0123456789abcdef", **more}
+    return Score(model=model, set=set_name, task=task, value=value, **values)
+
+
+def test_a_score_is_read_as_it_was_written_and_an_older_row_too() -> None:
+    score = row("pets", 0.25, low=0.2, high=0.3, num_test=8, details={"features": "backbone"})
+    written = json.loads(json.dumps(score.row()))
+    assert list(written)[:6] == ["model", "model_digest", "set", "task", "metric", "value"]
+    assert Score.from_row(written) == score
+    old = {
+        "model": "a",
+        "model_digest": "b",
+        "set": "c",
+        "task": "knn-probe",
+        "metric": "top1",
+        "value": 0.5,
+        "shots": 3,
+    }
+    assert Score.from_row(old) == row("c", 0.5, model="a", model_digest="b", task="knn-probe")
 
 
 def test_a_table_shows_headlines_in_percent_and_says_what_is_missing() -> None:
@@ -133,16 +150,6 @@ def test_sizes_and_prompts_that_differ_from_the_published_are_said() -> None:
     assert "not CLIP's prompts" in table.notes[1]
 
 
-def test_a_variant_of_a_set_takes_part_in_no_average() -> None:
-    (table,) = build_tables([row("objectnet", 0.4), row("imagenet-a", 0.2), row("objectnet-by-imagenet", 0.9)])
-    assert table.columns[:2] == ["model", "mean of 2 of 5 robustness sets"]
-    assert table.rows[0][1] == "30.0"
-    assert not any("mean of 3" in column for column in table.columns)
-    (table,) = build_tables([row("mine", 0.1), row("objectnet", 0.3), row("objectnet-by-imagenet", 0.9)])
-    assert table.columns[:2] == ["model", "mean of 2 sets"]
-    assert table.rows[0][1] == "20.0"
-
-
 def test_what_retrieval_searched_and_what_probes_saw_is_said() -> None:
     details = {"captions": "all", "caption_prefix": "", "num_captions": 25_010, "published_num_test": 5000}
     recall = {"task": "retrieval", "metric": "image_to_text_r1"}
@@ -157,16 +164,6 @@ def test_what_retrieval_searched_and_what_probes_saw_is_said() -> None:
     assert table.notes == ["mine: 9 images, 9 captions; the first caption of each image only, behind 'a photo of '."]
     (table,) = build_tables([row(name, 0.3, task="linear-probe", details={"features": "backbone"}) for name in "ab"])
     assert table.notes == ["Features before the projection."]
-
-
-def test_latex_has_its_special_characters_escaped() -> None:
-    (table,) = build_tables([row("~a\\b^2", 0.5)])
-    assert r"model & \textasciitilde{}a\textbackslash{}b\textasciicircum{}2 \\" in table.latex()
-    (table,) = build_tables([row("a_b & 50%", 0.5)])
-    assert table.latex() == (
-        "% Zero-shot\n\\begin{tabular}{lr}\n\\toprule\nmodel & a\\_b \\& 50\\% \\\\\n\\midrule\n"
-        "tiny & 50.0 \\\\\n\\bottomrule\n\\end{tabular}\n"
-    )
 
 
 def test_csv_holds_every_score_as_a_fraction() -> None:

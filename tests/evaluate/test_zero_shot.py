@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from distilclip.errors import InputError
-from distilclip.evaluate.encode import Encoding, encode_images
+from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.zero_shot import TextClassifier, classify, text_classifier, zero_shot
 from distilclip.models.clip import Clip, load_clip
 from distilclip.sets.classes import templates_digest
@@ -78,33 +77,6 @@ def test_permuting_classes_changes_no_score() -> None:
     permuted = classify(image, order.argsort()[labels], classifier_of(weight[order]))
     assert torch.equal(plain.rank, permuted.rank)
     assert torch.equal(order[permuted.predictions], plain.predictions)
-
-
-def test_the_nearest_of_a_classs_names_counts() -> None:
-    weight = F.normalize(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]), dim=1)
-    image = F.normalize(torch.tensor([[0.1, 1.0], [1.0, 0.9]]), dim=1)
-    several = classifier_of(weight).of_classes([0, 0, 1])
-    logits = 10 * image @ weight.T
-    torch.testing.assert_close(several.logits(image), torch.stack([logits[:, :2].amax(1), logits[:, 2]], dim=1))
-    assert several.num_classes == 2
-    assert classify(image, torch.tensor([0, 1]), several).predictions.tolist() == [0, 1]
-
-
-def test_names_that_are_the_classes_leave_the_classifier_as_it_is() -> None:
-    plain = classifier_of(torch.eye(2))
-    assert plain.of_classes([0, 1]) is plain
-
-
-def test_a_set_whose_classes_have_several_prompt_names(clip: Clip, tmp_path: Path) -> None:
-    write_images(tmp_path / "cat", ["0.jpg", "1.jpg"])
-    write_images(tmp_path / "dog", ["0.jpg"], seed=9)
-    dataset = labelled(f"folder:{tmp_path}")
-    classes = dataclasses.replace(dataset.classes, prompt_names=(("tabby", "lynx"), ("beagle",)))
-    found = zero_shot(clip, dataclasses.replace(dataset, classes=classes), templates=TEMPLATES)
-    one_each = text_classifier(clip, ["tabby", "lynx", "beagle"], TEMPLATES)
-    by_hand = one_each.logits(encode_images(clip, dataset.test.images).embedding)
-    nearest = torch.stack([by_hand[:, :2].amax(dim=1), by_hand[:, 2]], dim=1)
-    assert found.predictions.tolist() == nearest.argmax(dim=1).tolist()
 
 
 def test_zero_shot_of_a_folder_end_to_end(clip: Clip, tmp_path: Path) -> None:

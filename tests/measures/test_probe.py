@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from jaxtyping import TypeCheckError
 
+from distilclip.errors import InputError
 from distilclip.measures.logistic import Block
 from distilclip.measures.probe import FIRST_EXPONENTS, HALVED_INTERVALS, hold_out, linear_probe
 from tests.measures.test_logistic import blobs, objective
@@ -100,27 +103,43 @@ def test_hold_out_takes_the_share_of_every_class_and_leaves_one() -> None:
 
 def test_single_rows_leave_nothing_to_choose_on() -> None:
     x, y = torch.eye(3), torch.arange(3)
-    with pytest.raises(ValueError, match="give l2 or a validation split"):
+    with pytest.raises(InputError, match="give l2 or a validation split"):
         linear_probe(x, y, x, y)
     assert linear_probe(x, y, x, y, l2=0.1).accuracy == 1.0
+
+
+def test_arrays_tensors_and_lists_give_the_same_probe() -> None:
+    x, y = blobs(60, 4, 3)
+    parts = x[:40], y[:40], x[40:], y[40:]
+    tensors = linear_probe(*parts, validation=(x[40:], y[40:]))
+    arrays = linear_probe(*(part.numpy() for part in parts), validation=(x[40:].numpy(), y[40:].numpy()))
+    lists = linear_probe(*(part.tolist() for part in parts), validation=(x[40:].tolist(), y[40:].tolist()))
+    for found in (arrays, lists):
+        assert torch.equal(found.weight, tensors.weight)
+        assert found.sweep == tensors.sweep
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda x, y: (x / 0, y, x, y), "train features hold NaN"),
-        (lambda x, y: (x, torch.zeros_like(y), x, y), "at least two classes"),
+        ({"train": lambda x: x / 0}, "train holds NaN or infinity, first in row 0"),
+        ({"test": lambda x: x[0]}, r"test has shape \[4\]"),
+        ({"test": lambda x: x[:, :3]}, "test has 3 columns where 4 are needed"),
+        ({"train": lambda x: x.long()}, "train has shape .* torch.int64; give floats"),
+        ({"train": lambda x: x[:0]}, "train is empty"),
+        ({"test_labels": lambda y: y[:11]}, "test_labels has 11 entries for 12 rows"),
+        ({"train_labels": lambda y: y.float()}, "train_labels .* give whole numbers"),
+        ({"train_labels": lambda y: y[:, None]}, "train_labels has shape"),
+        ({"train_labels": lambda y: y - 1}, r"train_labels\[0\] is -1; it must be 0 or more"),
+        ({"train_labels": lambda y: y * 0}, "at least two classes; train_labels hold 1"),
+        ({"l2": lambda _: 0.0}, "l2=0.0: the penalty must be positive"),
+        ({"l2": lambda _: float("nan")}, "l2=nan: the penalty must be positive"),
+        ({"validation": lambda _: (torch.zeros(1, 4), [7])}, "a class that no training row has"),
+        ({"validation": lambda _: (torch.zeros(1, 3), [1])}, "validation has 3 columns"),
     ],
 )
-def test_values_without_a_probe_are_named(change: object, message: str) -> None:
-    assert callable(change)
-    with pytest.raises(ValueError, match=message):
-        linear_probe(*change(*blobs(12, 4, 3)), l2=1.0)
-
-
-@pytest.mark.parametrize("rows", [(12, 11, 4), (12, 12, 3)])
-def test_shapes_that_do_not_fit_are_named(rows: tuple[int, int, int]) -> None:
-    num_rows, num_labels, dim = rows
+def test_what_is_wrong_with_an_input_is_said(change: dict[str, Callable[[Any], Any]], message: str) -> None:
     x, y = blobs(12, 4, 3)
-    with pytest.raises((ValueError, TypeCheckError), match="test"):  # the second where jaxtyping checks before we do
-        linear_probe(x, y, x[:num_rows, :dim], y[:num_labels], l2=1.0)
+    values: dict[str, Any] = {"train": x, "train_labels": y, "test": x, "test_labels": y, "l2": 1.0, "validation": None}
+    with pytest.raises(InputError, match=message):
+        linear_probe(**values | {name: edit(values[name]) for name, edit in change.items()})

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from distilclip.measures.retrieval import retrieval_ranks
+from distilclip.errors import InputError
+from distilclip.measures.retrieval import retrieval, retrieval_ranks
 
 Pairs = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -21,6 +25,10 @@ def noisy_pairs(num_images: int, captions_each: int, dim: int, seed: int) -> Pai
     image_of_text = torch.arange(num_images).repeat_interleave(captions_each)
     noise = torch.randn(len(image_of_text), dim, generator=random) / dim**0.5
     return image, F.normalize(image[image_of_text] + 4 * noise, dim=1), image_of_text
+
+
+def unit(num_rows: int, dim: int, seed: int) -> torch.Tensor:
+    return F.normalize(torch.randn(num_rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
 
 
 def naive_ranks(image: torch.Tensor, text: torch.Tensor, image_of_text: torch.Tensor) -> tuple[list[int], list[int]]:
@@ -97,13 +105,68 @@ def test_permuting_images_permutes_their_ranks() -> None:
     assert torch.equal(same, text_ranks)
 
 
-def test_an_image_without_a_caption_is_refused() -> None:
-    with pytest.raises(ValueError, match="needs a caption"):
-        retrieval_ranks(torch.eye(2), torch.eye(2), torch.tensor([0, 0]))
-    with pytest.raises(ValueError, match="another image"):
-        retrieval_ranks(torch.eye(2), torch.eye(3, 2), torch.tensor([0, 1, 2]))
+def test_matching_pairs_are_all_found() -> None:
+    x = unit(20, 8, seed=0)
+    found = retrieval(x, x, torch.arange(20))
+    assert found.image_to_text_recall(1) == found.text_to_image_recall(1) == 1.0
 
 
-def test_embeddings_that_are_not_finite_are_refused() -> None:
-    with pytest.raises(ValueError, match="NaN or infinity"):
-        retrieval_ranks(torch.eye(2) * torch.nan, torch.eye(2), torch.arange(2))
+def test_recall_counts_ranks_below_k() -> None:
+    image = torch.eye(3)
+    text = torch.tensor([[0.9, 0.1, 0.0], [0.0, 0.2, 0.9], [0.0, 0.3, 0.8]])
+    found = retrieval(image, text, torch.arange(3))
+    assert found.image_to_text.tolist() == [0, 1, 1]
+    assert found.text_to_image.tolist() == [0, 1, 0]
+    assert found.image_to_text_recall(1) == pytest.approx(1 / 3)
+    assert found.text_to_image_recall(1) == pytest.approx(2 / 3)
+    assert found.image_to_text_recall(2) == found.text_to_image_recall(2) == 1.0
+
+
+def test_recall_grows_with_k_to_one() -> None:
+    found = retrieval(unit(10, 4, seed=1), unit(30, 4, seed=2), torch.arange(30) % 10)
+    recalls = [found.image_to_text_recall(k) for k in range(1, 31)]
+    assert recalls == sorted(recalls)
+    assert recalls[-1] == found.text_to_image_recall(10) == 1.0
+
+
+def test_the_modules_worked_example_from_tensors_arrays_and_lists() -> None:
+    image, text, pairs = [[1.0, 0.0], [0.0, 1.0]], [[0.1, 0.9], [0.9, 0.1], [0.2, 0.8]], [0, 0, 1]
+    arrays = np.array(image), np.array(text, np.float16), np.array(pairs, np.int32)
+    arrays[0].flags.writeable = False  # as rows of a memory map are
+    for given in ((image, text, pairs), arrays, tuple(map(torch.tensor, (image, text, pairs)))):
+        found = retrieval(*given)
+        assert found.image_to_text.tolist() == [0, 1]
+        assert found.text_to_image.tolist() == [1, 0, 0]
+        assert found.image_to_text_recall(1) == 1 / 2
+        assert found.text_to_image_recall(1) == pytest.approx(2 / 3)
+
+
+EYE = torch.eye(3)
+
+
+@pytest.mark.parametrize(
+    ("image", "text", "pairs", "message"),
+    [
+        (EYE[0], EYE, [0, 1, 2], r"image has shape \[3\] and torch.float32; give floats of shape"),
+        (EYE.long(), EYE, [0, 1, 2], "image has shape .* and torch.int64; give floats"),
+        (EYE[:0], EYE, [0, 1, 2], "image is empty"),
+        (EYE, EYE[:, :2], [0, 1, 2], "text has 2 columns where 3 are needed"),
+        (EYE, [[1.0], [2.0, 3.0]], [0, 1], "text cannot be read as an array"),
+        (EYE, EYE, [0, 1], "pairs has 2 entries for 3 rows"),
+        (EYE, EYE, torch.tensor([[0], [1], [2]]), r"pairs has shape \[3, 1\]"),
+        (EYE, EYE, torch.tensor([0.0, 1.0, 2.0]), "pairs has .* torch.float32; give whole numbers"),
+        (EYE, EYE, [0, 1, 3], r"pairs\[2\] is 3; it must be from 0 to 2"),
+        (EYE, EYE, [0, -1, 2], r"pairs\[1\] is -1; it must be from 0 to 2"),
+        (EYE, EYE, [0, 0, 2], "Image 1 has no caption in pairs"),
+        (
+            EYE,
+            torch.where(EYE.bool().roll(1, 0), torch.nan, EYE),
+            [0, 1, 2],
+            "text holds NaN or infinity, first in row 0",
+        ),
+        (EYE * torch.inf, EYE, [0, 1, 2], "image holds NaN or infinity"),
+    ],
+)
+def test_what_is_wrong_with_an_input_is_said(image: Any, text: Any, pairs: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        retrieval(image, text, pairs)

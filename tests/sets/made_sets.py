@@ -257,7 +257,6 @@ WRITERS: dict[str, Callable[[Path, pytest.MonkeyPatch], Any]] = {
     "imagenet-r": lambda root, _: write_class_folders(root / "imagenet-r", list(subset_ids("r")), count=1),
     "imagenet-sketch": lambda root, _: write_class_folders(root / "sketch", list(wordnet_ids()), count=1),
     "objectnet": lambda root, _: write_objectnet(root),
-    "objectnet-by-imagenet": lambda root, _: write_objectnet(root),
     "coco": lambda root, _: write_karpathy(root, "coco", "val2014"),
     "flickr30k": lambda root, _: write_karpathy(root, "flickr30k", "flickr30k-images"),
 }

@@ -18,7 +18,8 @@ from distilclip.sets.catalogue import CATALOGUE, GROUPS, KnownSet
 from distilclip.sets.dataset import ImageRef, LabelledSet, MissingSet, PairSet
 from distilclip.sets.imagenet import wordnet_ids
 from distilclip.sets.labelled import Labelled
-from distilclip.sets.open import CAPTIONED, LISTINGS, describe_catalogue, load_known_set, locate, places_looked_at
+from distilclip.sets.locate import describe_catalogue, locate, places_looked_at
+from distilclip.sets.open import CAPTIONED, LISTINGS, load_known_set
 from tests.conftest import encoded, picture
 from tests.sets import made_sets
 
@@ -49,11 +50,6 @@ def test_what_is_not_there_is_missing_and_where_it_was_looked_for_is_known(name:
     assert found.kind == ("pairs" if known.group == "retrieval" else "labelled")
     assert str(tmp_path) in found.reason
     assert len(places_looked_at(known, str(tmp_path))) >= 2
-
-
-def test_the_list_says_by_which_rule_a_variant_is_measured() -> None:
-    (variant,) = (p for p in describe_catalogue(None).split("\n\n") if p.startswith("objectnet-by-imagenet"))
-    assert "113 classes, 18,574 to test, top-1, each class by the nearest of ImageNet's names for it" in variant
 
 
 def test_the_list_says_of_each_set_whether_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -225,22 +221,12 @@ def test_objectnet_keeps_the_shared_classes_and_loses_its_frame(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = labelled("objectnet", tmp_path, monkeypatch)
-    assert found.classes.names == ("Alarm clock", "Banana")
-    assert found.classes.prompted == (("alarm clock", "banana"), (0, 1))
+    assert found.classes.labels == ("Alarm clock", "Banana")
+    assert found.classes.names == ("alarm clock", "banana")
     assert found.test.labels.tolist() == [0, 0, 1, 1]
     assert {image.border for image in found.test.images} == {2}
     assert found.record["border"] == 2
     assert len(found.templates) == 80
-
-
-def test_objectnet_by_imagenet_is_named_by_every_class_that_it_maps_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    found = labelled("objectnet-by-imagenet", tmp_path, monkeypatch)
-    assert found.classes.names == ("Alarm clock", "Banana")
-    assert found.classes.prompted == (("analog clock", "digital clock", "banana"), (0, 0, 1))
-    assert found.test.labels.tolist() == [0, 0, 1, 1]
-    assert {image.border for image in found.test.images} == {2}
 
 
 def test_objectnets_frame_is_cut_off_in_a_webdataset_too(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Features on disk: what a model made of a split's images or of some texts, found again by what it was made of."""
+"""Cache image and text features on disk, keyed by model, settings and inputs."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ CACHE_FORMAT = "2"
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """A folder of safetensors files. A file is used only if its metadata equal the whole key that is asked for.
+    """Keep features in a folder of safetensors files. A file is used only if its metadata equals the whole key.
 
-    While an object of this class lives, image files are taken to stay as they are: those of a tuple are looked at once,
-    whichever model asks.
+    While an object of this class lives, image files are assumed not to change: those of a tuple are looked at once
+    for all models.
     """
 
     folder: str
@@ -40,7 +40,7 @@ class FeatureCache:
         *,
         key: dict[str, str],
     ) -> ImageFeatures:
-        """Features of some images: those of each output that are on disk, the others computed in one pass and kept.
+        """Return features of some images: outputs on disk are read, the others are computed in one pass and kept.
 
         `key` says with what they are computed (model, precision); the images are identified by `images_digest`.
         """
@@ -49,19 +49,19 @@ class FeatureCache:
         found = {output: self._read(keys[output]) for output in outputs}
         missing = [output for output in outputs if found[output] is None]
         if not missing:
-            return _joined({output: tensors for output, tensors in found.items() if tensors is not None})
+            return _join({output: tensors for output, tensors in found.items() if tensors is not None})
         computed = compute(missing)
         rows, bad = computed.rows.numpy(), [list(pair) for pair in computed.unreadable]
         for output in missing:
             arrays = {"rows": rows, "features": computed.features[output].numpy()}
             self._write(keys[output], arrays, extra={"unreadable": json.dumps(bad)})
         kept = {output: tensors for output, tensors in found.items() if tensors is not None}
-        return _joined(kept, computed)
+        return _join(kept, computed)
 
     def tensors(
         self, texts: Sequence[str], compute: Callable[[], dict[str, Tensor]], *, key: dict[str, str]
     ) -> dict[str, Tensor]:
-        """Tensors that are made of some texts: those on disk, or computed and kept."""
+        """Return tensors that are made of some texts: read from disk, or computed and kept."""
         key = {**key, "texts": hashlib.sha256("\0".join(texts).encode()).hexdigest()}
         found = self._read(key)
         if found is not None:
@@ -96,7 +96,7 @@ class FeatureCache:
 
 
 def images_digest(images: Sequence[ImageRef]) -> str:
-    """SHA-256 of where images lie and of the state of those files; of images in memory, of their pixels.
+    """Return the SHA-256 of where images lie and of the state of those files; of images in memory, of their pixels.
 
     A file is known by its size and the time of its last change: one that was touched is encoded again.
     """
@@ -127,10 +127,10 @@ def _stored(key: dict[str, str]) -> dict[str, str]:
     return {"format": CACHE_FORMAT, **key}
 
 
-def _joined(
+def _join(
     stored: dict[Output, tuple[dict[str, np.ndarray], dict[str, str]]], computed: ImageFeatures | None = None
 ) -> ImageFeatures:
-    """Features of several outputs of the same images as one. What can be read does not depend on the output."""
+    """Join several outputs of the same images. Which images can be read does not depend on the output."""
     features: dict[Output, Any] = {o: torch.from_numpy(tensors["features"]) for o, (tensors, _) in stored.items()}
     if computed is not None:
         rows = computed.rows

@@ -1,4 +1,4 @@
-"""What is evaluated, as the protocol sees it, and the usual kind of it: a CLIP model, with what it encoded before."""
+"""Open a model for evaluation and compute its features, or read those that were computed before."""
 
 from __future__ import annotations
 
@@ -6,120 +6,67 @@ import dataclasses
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError, did_you_mean
 from distilclip.evaluate.cache import FeatureCache
-from distilclip.evaluate.encode import Encoder, Encoding, ImageFeatures, Output, encode_images, encode_texts
-from distilclip.evaluate.stored import StoreEmbedder
+from distilclip.evaluate.encode import Encoding, ImageFeatures, Output, encode_images, encode_texts
 from distilclip.evaluate.zero_shot import TextClassifier, text_classifier
-from distilclip.models.backbone import Backbone
 from distilclip.models.clip import Clip, load_clip
-from distilclip.sets.dataset import ImageRef, PairSet
-
-
-@runtime_checkable
-class Embedder(Protocol):
-    """Anything with a name and weights that turns a set's images and texts into features on the CPU."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the table."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the weights."""
-
-    @property
-    def identity(self) -> str:
-        """A digest of all that decides the features: models of the same identity are the same model."""
-
-    @property
-    def backbone_kind(self) -> Backbone | None:
-        """What its features of the output `backbone` are; None where it has none."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where what follows on the features should be computed."""
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """What the result says of it: number of parameters, width, preprocessing."""
-
-    def lacks(self, images: Sequence[ImageRef], outputs: Sequence[Output]) -> str:
-        """Why it has no such features of these images; empty where it has. To be asked before `images`."""
-
-    def images(
-        self, images: Sequence[ImageRef], outputs: Sequence[Output], *, policy: ErrorPolicy, name: str
-    ) -> ImageFeatures:
-        """Features of the images that can be read; `policy` decides about the others."""
-
-    def classifier(self, names: Sequence[str], templates: Sequence[str]) -> TextClassifier | None:
-        """The text classifier of some classes; None where there is no text encoder."""
-
-    def captions(self, dataset: PairSet, chosen: Sequence[int], *, prefix: str) -> Float[Tensor, "m dim"] | None:
-        """Unit embeddings of the chosen captions of a set, each behind the prefix; None where it cannot have them."""
+from distilclip.sets.dataset import ImageRef
 
 
 @dataclass(frozen=True)
-class ModelEmbedder:
-    """A CLIP model; with a cache, what it has encoded before is read."""
+class Embedder:
+    """Hold a model as the protocol sees it: name and digests, and features of images, classes and texts on the CPU.
 
-    clip: Encoder
+    With a cache, features that were computed before are read from it.
+    """
+
+    clip: Clip
     encoding: Encoding
     cache: FeatureCache | None = None
 
     @property
     def name(self) -> str:
-        """The model's name in the table."""
+        """Return the model's name in the table."""
         return self.clip.name
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of the weights."""
+        """Return the SHA-256 of the weights."""
         return self.clip.digest
 
     @property
     def identity(self) -> str:
-        """Weights, architecture, preprocessing and tokenizer."""
-        return _digest({"weights": self.digest, **self.clip.settings})
-
-    @property
-    def backbone_kind(self) -> Backbone | None:
-        """The model's own."""
-        return self.clip.backbone_kind
+        """Return a digest of weights, architecture, preprocessing and tokenizer; if it is equal, features are equal."""
+        values = {"weights": self.digest, **self.clip.settings}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
     @property
     def device(self) -> torch.device:
-        """The model's own, where that is a GPU: half the solvers would be wrong on MPS, which has no float64."""
+        """Return where to compute with the features: the model's GPU, else the CPU (MPS has no float64)."""
         return self.clip.device if self.clip.device.type == "cuda" else torch.device("cpu")
 
     @property
     def description(self) -> dict[str, Any]:
-        """Number of parameters, width and preprocessing."""
+        """Return what the result says of the model: number of parameters, width and preprocessing."""
         clip = self.clip
         return {"num_parameters": clip.num_parameters, "dim": clip.dim, "preprocessing": clip.preprocess_cfg}
 
-    def lacks(self, images: Sequence[ImageRef], outputs: Sequence[Output]) -> str:
-        """Only an exported model lacks something: features before the projection."""
-        if "backbone" in outputs and self.backbone_kind is None:
-            return "an exported model has no features before the projection: use --probe-features projected"
-        return ""
-
-    def images(
+    def image_features(
         self, images: Sequence[ImageRef], outputs: Sequence[Output], *, policy: ErrorPolicy, name: str
     ) -> ImageFeatures:
-        """Encode, or read from the cache; either way `policy` judges the images that cannot be read."""
+        """Return the features of the images that can be read; `policy` judges the others, cached or not."""
         computed: list[Output] = []
 
         def compute(missing: Sequence[Output]) -> ImageFeatures:
@@ -139,31 +86,23 @@ class ModelEmbedder:
             policy.check(final=True)
         return found
 
-    def classifier(self, names: Sequence[str], templates: Sequence[str]) -> TextClassifier | None:
-        """The classes' prompts, encoded and averaged, or read from the cache."""
+    def classifier(self, names: Sequence[str], templates: Sequence[str]) -> TextClassifier:
+        """Return the text classifier of some classes: their prompts, encoded and averaged."""
 
-        def compute() -> TextClassifier:
-            return text_classifier(self.clip, names, templates, encoding=self.encoding)
+        def compute() -> Tensor:
+            return text_classifier(self.clip, names, templates, encoding=self.encoding).weight
 
+        weight = self._cached("classifier", [*templates, "", *names], "weight", compute)
+        return TextClassifier(weight=weight, scale=float(self.clip.scale.detach()))
+
+    def text_features(self, texts: Sequence[str]) -> Float[Tensor, "m dim"]:
+        """Return the unit embeddings of some texts."""
+        return self._cached("captions", texts, "text", lambda: encode_texts(self.clip, texts, encoding=self.encoding))
+
+    def _cached(self, kind: str, texts: Sequence[str], name: str, compute: Callable[[], Tensor]) -> Tensor:
         if self.cache is None:
             return compute()
-        found = self.cache.tensors(
-            [*templates, "", *names],
-            lambda: {"weight": compute().weight},
-            key={**self._key, "kind": "classifier"},
-        )
-        return TextClassifier(weight=found["weight"], scale=float(self.clip.scale.detach()))
-
-    def captions(self, dataset: PairSet, chosen: Sequence[int], *, prefix: str) -> Float[Tensor, "m dim"] | None:
-        """Encode the captions, or read them from the cache."""
-        texts = [prefix + dataset.captions[i] for i in chosen]
-        if self.cache is None:
-            return encode_texts(self.clip, texts, encoding=self.encoding)
-        return self.cache.tensors(
-            texts,
-            lambda: {"text": encode_texts(self.clip, texts, encoding=self.encoding)},
-            key={**self._key, "kind": "captions"},
-        )["text"]
+        return self.cache.tensors(texts, lambda: {name: compute()}, key={**self._key, "kind": kind})[name]
 
     @property
     def _key(self) -> dict[str, str]:
@@ -171,26 +110,16 @@ class ModelEmbedder:
         return {"model": self.identity, "dtype": str(encoding.dtype), "max_pixels": str(encoding.max_pixels)}
 
 
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-ONNX_RECORD = "clip.json"
-"""The file that makes a folder an exported ONNX model (`export.runtime.RECORD`; that module needs ONNX Runtime)."""
-
-
 def open_embedder(
     spec: str, *, name: str, weights: str | None, device: torch.device, encoding: Encoding, cache: FeatureCache
 ) -> Embedder:
-    """A finished store, or whatever `load_clip` opens, under the name that the table shows.
+    """Load whatever `load_clip` opens, under the name that the table shows.
 
     Raises `InputError` for a model that cannot be loaded, and for one whose towers differ in width.
     """
-    if files.exists(files.join(spec, "manifest.parquet")):
-        return StoreEmbedder(spec, name=name)
     clip = load_clip(spec, weights=weights, device=device)
     check_widths(clip)
-    return ModelEmbedder(dataclasses.replace(clip, name=name), encoding, cache)
+    return Embedder(dataclasses.replace(clip, name=name), encoding, cache)
 
 
 def check_widths(clip: Clip) -> None:
@@ -206,7 +135,7 @@ def check_widths(clip: Clip) -> None:
 
 
 def split_model(spec: str) -> tuple[str, str]:
-    """Name and model of `[NAME=]MODEL`; the name is else the last part of the model's path or id."""
+    """Split `[NAME=]MODEL` into name and model; without a name, it is the last part of the model's path or id."""
     match = re.fullmatch(r"([\w.+-]+)=(.+)", spec)
     if match:
         return match[1], match[2]
@@ -214,7 +143,7 @@ def split_model(spec: str) -> tuple[str, str]:
 
 
 def weights_by_name(weights: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Weights files by model; a bare file is the only model's. Raises `InputError` for a name that no model has."""
+    """Return weights files by model; a bare file is the only model's. `InputError` for a name that no model has."""
     found = {}
     for value in weights:
         match = re.fullmatch(r"([\w.+-]+)=(.+)", value)

@@ -1,11 +1,11 @@
-"""Images and texts through a model, once per set: decoding in worker processes, batches in a fixed order."""
+"""Compute the features of images and texts. Worker processes decode; batches come in a fixed order."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -15,78 +15,20 @@ from torch.utils.data import Dataset
 
 from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
-from distilclip.data.loader import OpenShards
 from distilclip.data.samples import MAX_PIXELS, BadSample, decode_image
+from distilclip.data.shards import OpenShards
 from distilclip.data.workers import map_tasks
 from distilclip.errors import InputError
-from distilclip.models.backbone import Backbone
+from distilclip.models.clip import Clip
 from distilclip.progress import progress
 from distilclip.sets.dataset import ImageRef
 
 Output = Literal["embedding", "backbone"]
 
 
-@runtime_checkable
-class Encoder(Protocol):
-    """Image and text towers, and how to feed them: a `Clip`, or an exported model that works like one."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the table."""
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the weights."""
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides the features beside the weights, as JSON can hold it."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where the towers run."""
-
-    @property
-    def scale(self) -> Float[Tensor, ""]:
-        """The factor of the cosine similarities."""
-
-    @property
-    def dim(self) -> int:
-        """Width of the shared embedding space."""
-
-    @property
-    def num_parameters(self) -> int | None:
-        """Trainable values in both towers; None where they are not known."""
-
-    @property
-    def preprocess_cfg(self) -> dict[str, Any]:
-        """What `preprocess` does, in open_clip's words."""
-
-    @property
-    def preprocess(self) -> Callable[[Image.Image], Tensor]:
-        """From an RGB picture to what the image tower expects; travels to the processes that decode."""
-
-    @property
-    def tokenizer(self) -> Callable[[list[str]], Tensor]:
-        """From captions to token ids."""
-
-    @property
-    def backbone_kind(self) -> Backbone | None:
-        """What `backbone_features` are; None where there are none."""
-
-    def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
-        """Unit image embeddings, float32."""
-
-    def encode_text(self, tokens: Int[Tensor, "n context"]) -> Float[Tensor, "n dim"]:
-        """Unit text embeddings, float32."""
-
-    def backbone_features(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
-        """Image features before the projection, not normalised."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How features are computed: what changes them, and what only changes how fast they come."""
+    """Hold the settings that features are computed with: `dtype` and `max_pixels` change them, the others the speed."""
 
     batch_size: int = 64
     dtype: torch.dtype = torch.float32
@@ -94,16 +36,16 @@ class Encoding:
     num_workers: int = 0
 
     def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The context that the towers run in."""
+        """Return the context that the towers run in."""
         return torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFeatures:
-    """Features of the images that could be read, on the CPU; `rows` are their places among all that were asked for.
+    """Hold the features of the images that could be read, on the CPU. `rows` are their places among all images.
 
     `embedding` has unit rows; `backbone` is what the model's `backbone_kind` says, not normalised. `unreadable` are the
-    rows of the images that are missing, each with the reason.
+    rows of the other images, each with the reason.
     """
 
     rows: Int[Tensor, " n"]
@@ -112,17 +54,17 @@ class ImageFeatures:
 
     @property
     def num_unreadable(self) -> int:
-        """How many images could not be read."""
+        """Count the images that could not be read."""
         return len(self.unreadable)
 
     @property
     def embedding(self) -> Float[Tensor, "n dim"]:
-        """Unit embeddings in the space shared with texts."""
+        """Return the unit embeddings, in the space shared with texts."""
         return self.features["embedding"]
 
 
 def encode_images(
-    clip: Encoder,
+    clip: Clip,
     images: Sequence[ImageRef],
     *,
     outputs: Sequence[Output] = ("embedding",),
@@ -175,8 +117,8 @@ def encode_images(
     return ImageFeatures(rows=torch.tensor(rows), features=found, unreadable=tuple(unreadable))
 
 
-def encode_texts(clip: Encoder, texts: Sequence[str], *, encoding: Encoding | None = None) -> Float[Tensor, "n dim"]:
-    """Unit text embeddings in order, on the CPU. Raises `InputError` for a model whose features are not finite."""
+def encode_texts(clip: Clip, texts: Sequence[str], *, encoding: Encoding | None = None) -> Float[Tensor, "n dim"]:
+    """Return unit text embeddings in order, on the CPU. Raises `InputError` for features that are not finite."""
     encoding = encoding or Encoding()
     parts = []
     with torch.no_grad(), encoding.autocast(clip.device):
@@ -188,7 +130,7 @@ def encode_texts(clip: Encoder, texts: Sequence[str], *, encoding: Encoding | No
     return features
 
 
-def _check_finite(clip: Encoder, features: Tensor) -> None:
+def _check_finite(clip: Clip, features: Tensor) -> None:
     if not torch.isfinite(features).all():
         raise InputError(f"{clip.name} gives NaN or infinite features: its weights are broken, or bf16 is too coarse.")
 
@@ -197,14 +139,14 @@ _Batch = tuple[Tensor, list[int], list[tuple[int, str]]]  # pixels; the rows the
 
 
 class _Images(Dataset):
-    """Maps rows to their batch, decoded and preprocessed. Picklable; opens files in the process that reads them."""
+    """Decode and preprocess batches of rows. Picklable; each process opens the files that it reads."""
 
     def __init__(self, images: Sequence[ImageRef], preprocess: Callable[..., Tensor], max_pixels: int) -> None:
         self.images, self.preprocess, self.max_pixels = images, preprocess, max_pixels
         self.shards = OpenShards()
 
     def __getitem__(self, rows: range) -> _Batch | InputError:
-        """The rows' batch. An `InputError` is returned: raised here, it would lose its type (`map_tasks` raises it)."""
+        """Return the rows' batch. An `InputError` is returned too: raised here, it would lose its type on the way."""
         pixels: list[Tensor] = []
         read: list[int] = []
         bad: list[tuple[int, str]] = []

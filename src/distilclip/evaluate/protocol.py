@@ -1,9 +1,9 @@
-"""How models are measured: one protocol, applied to any model on any set, each set encoded once for all tasks."""
+"""Measure a model on a set by one protocol. Each set is encoded once for all tasks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -12,61 +12,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from distilclip.data.bad_samples import ErrorPolicy, OnError
-from distilclip.evaluate.agreement import agreement
+from distilclip.errors import InputError
 from distilclip.evaluate.embedders import Embedder
 from distilclip.evaluate.encode import ImageFeatures, Output
-from distilclip.evaluate.knn_probe import NUM_NEIGHBOURS, TEMPERATURE, knn_predictions
-from distilclip.evaluate.scores import (
-    Score,
-    Task,
-    agreement_scores,
-    few_shot_scores,
-    knn_scores,
-    probe_scores,
-    retrieval_scores,
-    zero_shot_scores,
-)
+from distilclip.evaluate.scores import agreement_scores, probe_scores, retrieval_scores, zero_shot_scores
 from distilclip.evaluate.zero_shot import TextClassifier, classify
-from distilclip.measures.few_shot import few_shot
-from distilclip.measures.probe import Probe, linear_probe
+from distilclip.measures.agreement import agreement
+from distilclip.measures.probe import linear_probe
 from distilclip.measures.retrieval import retrieval
 from distilclip.sets.classes import classes_digest, templates_digest
-from distilclip.sets.dataset import EvaluationSet, ImageRef, LabelledSet, MissingSet, PairSet
+from distilclip.sets.dataset import EvaluationSet, ImageRef, LabelledSet, MissingSet, PairSet, Split
+from distilclip.sets.score import Score, Task
 
 ALL_TASKS: tuple[Task, ...] = ("zero-shot", "linear-probe", "retrieval", "agreement")
-"""What is measured by default; the k-NN and few-shot probes are to be asked for."""
-
-PROBES: frozenset[Task] = frozenset({"linear-probe", "knn-probe", "few-shot"})
+HEADLINE: dict[Task, str] = {"retrieval": "image_to_text_r1", "agreement": "cka"}
+"""The metric of a score that is missing, where it is not top-1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """A set's test images as one model sees them, and its text classifier where the classes have names.
+    """Hold a set's test images as one model sees them, and its text classifier where the classes have names."""
 
-    Where a model has no features of them, `reason` says why, and there are none.
-    """
-
-    images: ImageFeatures | None
+    images: ImageFeatures
     classifier: TextClassifier | None = None
-    reason: str = ""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Measurement:
-    """All scores of a model on a set; for a labelled set also the true and the zero-shot classes, row by row."""
-
-    scores: list[Score]
-    labels: Int[Tensor, " n"] | None = None
-    predictions: Int[Tensor, " n"] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
-    """Everything that decides a score beside the model and the set.
+    """Hold everything that decides a score beside the model and the set.
 
-    `templates` replace the sets' own; `probe_l2` None sweeps the penalty; `seed` draws the probe's held-out rows and
-    the few shots. Retrieval uses all captions, or with `captions="first"` (the protocol of CLIP-KD's code) the first of
-    each image, behind `caption_prefix`. The error policy holds for every split by itself.
+    `templates` replace the sets' own; `probe_l2` None sweeps the penalty; `seed` draws the probe's held-out rows.
+    Retrieval uses all captions, or with `captions="first"` (the protocol of CLIP-KD's code) the first of each image,
+    behind `caption_prefix`. The error policy holds for every split by itself.
     """
 
     tasks: Sequence[Task] = ALL_TASKS
@@ -79,17 +56,13 @@ class Protocol:
     on_error: OnError = "raise"
     max_bad_ratio: float = 0.01
 
-    def templates_of(self, dataset: LabelledSet) -> tuple[str, ...]:
-        """The prompt templates that are used for a set."""
-        return self.templates if self.templates is not None else dataset.templates
-
     def describe(self, dataset: EvaluationSet) -> dict[str, Any]:
-        """What a result says of a set: its sizes and classes, and the templates that are used for it."""
+        """Return what a result says of a set: its sizes and classes, and the templates that are used for it."""
         if isinstance(dataset, MissingSet):
             return {"missing": dataset.reason}
         if isinstance(dataset, PairSet):
             return {"num_images": len(dataset.images), "num_captions": len(dataset.captions), **dataset.record}
-        templates = self.templates_of(dataset)
+        templates = self._templates_of(dataset)
         splits = {"test": dataset.test, "train": dataset.train, "validation": dataset.validation}
         return {
             **{f"num_{name}": len(split.images) for name, split in splits.items() if split is not None},
@@ -106,80 +79,59 @@ class Protocol:
     ) -> View:
         """Encode a set's test images, and the prompts of its classes."""
         test = dataset.test.images if isinstance(dataset, LabelledSet) else dataset.images
-        lacks = model.lacks(test, outputs)
-        if lacks:
-            return View(images=None, reason=lacks)
         images = self._encode(model, test, outputs, name=f"{dataset.name}-test")
         if not isinstance(dataset, LabelledSet) or not dataset.classes.named:
             return View(images=images)
-        names, classes = dataset.classes.prompted
-        classifier = model.classifier(names, self.templates_of(dataset))
-        return View(images=images, classifier=classifier.of_classes(classes) if classifier else None)
+        return View(images=images, classifier=model.classifier(dataset.classes.names, self._templates_of(dataset)))
 
-    def measure(self, model: Embedder, dataset: EvaluationSet, *, teacher: View | None = None) -> Measurement:
-        """All scores of a model on a set, of the tasks that apply to it; `teacher` is its view of the same set.
+    def measure(self, model: Embedder, dataset: EvaluationSet, *, teacher: View | None = None) -> list[Score]:
+        """Return all scores of a model on a set, of the tasks that apply to it; `teacher` is its view of the same set.
 
         What cannot be measured is a score without a value that says why. Raises `InputError` for images that the error
         policy does not pass over, and for a model whose features are not finite.
         """
         if isinstance(dataset, MissingSet):
-            return Measurement(scores=self._missing(dataset))
-        if isinstance(dataset, PairSet):
-            return self._measure_pairs(model, dataset, teacher)
-        return self._measure_labelled(model, dataset, teacher)
+            return self._missing(model, dataset)
+        probed = isinstance(dataset, LabelledSet) and dataset.train is not None and "linear-probe" in self.tasks
+        outputs: list[Output] = ["embedding"]
+        if probed and self.probe_features == "backbone":
+            outputs.append("backbone")
+        view = self.view(model, dataset, outputs=outputs)
+        scores: list[Score] = []
+        if isinstance(dataset, PairSet) and "retrieval" in self.tasks:
+            scores += self._retrieval(model, dataset, view.images)
+        if isinstance(dataset, LabelledSet) and "zero-shot" in self.tasks:
+            scores += self._zero_shot(model, dataset, view)
+        if isinstance(dataset, LabelledSet) and "linear-probe" in self.tasks:
+            scores += self._linear_probe(model, dataset, view.images)
+        if "agreement" in self.tasks and teacher is not None:
+            scores += self._agreement(model, dataset, view, teacher)
+        return scores
 
-    def _missing(self, dataset: MissingSet) -> list[Score]:
+    def _missing(self, model: Embedder, dataset: MissingSet) -> list[Score]:
         tasks: list[Task] = ["retrieval"] if dataset.kind == "pairs" else ["zero-shot"]
-        tasks += [task for task in self.tasks if task in PROBES and dataset.has_train]
+        if dataset.has_train:
+            tasks.append("linear-probe")
+        named: dict[str, Any] = {"model": model.name, "model_digest": model.digest, "set": dataset.name}
         return [
-            Score(set=dataset.name, task=task, metric=_metric_of(task), value=None).missing(dataset.reason)
+            Score(**named, task=task, metric=HEADLINE.get(task, "top1"), value=None).missing(dataset.reason)
             for task in tasks
             if task in self.tasks
         ]
 
-    def _measure_labelled(self, model: Embedder, dataset: LabelledSet, teacher: View | None) -> Measurement:
-        probes = [task for task in self.tasks if task in PROBES]
-        outputs: list[Output] = ["embedding"]
-        asks_backbone = probes and dataset.train is not None and self.probe_features == "backbone"
-        if asks_backbone and not model.lacks(dataset.test.images, ("backbone",)):
-            outputs.append("backbone")  # a model without such features is measured on the other tasks all the same
-        view = self.view(model, dataset, outputs=outputs)
-        if view.images is None:
-            return Measurement(scores=self._refused(dataset, view.reason))
-        labels = torch.from_numpy(dataset.test.labels)[view.images.rows]
-        scores: list[Score] = []
-        predictions = None
-        if "zero-shot" in self.tasks:
-            base = self._base(dataset, view.images, "zero-shot")
-            if view.classifier is None:
-                scores.append(base.missing(_no_classifier(dataset)))
-            else:
-                templates = self.templates_of(dataset)
-                found = classify(view.images.embedding, labels, view.classifier)
-                predictions = found.predictions
-                base = base.with_details(
-                    templates_digest=templates_digest(templates),
-                    num_templates=len(templates),
-                    own_templates=templates != dataset.templates,
-                    classes_digest=classes_digest(dataset.classes),
-                )
-                scores += zero_shot_scores(found, base, headline=dataset.metric)
-        if probes:
-            scores += self._probes(model, dataset, view.images, labels, probes)
-        if "agreement" in self.tasks and teacher is not None:
-            scores += self._agreement(dataset, view, teacher)
-        return Measurement(scores=scores, labels=labels, predictions=predictions)
-
-    def _measure_pairs(self, model: Embedder, dataset: PairSet, teacher: View | None) -> Measurement:
-        view = self.view(model, dataset)
-        if view.images is None:
-            return Measurement(scores=self._refused(dataset, view.reason))
-        scores: list[Score] = []
-        if "retrieval" in self.tasks:
-            scores += self._retrieval(model, dataset, view.images)
-        if "agreement" in self.tasks and teacher is not None:
-            scores += self._agreement(dataset, view, teacher)
-        return Measurement(scores=scores)
+    def _zero_shot(self, model: Embedder, dataset: LabelledSet, view: View) -> list[Score]:
+        base = self._base(model, dataset, view.images, "zero-shot")
+        if view.classifier is None:
+            return [base.missing("the classes have numbers but no names: add classnames.txt")]
+        templates = self._templates_of(dataset)
+        base = base.with_details(
+            templates_digest=templates_digest(templates),
+            num_templates=len(templates),
+            own_templates=templates != dataset.templates,
+            classes_digest=classes_digest(dataset.classes),
+        )
+        labels = _labels_of(dataset.test, view.images)
+        return zero_shot_scores(classify(view.images.embedding, labels, view.classifier), base, headline=dataset.metric)
 
     def _retrieval(self, model: Embedder, dataset: PairSet, images: ImageFeatures) -> list[Score]:
         # Captions of unreadable images go with them; the others' images are renumbered.
@@ -189,165 +141,94 @@ class Protocol:
         chosen = np.flatnonzero(place[owners] >= 0)
         if self.captions == "first":
             chosen = chosen[np.unique(owners[chosen], return_index=True)[1]]
-        base = self._base(dataset, images, "retrieval").with_details(
+        base = self._base(model, dataset, images, "retrieval").with_details(
             captions=self.captions, caption_prefix=self.caption_prefix, num_captions=len(chosen)
         )
-        text = model.captions(dataset, chosen.tolist(), prefix=self.caption_prefix)
-        if text is None:
-            return [base.missing("a store holds one caption of each image, without a prefix")]
+        text = model.text_features([self.caption_prefix + dataset.captions[i] for i in chosen])
         pairs = torch.from_numpy(place[owners[chosen]])
         return retrieval_scores(retrieval(images.embedding, text, pairs), pairs, base)
 
-    def _probes(
-        self,
-        model: Embedder,
-        dataset: LabelledSet,
-        images: ImageFeatures,
-        labels: Int[Tensor, " n"],
-        tasks: Sequence[Task],
-    ) -> list[Score]:
+    def _linear_probe(self, model: Embedder, dataset: LabelledSet, images: ImageFeatures) -> list[Score]:
+        """Return the scores of a probe or, of a set with folds, of one probe for each."""
         output: Output = "backbone" if self.probe_features == "backbone" else "embedding"
-        kind = model.backbone_kind if self.probe_features == "backbone" else None
-        features = kind or self.probe_features
-        bases = {t: self._base(dataset, images, t).with_details(features=features) for t in tasks}
+        kind = model.clip.backbone_kind if self.probe_features == "backbone" else self.probe_features
+        base = self._base(model, dataset, images, "linear-probe").with_details(features=kind)
         if dataset.train is None:
-            return [base.missing("the set has no training images") for base in bases.values()]
-        lacks = model.lacks(dataset.train.images, (output,))
-        if lacks:
-            return [base.missing(lacks) for base in bases.values()]
-        parts: dict[str, tuple[Float[Tensor, "n width"], Int[Tensor, " n"]]] = {}
-        readable = torch.arange(0)
-        for name, split in (("train", dataset.train), ("validation", dataset.validation)):
-            if split is not None:
-                found = self._encode(model, split.images, (output,), name=f"{dataset.name}-{name}")
-                own = torch.from_numpy(split.labels)[found.rows]
-                parts[name] = found.features[output].to(model.device), own.to(model.device)
-                readable = found.rows if name == "train" else readable
-        inputs = ProbeInputs(
-            train=parts["train"],
-            validation=parts.get("validation"),
-            test=(images.features[output].to(model.device), labels.to(model.device)),
-            folds=[_places(readable, fold).to(model.device) for fold in dataset.folds],
-        )
-        return measure_probes(inputs, bases, metric=dataset.metric, l2=self.probe_l2, seed=self.seed)
-
-    def _agreement(self, dataset: LabelledSet | PairSet, view: View, teacher: View) -> list[Score]:
-        assert view.images is not None
-        base = self._base(dataset, view.images, "agreement")
-        if teacher.images is None:
-            return [base.missing(teacher.reason)]
-        # A store lacks images that a model can read: those without a caption.
-        mine = torch.isin(view.images.rows, teacher.images.rows)
-        its = torch.isin(teacher.images.rows, view.images.rows)
-        classifiers = None
-        if view.classifier is not None and teacher.classifier is not None:
-            classifiers = view.classifier, teacher.classifier
-        found = agreement(view.images.embedding[mine], teacher.images.embedding[its], classifiers=classifiers)
-        return agreement_scores(found, self._base(dataset, view.images, "agreement", num_test=int(mine.sum())))
-
-    def _refused(self, dataset: LabelledSet | PairSet, reason: str) -> list[Score]:
-        """A score without a value for every task that applies to the set."""
-        applicable = {"retrieval"} if isinstance(dataset, PairSet) else {"zero-shot", *PROBES}
-        num_classes = None if isinstance(dataset, PairSet) else len(dataset.classes)
-        return [
-            Score(set=dataset.name, task=task, metric=_metric_of(task), value=None, num_classes=num_classes).missing(
-                reason
+            return [base.missing("the set has no training images")]
+        train, train_labels, readable = self._examples(model, dataset.train, output, name=f"{dataset.name}-train")
+        validation = None
+        if dataset.validation is not None:
+            name = f"{dataset.name}-validation"
+            validation = self._examples(model, dataset.validation, output, name=name)[:2]
+        if validation is None and self.probe_l2 is None and int(torch.bincount(train_labels).max()) < 2:
+            return [base.missing("one training image a class leaves none to choose the penalty on: give --probe-l2")]
+        labels = _labels_of(dataset.test, images)
+        test, test_labels = images.features[output].to(model.device), labels.to(model.device)
+        folds = [_places_of(readable, fold).to(model.device) for fold in dataset.folds]
+        chosen: Sequence[Int[Tensor, " f"] | slice] = folds or [slice(None)]
+        probes = [
+            linear_probe(
+                train[rows],
+                train_labels[rows],
+                test,
+                test_labels,
+                l2=self.probe_l2,
+                validation=validation,
+                seed=self.seed,
             )
-            for task in self.tasks
-            if task in applicable
+            for rows in chosen
         ]
+        return probe_scores(probes, labels, base, headline=dataset.metric)
+
+    def _agreement(self, model: Embedder, dataset: LabelledSet | PairSet, view: View, teacher: View) -> list[Score]:
+        if not torch.equal(view.images.rows, teacher.images.rows):
+            raise InputError(f"Images of the set {dataset.name} changed during the run. Start it again.")
+        classifiers, num_classes = None, 0
+        if view.classifier is not None and teacher.classifier is not None:
+            classifiers = view.classifier.logits, teacher.classifier.logits
+            num_classes = len(view.classifier.weight)
+        found = agreement(
+            view.images.embedding, teacher.images.embedding, classifiers=classifiers, num_classes=num_classes
+        )
+        return agreement_scores(found, self._base(model, dataset, view.images, "agreement"))
+
+    def _templates_of(self, dataset: LabelledSet) -> tuple[str, ...]:
+        return self.templates if self.templates is not None else dataset.templates
 
     def _encode(
         self, model: Embedder, images: Sequence[ImageRef], outputs: Sequence[Output], *, name: str
     ) -> ImageFeatures:
-        return model.images(images, outputs, policy=ErrorPolicy(self.on_error, self.max_bad_ratio), name=name)
+        policy = ErrorPolicy(self.on_error, self.max_bad_ratio)
+        return model.image_features(images, outputs, policy=policy, name=name)
 
-    def _base(
-        self, dataset: LabelledSet | PairSet, images: ImageFeatures, task: Task, *, num_test: int | None = None
-    ) -> Score:
+    def _examples(
+        self, model: Embedder, split: Split, output: Output, *, name: str
+    ) -> tuple[Float[Tensor, "n width"], Int[Tensor, " n"], Int[Tensor, " n"]]:
+        """Return features and labels of a split where probes are computed, and the rows that could be read."""
+        found = self._encode(model, split.images, (output,), name=name)
+        return found.features[output].to(model.device), _labels_of(split, found).to(model.device), found.rows
+
+    def _base(self, model: Embedder, dataset: LabelledSet | PairSet, images: ImageFeatures, task: Task) -> Score:
+        """Return what all scores of a task have in common."""
         return Score(
+            model=model.name,
+            model_digest=model.digest,
             set=dataset.name,
             task=task,
-            metric=_metric_of(task),
+            metric=HEADLINE.get(task, "top1"),
             value=None,
-            num_test=len(images.rows) if num_test is None else num_test,
+            num_test=len(images.rows),
             num_unreadable=images.num_unreadable,
             num_classes=len(dataset.classes) if isinstance(dataset, LabelledSet) else None,
             details=dict(dataset.record),
         )
 
 
-def _metric_of(task: Task) -> str:
-    return {"retrieval": "image_to_text_r1", "few-shot": "16_shot", "agreement": "cka"}.get(task, "top1")
+def _labels_of(split: Split, images: ImageFeatures) -> Int[Tensor, " n"]:
+    """Return the labels of the images that could be read."""
+    return torch.from_numpy(split.labels)[images.rows]
 
 
-def _no_classifier(dataset: LabelledSet) -> str:
-    if not dataset.classes.named:
-        return "the classes have numbers but no names: add classnames.txt"
-    return "a store has no text encoder for the classes' prompts"
-
-
-def _places(readable: Int[Tensor, " n"], fold: Int[np.ndarray, " f"]) -> Int[Tensor, " f"]:
-    """Where the rows of a fold stand among the readable ones."""
+def _places_of(readable: Int[Tensor, " n"], fold: Int[np.ndarray, " f"]) -> Int[Tensor, " f"]:
+    """Return where the rows of a fold stand among the readable ones."""
     return torch.isin(readable, torch.from_numpy(fold)).nonzero()[:, 0]
-
-
-Examples = tuple[Float[Tensor, "_ dim"], Int[Tensor, " _"]]
-"""Features with their labels, on the device where probes are computed."""
-
-_ONE_EACH = "one training image a class leaves none to choose the penalty on: give --probe-l2"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ProbeInputs:
-    """A set's splits as features. `folds` are rows of `train`, of which each makes a training set of its own."""
-
-    train: Examples
-    test: Examples
-    validation: Examples | None = None
-    folds: Sequence[Int[Tensor, " _"]] = field(default_factory=tuple)
-
-    @property
-    def pool(self) -> Examples:
-        """Everything that is not tested."""
-        if self.validation is None:
-            return self.train
-        return torch.cat([self.train[0], self.validation[0]]), torch.cat([self.train[1], self.validation[1]])
-
-
-def measure_probes(
-    inputs: ProbeInputs, bases: Mapping[Task, Score], *, metric: str, l2: float | None, seed: int
-) -> list[Score]:
-    """The scores of every probe in `bases`, each made from its base; what cannot be fitted says why."""
-    scores: list[Score] = []
-    labels = inputs.test[1].cpu()
-    alone = inputs.validation is None and l2 is None and int(torch.bincount(inputs.train[1]).max()) < 2
-    if "linear-probe" in bases:
-        base = bases["linear-probe"]
-        if alone:
-            scores.append(base.missing(_ONE_EACH))
-        else:
-            found = linear_probes(inputs, l2=l2, seed=seed)
-            scores += probe_scores(found, labels, base, headline=metric)
-    if "knn-probe" in bases:
-        base = bases["knn-probe"].with_details(num_neighbours=NUM_NEIGHBOURS, temperature=TEMPERATURE)
-        predictions = knn_predictions(*inputs.pool, inputs.test[0])
-        scores += knn_scores(predictions, labels, base, headline=metric)
-    if "few-shot" in bases:
-        base = bases["few-shot"]
-        if alone:
-            scores.append(base.missing(_ONE_EACH))
-        else:
-            shots = few_shot(*inputs.pool, *inputs.test, l2=l2, seed=seed)
-            scores += few_shot_scores(shots, labels, base, metric=metric)
-    return scores
-
-
-def linear_probes(inputs: ProbeInputs, *, l2: float | None, seed: int) -> list[Probe]:
-    """The linear probe, or one of each fold."""
-    train, labels = inputs.train
-    folds: Sequence[Int[Tensor, " f"] | slice] = inputs.folds or [slice(None)]
-    return [
-        linear_probe(train[fold], labels[fold], *inputs.test, l2=l2, validation=inputs.validation, seed=seed)
-        for fold in folds
-    ]

@@ -1,4 +1,4 @@
-"""What scores are made from, as digests: those that are there are not mixed with, or taken for, those of other files.
+"""Compute digests of what scores are made from, so that scores of other files are never reused.
 
 Small files and weights count by their content, the files of a set by name and size.
 """
@@ -8,20 +8,18 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
 
 from distilclip import files
-from distilclip.errors import InputError
-from distilclip.evaluate.embedders import ONNX_RECORD
 from distilclip.models.clip import WEIGHTS_FILE
 from distilclip.models.weights import CONFIG_FILE
 from distilclip.sets.catalogue import CATALOGUE
 from distilclip.sets.layouts import folder_of, is_folder, list_folder
-from distilclip.sets.open import locate, parse_spec
+from distilclip.sets.locate import locate
+from distilclip.sets.open import parse_spec
 
 TEXT_SUFFIXES = (".txt", ".json", ".csv", ".tsv", ".md")
 MOST_TEXT_BYTES = 1 << 20  # of a larger text, too, only the size counts
-MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth", ".onnx")
+MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".pt", ".pth")
 
 
 def part_digests(
@@ -33,7 +31,7 @@ def part_digests(
     texts: Mapping[str, str | None],
     data_root: str | None,
 ) -> dict[tuple[str, str], dict[str, str]]:
-    """Of every model and set, by name and spec, what the scores of the one on the other are made from.
+    """Return for every model and set, by name and spec, what the scores of the model on the set are made from.
 
     `weights` are files by model; `teacher` is a model with its weights file; `texts` are files that hold for all.
     """
@@ -45,39 +43,24 @@ def part_digests(
     return {(m, s): {**shared, **of_models[m], "set": of_sets[s]} for m in of_models for s in of_sets}
 
 
-def check_part(part: Mapping[str, Any], digests: Mapping[str, str], *, path: str) -> None:
-    """Raise `InputError` for the scores of a model on a set that were made from something else than what is there now.
-
-    `part` is the content of `path`; one of a version that kept no digests passes.
-    """
-    before = part.get("made_from", digests)
-    changed = sorted(what for what in {*before, *digests} if before.get(what) != digests.get(what))
-    if changed:
-        raise InputError(
-            f"{path}: {part['model']['name']} was measured on {part['set']['name']} before the {', '.join(changed)} "
-            "changed. Choose another --out, or remove that folder."
-        )
-
-
 def file_digests(paths: Mapping[str, str | None]) -> dict[str, str]:
-    """SHA-256 of each file that is there, by what it is called; a name of something else (a tag, say) has none."""
+    """Return the SHA-256 of each file, by what it is called; what is no file (a tag, say) is left out."""
     return {name: files.sha256(path) for name, path in paths.items() if path and files.exists(path)}
 
 
 def model_digests(spec: str, weights: str | None = None) -> dict[str, str]:
-    """Digests of a model's folder or file, over what it is loaded from, and of its weights file.
+    """Return digests of a model's folder or file, over what it is loaded from, and of its weights file.
 
-    Folders of stages have none here: they have results to know them by. Nor have models that are but a name.
+    Folders of stages have none here: `inputs.json` has the digest of their result. Mere names have none.
     """
-    path = spec.partition("#")[0]
-    found = file_digests({"model": path if path.endswith(".json") else None, "weights": weights})
-    if any(files.exists(files.join(path, marker)) for marker in (CONFIG_FILE, ONNX_RECORD)):
-        found["model"] = _model_folder_digest(path)
+    found = file_digests({"model": spec if spec.endswith(".json") else None, "weights": weights})
+    if files.exists(files.join(spec, CONFIG_FILE)):
+        found["model"] = _model_folder_digest(spec)
     return found
 
 
 def set_digest(spec: str, *, data_root: str | None) -> str:
-    """A digest of a set's listing. Raises `InputError` for a set of one's own that is not there."""
+    """Return a digest of a set's listing. Raises `InputError` for a set of one's own that is not there."""
     _, kind, path = parse_spec(spec)
     if kind == "known":
         return _digest(_listing_known(path, data_root))
@@ -94,7 +77,7 @@ def _model_folder_digest(path: str) -> str:
 
 
 def _listing_own(path: str) -> Iterator[tuple[str, str]]:
-    """The files of a folder; of a pattern those it matches, and the texts beside them."""
+    """List the files of a folder; of a pattern, those that it matches and the texts beside them."""
     if is_folder(path):
         yield from _listing(path)
         return
@@ -121,7 +104,7 @@ def _listing_known(name: str, data_root: str | None) -> Iterator[tuple[str, str]
 
 
 def _listing(path: str) -> Iterator[tuple[str, str]]:
-    """The files below a folder, sorted, by their path in it."""
+    """List the files below a folder, sorted, by their path in it."""
     if files.is_url(path):
         system, inner = files.filesystem(path)
         sizes = {place: int(entry["size"]) for place, entry in system.find(inner, detail=True).items()}

@@ -1,12 +1,14 @@
-"""Scores for machines: CSV with a line for each, and CLIP_benchmark's records with a file for each."""
+"""Write scores for other programs: as CSV, and as the JSON records of CLIP_benchmark."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from distilclip.sets.score import Score
 
 CSV_COLUMNS = (
     *("model", "set", "task", "metric", "value", "low", "high", "chance", "majority"),
@@ -28,27 +30,27 @@ CLIP_BENCHMARK_METRICS: dict[str, dict[str, str]] = {
 }
 
 
-def write_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Every score, one a line, as fractions."""
+def write_csv(scores: Sequence[Score]) -> str:
+    """Return CSV with a line for every score, as fractions."""
     text = io.StringIO()
     writer = csv.DictWriter(text, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(score.row() for score in scores)
     return text.getvalue()
 
 
-def clip_benchmark_records(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The scores that CLIP_benchmark has too, as its JSON files (`clip_benchmark build` reads them), by file name.
+def clip_benchmark_records(scores: Sequence[Score]) -> dict[str, dict[str, Any]]:
+    """Return the scores that CLIP_benchmark has too, as its JSON records (for `clip_benchmark build`), by file name.
 
     Where it says `pretrained`, the beginning of the weights' digest stands.
     """
     records: dict[str, dict[str, Any]] = {}
     names: dict[tuple[str, str, str], str] = {}
-    for row in rows:
-        metric = CLIP_BENCHMARK_METRICS.get(row["task"], {}).get(row["metric"])
-        if metric is None or row["value"] is None:
+    for score in scores:
+        metric = CLIP_BENCHMARK_METRICS.get(score.task, {}).get(score.metric)
+        if metric is None or score.value is None:
             continue
-        measured = row["model"], row["set"], row["task"]
+        measured = score.model, score.set, score.task
         if measured not in names:
             name = re.sub(r"[^\w.+-]", "_", "_".join(measured))
             twice = f"_{len(names)}" if f"{name}.json" in records else ""  # `a/b` and `a_b` are two models
@@ -56,13 +58,13 @@ def clip_benchmark_records(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[
         record = records.setdefault(
             names[measured],
             {
-                "dataset": row["set"],
-                "model": row["model"],
-                "pretrained": row["model_digest"][:12],
-                "task": CLIP_BENCHMARK_TASKS[row["task"]],
+                "dataset": score.set,
+                "model": score.model,
+                "pretrained": score.model_digest[:12],
+                "task": CLIP_BENCHMARK_TASKS[score.task],
                 "metrics": {},
                 "language": "en",
             },
         )
-        record["metrics"][metric] = row["value"]
+        record["metrics"][metric] = score.value
     return records

@@ -1,4 +1,4 @@
-"""Scores: every number of a model on a set, with its interval, its baselines and what it was measured with."""
+"""Turn what was measured into scores, each with its interval and baselines."""
 
 from __future__ import annotations
 
@@ -6,72 +6,29 @@ import dataclasses
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from distilclip.evaluate.agreement import Agreement
 from distilclip.evaluate.zero_shot import ZeroShot
-from distilclip.measures.few_shot import FewShot
+from distilclip.measures.agreement import Agreement
 from distilclip.measures.metrics import mean_interval, mean_per_class, share_interval
 from distilclip.measures.probe import Probe
 from distilclip.measures.retrieval import Retrieval
+from distilclip.sets.score import Score
 
-Task = Literal["zero-shot", "linear-probe", "knn-probe", "few-shot", "retrieval", "agreement"]
 RECALL_AT = (1, 5, 10)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """One number. `value`, `low` and `high` (a 95 % interval), `chance` and `majority` are fractions.
-
-    The interval is a Bayesian bootstrap over the test images, within each class for mean per class, or, of a mean over
-    folds or draws, Student's t over these.
-
-    `value` is None where there is none, and `reason` says why. `headline` marks the metric that the set is known by.
-    `chance` is what guessing gets, `majority` what always answering the most frequent class gets. `details` say how it
-    was measured.
-    """
-
-    set: str
-    task: Task
-    metric: str
-    value: float | None
-    headline: bool = False
-    low: float | None = None
-    high: float | None = None
-    chance: float | None = None
-    majority: float | None = None
-    num_test: int = 0
-    num_unreadable: int = 0
-    num_classes: int | None = None
-    reason: str = ""
-    details: dict[str, Any] = field(default_factory=dict)
-
-    def missing(self, reason: str) -> Score:
-        """The row of a score that cannot be had."""
-        return dataclasses.replace(self, value=None, headline=True, reason=reason)
-
-    def with_details(self, **details: Any) -> Score:
-        """The same score, saying more about how it was measured."""
-        return dataclasses.replace(self, details={**self.details, **details})
-
-    def row(self, *, model: str, digest: str) -> dict[str, Any]:
-        """The score as a row of result.json."""
-        return {"model": model, "model_digest": digest, **dataclasses.asdict(self)}
-
-
 def zero_shot_scores(found: ZeroShot, base: Score, *, headline: str) -> list[Score]:
-    """Top-1, top-5 (of more than five classes) and mean per class."""
+    """Score top-1, top-5 (of more than five classes) and mean per class."""
     return _accuracies(found.rank == 0, found.labels, base, headline=headline, top5=found.rank < 5)
 
 
 def probe_scores(found: Sequence[Probe], labels: Int[Tensor, " n"], base: Score, *, headline: str) -> list[Score]:
-    """Top-1 and mean per class of a linear probe, with the penalty and how it was found; of folds, the means."""
+    """Score top-1 and mean per class of a linear probe, with its penalty and the sweep; of folds, the means."""
     base = base.with_details(
         l2=found[0].l2 if len(found) == 1 else [probe.l2 for probe in found],
         sweep=[list(point) for point in found[0].sweep],
@@ -85,25 +42,8 @@ def probe_scores(found: Sequence[Probe], labels: Int[Tensor, " n"], base: Score,
     ]
 
 
-def knn_scores(predictions: Int[Tensor, " n"], labels: Int[Tensor, " n"], base: Score, *, headline: str) -> list[Score]:
-    """Top-1 and mean per class of the k-nearest-neighbour probe."""
-    return _accuracies(predictions.cpu() == labels, labels, base, headline=headline)
-
-
-def few_shot_scores(found: FewShot, labels: Int[Tensor, " n"], base: Score, *, metric: str) -> list[Score]:
-    """The set's own metric for every number of shots, a mean over the draws; the most shots are the headline."""
-    attribute = "accuracy" if metric == "top1" else metric
-    scores = []
-    for shots, probes in found.probes.items():
-        values = [getattr(probe, attribute) for probe in probes]
-        named = base.with_details(shots=shots, metric=metric, l2=[probe.l2 for probe in probes])
-        name, last = f"{shots}_shot", f"{max(found.probes)}_shot"
-        scores.append(_mean_score(values, named, labels, metric=name, headline=last))
-    return scores
-
-
 def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score) -> list[Score]:
-    """Recall at 1, 5 and 10, both ways."""
+    """Score recall at 1, 5 and 10, both ways."""
     num_images, num_captions = len(found.image_to_text), len(found.text_to_image)
     owned = torch.bincount(pairs)
     scores = []
@@ -130,7 +70,7 @@ def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score) ->
 
 
 def agreement_scores(found: Agreement, base: Score) -> list[Score]:
-    """CKA, where the widths match mean cosine and, for a labelled set, top-1 and top-5 agreement and KL."""
+    """Score CKA, where the widths match mean cosine and, for a labelled set, top-1 and top-5 agreement and KL."""
     values = {"cka": found.cka, "cosine": found.cosine}
     if base.num_classes is not None:
         top5 = {"top5_agreement": found.top5} if found.top5 is not None else {}
@@ -185,7 +125,7 @@ def _accuracies(
 
 
 def _mean_score(values: list[float], base: Score, labels: Int[Tensor, " n"], *, metric: str, headline: str) -> Score:
-    """The mean over folds or draws."""
+    """Score the mean over folds."""
     assert base.num_classes is not None
     low, high = mean_interval(values)
     return dataclasses.replace(
@@ -201,7 +141,7 @@ def _mean_score(values: list[float], base: Score, labels: Int[Tensor, " n"], *, 
 
 
 def _chance_of_any(owned: Int[Tensor, " n"], num_captions: int, k: int) -> float:
-    """The mean probability that k captions drawn at random hold one of an image's own."""
+    """Return the mean probability that k captions drawn at random hold one of an image's own."""
     counts, images = torch.unique(owned, return_counts=True)
     misses = [
         math.comb(num_captions - int(c), k) / math.comb(num_captions, k) if k <= num_captions else 0.0 for c in counts

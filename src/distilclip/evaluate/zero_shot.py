@@ -1,8 +1,7 @@
-"""Zero-shot classification: prompts of every class, averaged into a text classifier, against image embeddings."""
+"""Classify images by the text embeddings of class names, without training (zero-shot)."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,48 +12,28 @@ from torch.nn import functional as F
 
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
-from distilclip.evaluate.encode import Encoder, Encoding, encode_images, encode_texts
+from distilclip.evaluate.encode import Encoding, encode_images, encode_texts
 from distilclip.measures.metrics import mean_per_class, row_tiles, target_rank
 from distilclip.models.clip import Clip
 from distilclip.sets.classes import check_templates
-from distilclip.sets.dataset import LabelledSet
-from distilclip.sets.open import load_set
+from distilclip.sets.dataset import EvaluationSet, LabelledSet
 
 
 @dataclass(frozen=True, kw_only=True)
 class TextClassifier:
-    """One unit vector per name, and the model's scale, which makes cosines logits.
+    """Hold one unit vector per class, and the model's scale, which turns cosines into logits."""
 
-    Names and classes are the same unless `classes` has the class of each name: then the nearest name of a class counts.
-    """
-
-    weight: Float[Tensor, "r dim"]
+    weight: Float[Tensor, "k dim"]
     scale: float
-    classes: Int[Tensor, " r"] | None = None
-
-    @property
-    def num_classes(self) -> int:
-        """How many classes are told apart."""
-        return len(self.weight) if self.classes is None else int(self.classes.max()) + 1
-
-    def of_classes(self, classes: Sequence[int]) -> TextClassifier:
-        """The same classifier, its names being of these classes."""
-        if list(classes) == list(range(len(self.weight))):
-            return self
-        return dataclasses.replace(self, classes=torch.tensor(classes))
 
     def logits(self, image: Float[Tensor, "n dim"]) -> Float[Tensor, "n k"]:
-        """Scaled cosine similarities, in float32."""
-        scores = self.scale * (image @ self.weight.T)
-        if self.classes is None:
-            return scores
-        largest = scores.new_full((len(scores), self.num_classes), -torch.inf)
-        return largest.scatter_reduce_(1, self.classes.expand_as(scores), scores, reduce="amax")
+        """Return scaled cosine similarities, in float32."""
+        return self.scale * (image @ self.weight.T)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ZeroShot:
-    """Predicted classes, and the rank (0 is first) of each image's true class."""
+    """Hold the predicted class of each image, and the rank of its true class (0 is first)."""
 
     predictions: Int[Tensor, " n"]
     rank: Int[Tensor, " n"]
@@ -63,24 +42,24 @@ class ZeroShot:
 
     @property
     def top1(self) -> float:
-        """Share of images whose class comes first."""
+        """Return the share of images whose class comes first."""
         return (self.rank == 0).double().mean().item()
 
     @property
     def top5(self) -> float:
-        """Share of images whose class is among the first five."""
+        """Return the share of images whose class is among the first five."""
         return (self.rank < 5).double().mean().item()
 
     @property
     def mean_per_class(self) -> float:
-        """Top-1 within each class, averaged over the classes."""
+        """Return top-1 within each class, averaged over the classes."""
         return mean_per_class(self.rank == 0, self.labels)
 
 
 def text_classifier(
-    clip: Encoder, names: Sequence[str], templates: Sequence[str], *, encoding: Encoding | None = None
+    clip: Clip, names: Sequence[str], templates: Sequence[str], *, encoding: Encoding | None = None
 ) -> TextClassifier:
-    """Each class's prompts encoded, normalised, averaged, normalised again (Radford et al. 2021, section 3.1.4)."""
+    """Encode every class's prompts, normalise, average, and normalise again (Radford et al. 2021, section 3.1.4)."""
     encoding = encoding or Encoding()
     rows = []
     step = max(1, encoding.batch_size // len(templates))
@@ -122,7 +101,7 @@ def zero_shot(
     `dataset` is a set or its spec (`folder:PATH`, `tar:PATH`); `templates` replace the set's own. Raises `InputError`
     for a set without class names, and for images as `policy` says.
     """
-    chosen = load_set(dataset) if isinstance(dataset, str) else dataset
+    chosen = _open_set(dataset) if isinstance(dataset, str) else dataset
     if not isinstance(chosen, LabelledSet):
         raise InputError(f"The set {chosen.name!r} has captions, not classes; `retrieval` is the measure for it.")
     if not chosen.classes.named:
@@ -132,10 +111,16 @@ def zero_shot(
     templates = tuple(templates) if templates is not None else chosen.templates
     check_templates(templates, source="templates")
     found = encode_images(model, chosen.test.images, encoding=encoding, policy=policy, description=chosen.name)
-    names, classes = chosen.classes.prompted
     return classify(
         found.embedding,
         torch.from_numpy(chosen.test.labels)[found.rows],
-        text_classifier(model, names, templates, encoding=encoding).of_classes(classes),
+        text_classifier(model, chosen.classes.names, templates, encoding=encoding),
         num_unreadable=found.num_unreadable,
     )
+
+
+def _open_set(spec: str) -> EvaluationSet:
+    # Imported here: the readers of published sets are many, and who brings a set needs none of them.
+    from distilclip.sets.open import load_set
+
+    return load_set(spec)

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression by preconditioned L-BFGS, on the CPU or a GPU, with no copy of the features.
+"""Fit multinomial logistic regression by preconditioned L-BFGS, on the CPU or a GPU, with no copy of the features.
 
 The objective is scikit-learn's times n, with l2 = 1 / C; the intercept is not penalised:
 
@@ -13,6 +13,9 @@ U the Hessian is near the identity, since n h_k v_j is about the loss's curvatur
 of CLIP features spans decades: plain L-BFGS needs hundreds of iterations where this needs tens. The map is applied to
 weights and gradients (d x k), never to the n x d features, and the scale as the initial matrix of L-BFGS, so that it
 can follow h without losing the remembered curvature pairs.
+
+Example: points -1 and 1 of classes 0 and 1, l2 = 1/2. By symmetry W = (-a, a) and b = 0; each point has the probability
+1 / (1 + exp(-2 a)) for its class, and at the optimum 2 / (1 + exp(2 a)) = a / 2, so a = 0.74.
 """
 
 from __future__ import annotations
@@ -41,7 +44,7 @@ SMALLEST_CURVATURE = 1e-4  # of h, as a share of the uniform classifier's: a fit
 
 @dataclass(frozen=True, kw_only=True)
 class Block:
-    """Labelled features; `rows` names those that take part (None: all), gathered tile by tile, never copied whole."""
+    """Hold labelled features; `rows` names those that take part (None: all). Tiles are gathered, never all at once."""
 
     features: Float[Tensor, "n dim"]
     labels: Int[Tensor, " n"]
@@ -51,14 +54,14 @@ class Block:
         return len(self.labels) if self.rows is None else len(self.rows)
 
     def tile(self, rows: slice) -> tuple[Float[Tensor, "t dim"], Int[Tensor, " t"]]:
-        """Some of the rows that take part."""
+        """Return some of the rows that take part."""
         chosen = rows if self.rows is None else self.rows[rows]
         return self.features[chosen], self.labels[chosen]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Logistic:
-    """A fitted classifier: its logits are `features @ weight + bias`."""
+    """Hold a fitted classifier: its logits are `features @ weight + bias`."""
 
     weight: Float[Tensor, "dim k"]
     bias: Float[Tensor, " k"]
@@ -68,7 +71,7 @@ class Logistic:
 
 
 class LogisticProblem:
-    """The objective over some blocks of rows, and the coordinates that make it easy, for every l2 of a sweep.
+    """Compute the objective over some blocks of rows, in coordinates that make it easy, for every l2 of a sweep.
 
     Features may be half precision: they are widened tile by tile. In float64 everything is computed in float64.
     """
@@ -89,13 +92,14 @@ class LogisticProblem:
         self.mean, self.variance, self.axes = self._principal_axes()
 
     def tiles(self) -> Iterator[tuple[Float[Tensor, "t dim"], Int[Tensor, " t"]]]:
-        """All rows that take part, in order."""
+        """Yield all rows that take part, in order."""
         for block in self.blocks:
             for rows in row_tiles(len(block), max(self.dim, self.num_classes), tile_elements=self.tile_elements):
                 x, labels = block.tile(rows)
                 yield x.to(self.dtype), labels
 
     def _principal_axes(self) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"], Float[Tensor, "dim dim"]]:
+        # Two passes, the mean first: sums of squares minus squares of sums would lose digits.
         total = torch.zeros(self.dim, dtype=self.sum_dtype, device=self.device)
         for x, _ in self.tiles():
             total += x.sum(0, dtype=self.sum_dtype)
@@ -110,34 +114,37 @@ class LogisticProblem:
         return mean, variance.to(self.dtype), axes.to(self.dtype)
 
     def prior(self) -> Float[Tensor, "dim_plus_1 k"]:
-        """No weight, and the classes' log frequencies as intercepts: the solution for infinite l2."""
+        """Return no weight, and the classes' log frequencies as intercepts: the solution for infinite l2."""
         counts = torch.zeros(self.num_classes, dtype=self.dtype, device=self.device)
         for _, labels in self.tiles():
             counts += torch.bincount(labels, minlength=self.num_classes)
         return torch.cat([counts.new_zeros(self.dim, self.num_classes), (counts / self.num_rows).log()[None, :]])
 
     def rotate(self, weight: Float[Tensor, "dim k"], bias: Float[Tensor, " k"]) -> Float[Tensor, "dim_plus_1 k"]:
-        """Weights along the principal axes, and as the last row the intercepts of centred features."""
+        """Return weights along the principal axes, and as the last row the intercepts of centred features."""
         return torch.cat([self.axes.T @ weight, (bias + self.mean @ weight)[None, :]])
 
     def unrotate(self, rotated: Float[Tensor, "dim_plus_1 k"]) -> tuple[Float[Tensor, "dim k"], Float[Tensor, " k"]]:
-        """Weight and bias for the features as they are: the inverse of `rotate`."""
+        """Return weight and bias for the features as they are: the inverse of `rotate`."""
         weight = self.axes @ rotated[:-1]
         return weight, rotated[-1] - self.mean @ weight
 
     def objective(
         self, rotated: Float[Tensor, "dim_plus_1 k"], *, l2: float
     ) -> tuple[float, Float[Tensor, "dim_plus_1 k"]]:
-        """J and its gradient, both in rotated and centred coordinates: the axes' weights, then the intercepts."""
+        """Return J and its gradient in rotated and centred coordinates: the axes' weights, then the intercepts."""
+        # Maps cost d x k; the features stay as they are. Logits in base 2, for exp2.
         weight, bias = self.unrotate(rotated)
         base2_weight, base2_bias = weight * LOG2_E, bias * LOG2_E
         loss = torch.zeros((), dtype=self.sum_dtype, device=self.device)
         gradient, residual_sum = torch.zeros_like(weight), torch.zeros_like(bias)
         for x, labels in self.tiles():
+            # x [t, d], residual [t, k]: probabilities minus one-hot labels.
             residual, cross_entropy = self._residual(torch.addmm(base2_bias, x, base2_weight), labels[:, None])
             loss += cross_entropy.sum(dtype=self.sum_dtype)
             gradient.addmm_(x.T, residual)
             residual_sum += residual.sum(0)
+        # Centring moves mean times the intercepts' gradient out of the weights'.
         gradient.addr_(self.mean, residual_sum, alpha=-1.0)
         along_axes = rotated[:-1]
         value = float(loss) + 0.5 * l2 * float(along_axes.square().sum(dtype=self.sum_dtype))
@@ -146,11 +153,12 @@ class LogisticProblem:
     def _residual(
         self, logits: Float[Tensor, "t k"], label: Int[Tensor, "t 1"]
     ) -> tuple[Float[Tensor, "t k"], Float[Tensor, "t 1"]]:
-        """Probabilities minus one-hot labels, in the memory of the logits (in base 2), and the cross-entropies in nats.
+        """Return probabilities minus one-hot labels, in the memory of the logits (base 2), and cross-entropies in nats.
 
         The label's logit is taken apart, so that losses and residuals far below 1e-7 keep their digits.
         """
         own = logits.gather(1, label)
+        # The other classes' odds, relative to the largest of them.
         logits.scatter_(1, label, -torch.inf)
         largest = logits.amax(dim=1, keepdim=True)
         odds = logits.sub_(largest).clamp_(min=-self.lowest_exponent).exp2_().scatter_(1, label, 0.0)
@@ -161,7 +169,7 @@ class LogisticProblem:
         return odds.mul_(share).scatter_(1, label, -wrong), softplus(margin)
 
     def _curvature_rows(self) -> Iterator[Float[Tensor, "t dim"]]:
-        """All rows, or of many a sample drawn once: an initial matrix need not be exact."""
+        """Yield all rows, or of many a sample drawn once: an initial matrix need not be exact."""
         if self.num_rows <= CURVATURE_ROWS:
             yield from (x for x, _ in self.tiles())
             return
@@ -176,9 +184,10 @@ class LogisticProblem:
             first += len(block)
 
     def preconditioner(self, rotated: Float[Tensor, "dim_plus_1 k"], *, l2: float) -> Float[Tensor, "dim_plus_1 k"]:
-        """1 / S^2 at a point: the inverse of the Hessian's approximate diagonal in rotated coordinates."""
+        """Return 1 / S^2 at a point: the inverse of the Hessian's approximate diagonal in rotated coordinates."""
         weight, bias = self.unrotate(rotated)
         curvature = torch.zeros_like(bias)
+        # n h_k: the sum over rows of p_k (1 - p_k), scaled up from the sample.
         for x in self._curvature_rows():
             probability = torch.addmm(bias, x, weight).softmax(dim=1)
             curvature += probability.sum(0) - probability.square().sum(0)
@@ -215,11 +224,13 @@ def fit_logistic(
             scale = problem.preconditioner(point, l2=l2)
         direction = _quasi_newton_direction(gradient, pairs, scale)
         slope = float((gradient * direction).sum())
+        # A full step is expected to gain half the slope; ten steps without gain are the end in single precision.
         stalled = len(last_values) == STALLED_AFTER and last_values[0] - value <= tolerance * value
         if -0.5 * slope <= tolerance * value or stalled:
             converged = True
             break
         last_values.append(value)
+        # Backtracking line search: shorten the step until it gains enough.
         step = 1.0
         while True:
             new_point = point + step * direction
@@ -230,6 +241,7 @@ def fit_logistic(
             # The minimum of the parabola through both values and the slope, kept within a tenth and a half.
             excess = new_value - value - step * slope
             step *= min(0.5, max(0.1, -0.5 * step * slope / excess))
+        # Remember how the gradient changed along the move; without positive curvature it would mislead.
         move, change = new_point - point, new_gradient - gradient
         product = (move * change).sum()
         if product > 0:
@@ -242,16 +254,19 @@ def fit_logistic(
 def _quasi_newton_direction(
     gradient: Tensor, pairs: Sequence[tuple[Tensor, Tensor, Tensor]], scale: Tensor
 ) -> Float[Tensor, "dim_plus_1 k"]:
-    """Minus the gradient times L-BFGS's inverse Hessian (two loops: Nocedal and Wright, algorithm 7.4)."""
+    """Return minus the gradient times L-BFGS's inverse Hessian (two loops: Nocedal and Wright, algorithm 7.4)."""
+    # First loop: take out the remembered pairs, newest first.
     direction, weights = -gradient, []
     for move, change, product in reversed(pairs):
         weight = (move * direction).sum() / product
         weights.append(weight)
         direction = direction - weight * change
+    # The initial inverse Hessian: our diagonal, its length fitted to the newest pair.
     direction = direction * scale
     if pairs:
         _, change, product = pairs[-1]
         direction = direction * (product / (change.square() * scale).sum())
+    # Second loop: put the pairs back, oldest first.
     for (move, change, product), weight in zip(pairs, reversed(weights), strict=True):
         direction = direction + (weight - (change * direction).sum() / product) * move
     return direction

@@ -1,4 +1,4 @@
-"""Readers of the papers' sets as their publishers packed them and torchvision unpacks them.
+"""Read the papers' sets as their publishers packed them and torchvision unpacks them.
 
 torchvision's own readers are used where they can be asked for paths (`loader=str`) or check digests before they
 unpickle. The rest is read here: torchvision has no split of SUN397, EuroSAT and Caltech101, drops a class of the last,
@@ -27,22 +27,22 @@ STL_FOLDS = 10
 
 
 def list_food101(path: str) -> Listing:
-    """Food-101: the lists in meta/."""
+    """List Food-101: the lists in meta/."""
     return _from_torchvision(torchvision.Food101, path, {"train": "train", "test": "test"})
 
 
 def list_cifar10(path: str) -> Listing:
-    """CIFAR-10: the Python batches."""
+    """List CIFAR-10: the Python batches."""
     return _cifar(torchvision.CIFAR10, path)
 
 
 def list_cifar100(path: str) -> Listing:
-    """CIFAR-100: the Python batches, fine labels."""
+    """List CIFAR-100: the Python batches, fine labels."""
     return _cifar(torchvision.CIFAR100, path)
 
 
 def list_birdsnap(path: str) -> Listing:
-    """Birdsnap: species.txt, images.txt and test_images.txt; images that could not be fetched are left out."""
+    """List Birdsnap: species.txt, images.txt and test_images.txt; images that could not be fetched are left out."""
     species = {row[0]: row[1] for row in _columns(files.join(path, "species.txt"), "id", "dir")}
     tested = {row[0] for row in _columns(files.join(path, "test_images.txt"), "path")}
     folder = next((f for f in ("download/images", "images") if files.exists(files.join(path, f))), None)
@@ -57,7 +57,7 @@ def list_birdsnap(path: str) -> Listing:
 
 
 def list_sun397(path: str) -> Listing:
-    """SUN397: the first of its ten partitions, Training_01.txt and Testing_01.txt."""
+    """List SUN397: the first of its ten partitions, Training_01.txt and Testing_01.txt."""
     folder = path if files.exists(files.join(path, "ClassName.txt")) else files.join(path, "SUN397")
     splits: dict[SplitName, Labelled] = {}
     names: tuple[tuple[SplitName, str], ...] = (("train", "Training_01.txt"), ("test", "Testing_01.txt"))
@@ -74,24 +74,24 @@ def list_sun397(path: str) -> Listing:
 
 
 def list_cars(path: str) -> Listing:
-    """Stanford Cars: the devkit's .mat files."""
+    """List Stanford Cars: the devkit's .mat files."""
     return _from_torchvision(torchvision.StanfordCars, path, {"train": "train", "test": "test"})
 
 
 def list_aircraft(path: str) -> Listing:
-    """FGVC Aircraft: variants, with the official validation split."""
+    """List FGVC Aircraft: variants, with the official validation split."""
     splits: dict[SplitName, str] = {"train": "train", "validation": "val", "test": "test"}
     return _from_torchvision(torchvision.FGVCAircraft, path, splits, annotation_level="variant")
 
 
 def list_dtd(path: str) -> Listing:
-    """Describable textures: the first of its ten partitions, with the official validation split."""
+    """List Describable textures: the first of its ten partitions, with the official validation split."""
     splits: dict[SplitName, str] = {"train": "train", "validation": "val", "test": "test"}
     return _from_torchvision(torchvision.DTD, path, splits, partition=1, record={"partition": 1})
 
 
 def list_pets(path: str) -> Listing:
-    """Oxford-IIIT pets: annotations/trainval.txt and test.txt, labelled by breed."""
+    """List Oxford-IIIT pets: annotations/trainval.txt and test.txt, labelled by breed."""
     folder = files.join(path, "oxford-iiit-pet")
     splits: dict[SplitName, Labelled] = {}
     numbered: dict[int, str] = {}
@@ -108,7 +108,7 @@ def list_pets(path: str) -> Listing:
 
 
 def list_caltech101(path: str) -> Listing:
-    """Caltech-101 with its background class, 30 images of each class to train on, the others to test.
+    """List Caltech-101 with its background class, 30 images of each class to train on, the others to test.
 
     No draw was ever published: this one takes the first 30 by the SHA-256 of `class/file`, and records its digest.
     """
@@ -118,13 +118,13 @@ def list_caltech101(path: str) -> Listing:
 
 
 def list_flowers102(path: str) -> Listing:
-    """Flowers-102: setid.mat and imagelabels.mat, with the official validation split."""
+    """List Flowers-102: setid.mat and imagelabels.mat, with the official validation split."""
     splits: dict[SplitName, str] = {"train": "train", "validation": "val", "test": "test"}
     return _from_torchvision(torchvision.Flowers102, path, splits)
 
 
 def list_stl10(path: str) -> Listing:
-    """STL-10: the binary files; the ten predefined folds of 1,000 training images each."""
+    """List STL-10: the binary files; the ten predefined folds of 1,000 training images each."""
     folder = files.join(path, "stl10_binary")
     names = read_lines(files.join(folder, "class_names.txt"))
     splits: dict[SplitName, Labelled] = {}
@@ -144,7 +144,7 @@ def list_stl10(path: str) -> Listing:
 
 
 def list_eurosat(path: str) -> Listing:
-    """EuroSAT (RGB): 1,000 images of each class to train on and 500 to test.
+    """List EuroSAT (RGB): 1,000 images of each class to train on and 500 to test.
 
     CLIP's draw was not published: this one goes by the SHA-256 of `class/file`, and records its digest.
     """
@@ -154,7 +154,7 @@ def list_eurosat(path: str) -> Listing:
 
 
 def draw_splits(folder: str, *, num_train: int, num_test: int | None) -> Listing:
-    """Of each class folder the first `num_train` images to train on and the next `num_test` (None: all) to test.
+    """Draw from each class folder `num_train` images to train on and the next `num_test` (None: all) to test.
 
     The order is that of the SHA-256 of `class/file`, so it depends on nothing but the names. A class with fewer images
     than both together gives the same share of them to training, and at least one to each.
@@ -178,12 +178,12 @@ def draw_splits(folder: str, *, num_train: int, num_test: int | None) -> Listing
 
 
 def array_ref(uri: str, row: int, pixels: np.ndarray) -> ImageRef:
-    """A row of an array of images, `uri` being the file that it comes from."""
+    """Return a reference to a row of an array of images; `uri` is the file that it comes from."""
     return ImageRef(uri=uri, key=f"{row:06}", pixels=np.ascontiguousarray(pixels))
 
 
 def label_at(labels: Sequence[str], number: int, *, where: str) -> str:
-    """The label of a class number; `InputError` for one out of range, which as an index would count from the end."""
+    """Return the label of a class number; `InputError` for one out of range (-1 would count from the end)."""
     if not 0 <= number < len(labels):
         raise InputError(f"{where}: the class number {number} is out of range: the set has {len(labels)} classes.")
     return labels[number]
@@ -197,7 +197,7 @@ def _from_torchvision(
     record: dict[str, Any] | None = None,
     **options: Any,
 ) -> Listing:
-    """The listing of a torchvision set whose reader takes a `loader`: given `str`, that makes paths of images."""
+    """List a torchvision set whose reader takes a `loader`: with `str` as loader, images stay paths."""
     found: dict[SplitName, Labelled] = {}
     labels: list[str] = []
     for split, name in splits.items():
@@ -231,7 +231,7 @@ def _sun_label(line: str) -> str:
 
 
 def _columns(path: str, *names: str) -> list[tuple[str, ...]]:
-    """Some columns of a file with tabs and a header line."""
+    """Read some columns of a file with tabs and a header line."""
     header, *lines = (line.split("\t") for line in read_lines(path))
     try:
         places = [header.index(name) for name in names]

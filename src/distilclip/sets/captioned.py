@@ -1,4 +1,4 @@
-"""Reader of image-text pairs for retrieval, with any number of captions per image."""
+"""Read images with any number of captions each, for retrieval: shards of pairs, and COCO and Flickr30k as published."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import numpy as np
 
 from distilclip import files
 from distilclip.data.samples import BadSample, Sample
-from distilclip.data.shards import open_shard
-from distilclip.data.texts import TextReader
+from distilclip.data.shards import TextReader, open_shard
 from distilclip.errors import InputError
 from distilclip.sets.classes import read_lines
 from distilclip.sets.dataset import ImageRef, PairSet
@@ -21,10 +20,11 @@ Captioned = list[tuple[ImageRef, list[str]]]
 """Images with all captions of each."""
 
 _SUFFIXES = (".tar", ".parquet", ".csv", ".tsv")
+_IMAGE_FOLDERS = ("val2014", "train2014", "flickr30k-images", "flickr30k_images", "images", "Images", "")
 
 
 def read_pairs(name: str, path: str) -> PairSet:
-    """Shards of pairs, a pattern or a folder; where there are shards to test, those of train and val are passed over.
+    """Read shards of pairs, a pattern or a folder; where there are test shards, those of train and val are not read.
 
     An image's captions are its caption and the further ones in the list `captions` of its json; in a folder whose
     dataset_type.txt says `retrieval` (CLIP_benchmark's webdatasets), the lines of its txt. A sample without any is
@@ -40,7 +40,7 @@ def read_pairs(name: str, path: str) -> PairSet:
 
 
 def build_pairs(name: str, rows: Captioned, *, record: dict[str, Any] | None = None) -> PairSet:
-    """Images and captions as a set, each caption with the number of its image."""
+    """Make a set of images and captions, each caption with the number of its image."""
     captions = [caption for _, own in rows for caption in own]
     image_of_text = np.repeat(np.arange(len(rows)), [len(own) for _, own in rows])
     return PairSet(
@@ -53,7 +53,7 @@ def build_pairs(name: str, rows: Captioned, *, record: dict[str, Any] | None = N
 
 
 def is_retrieval_folder(folder: str) -> bool:
-    """Whether a folder in CLIP_benchmark's webdataset layout holds pairs."""
+    """Return whether a folder in CLIP_benchmark's webdataset layout holds pairs."""
     path = files.join(folder, "dataset_type.txt")
     return files.exists(path) and files.read_bytes(path).decode().strip().lower() == "retrieval"
 
@@ -83,11 +83,8 @@ def _captions(sample: Sample, *, by_line: bool) -> list[str]:
     return captions
 
 
-_IMAGE_FOLDERS = ("val2014", "train2014", "flickr30k-images", "flickr30k_images", "images", "Images", "")
-
-
 def list_coco(path: str) -> Captioned:
-    """The 5,000 test images of Karpathy's split with all captions of each, five or a few more."""
+    """List the 5,000 test images of Karpathy's split with all captions of each, five or a few more."""
     if files.exists(files.join(path, "dataset_coco.json")):
         return _karpathy(path, "dataset_coco.json")
     name = "coco_test_karpathy.json"
@@ -100,19 +97,19 @@ def list_coco(path: str) -> Captioned:
 
 
 def list_flickr30k(path: str) -> Captioned:
-    """The 1,000 test images of Karpathy's split with the five captions of each."""
+    """List the 1,000 test images of Karpathy's split with the five captions of each."""
     if files.exists(files.join(path, "dataset_flickr30k.json")):
         return _karpathy(path, "dataset_flickr30k.json")
     name = "flickr30k_test_karpathy.txt"
     captions: dict[str, list[str]] = {}
     for line in read_lines(files.join(path, name))[1:]:  # the first line is a header
         image, _, caption = line.partition(".jpg,")
-        captions.setdefault(f"{image}.jpg", []).append(_unquoted(caption))
+        captions.setdefault(f"{image}.jpg", []).append(_unquote(caption))
     return _place(path, name, list(captions.items()))
 
 
-def _unquoted(field: str) -> str:
-    """The last field of a line of CSV, whose writer may have left a comma in it unquoted."""
+def _unquote(field: str) -> str:
+    """Return the last field of a line of CSV, whose writer may have left a comma in it unquoted."""
     try:
         found = next(csv.reader([field], strict=True))
     except csv.Error:  # it begins with a quotation mark of its own
@@ -127,7 +124,7 @@ def _karpathy(path: str, name: str) -> Captioned:
 
 
 def _place(path: str, source: str, captions: list[tuple[str, list[str]]]) -> Captioned:
-    """The images of a list with their captions; the folder that they lie in is found by the first of them."""
+    """Find the images of a list, with their captions; the first one shows which folder they lie in."""
     if not captions:
         raise InputError(f"{files.join(path, source)} lists no test image. Fetch it again.")
     rows = [(name, [text.strip() for text in several if text.strip()]) for name, several in captions]

@@ -1,27 +1,25 @@
-"""What is known of a published evaluation set before it is read."""
+"""List the published evaluation sets, with what is known of each before it is read."""
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
 from distilclip.sets.dataset import Metric
 
-Group = Literal["paper", "robustness", "retrieval", "variant"]
+Group = Literal["paper", "robustness", "retrieval"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class KnownSet:
-    """One set of the papers.
+    """Describe one set of the papers.
 
     `folders` are the names that its folder under the data root may have. Its original layout shows by any of `archive`,
     in that folder or right in the data root, or of `inner`, in that folder only. `webdataset` are CLIP_benchmark's
     names. `prompts` is its section in openai/CLIP's prompts.md, `benchmark` its key in clip-benchmark. `aliases` give
     the prompt's class name for labels that share no words with it; labels that are names themselves are written with
     blanks for any of `blanks`. A set whose classes `may_be_empty` has dead links.
-    `border` pixels are cut off each side of its images. A `variant` measures another set by another rule, and takes
-    part in no average; `rule` says how it chooses. `size` and `licence` are empty where they are not known for sure.
+    `border` pixels are cut off each side of its images. `size` and `licence` are empty where they are not known.
     """
 
     name: str
@@ -37,7 +35,6 @@ class KnownSet:
     num_classes: int = 0
     num_train: int = 0
     metric: Metric = "top1"
-    rule: str = ""
     prompts: str = ""
     benchmark: str = ""
     aliases: dict[str, str] = field(default_factory=dict)
@@ -78,7 +75,7 @@ _EUROSAT_ALIASES = {
     "SeaLake": "lake or sea",
 }
 
-PAPER_SETS = (
+_SETS = (
     KnownSet(
         name="food101",
         group="paper",
@@ -290,9 +287,6 @@ PAPER_SETS = (
         source="image-net.org after registration; unpacked by torchvision.datasets.ImageNet",
         licence="non-commercial research and education",  # ImageNet's terms of access, 1
     ),
-)
-
-_OTHER_SETS = (
     KnownSet(
         name="imagenet-v2",
         group="robustness",
@@ -380,16 +374,7 @@ _OTHER_SETS = (
     ),
 )
 
-_BY_NAME = {known.name: known for known in (*PAPER_SETS, *_OTHER_SETS)}
-_OBJECTNET_BY_IMAGENET = dataclasses.replace(
-    _BY_NAME["objectnet"],
-    name="objectnet-by-imagenet",
-    group="variant",
-    rule="each class by the nearest of ImageNet's names for it",
-    webdataset=(),
-)  # a webdataset lacks the archive's map to ImageNet's classes
-
-CATALOGUE: dict[str, KnownSet] = {**_BY_NAME, _OBJECTNET_BY_IMAGENET.name: _OBJECTNET_BY_IMAGENET}
+CATALOGUE: dict[str, KnownSet] = {known.name: known for known in _SETS}
 
 GROUPS: dict[str, tuple[str, ...]] = {
     group: tuple(known.name for known in CATALOGUE.values() if known.group == group)

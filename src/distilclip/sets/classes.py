@@ -1,4 +1,4 @@
-"""Class names and prompt templates of an evaluation set, and the map from a set's own labels to classes, by name."""
+"""Read class names and prompt templates of a set, and map the set's own labels to class numbers by name."""
 
 from __future__ import annotations
 
@@ -17,28 +17,19 @@ CLASSNAMES_FILE = "classnames.txt"
 
 @dataclass(frozen=True)
 class Classes:
-    """The classes of a set: what its folders or `.cls` files call them, and the names that prompts use.
+    """Hold the classes of a set: what its folders or `.cls` files call them, and the names that prompts use.
 
     `source` is the file or folder they come from, for messages. `named` is False where nothing but numbers is known, so
-    that no prompt can be written. Where prompts are not written with the names, `prompt_names` has those of each class,
-    one or several.
+    that no prompt can be written.
     """
 
     labels: tuple[str, ...]
     names: tuple[str, ...]
     source: str
     named: bool = True
-    prompt_names: tuple[tuple[str, ...], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    @cached_property
-    def prompted(self) -> tuple[tuple[str, ...], tuple[int, ...]]:
-        """The names that prompts are written with, and the number of the class that each is of."""
-        groups = self.prompt_names or tuple((name,) for name in self.names)
-        pairs = [(name, number) for number, group in enumerate(groups) for name in group]
-        return tuple(name for name, _ in pairs), tuple(number for _, number in pairs)
 
     @cached_property
     def _by_label(self) -> dict[str, list[int]]:
@@ -48,7 +39,7 @@ class Classes:
         return found
 
     def index(self, label: str, *, where: str) -> int:
-        """The class that `label` means: by name (case, `_` and `-` aside), else by its number from 0.
+        """Return the class that `label` means: by name (ignoring case, `_` and `-`), else by its number from 0.
 
         Raises `InputError` for an unknown name, a number out of range, or a name that several classes have.
         """
@@ -72,7 +63,7 @@ class Classes:
 
 
 def read_classes(folder: str, observed: Iterable[str]) -> Classes:
-    """The classes that `folder/classnames.txt` lists, one name a line (or label, tab, name); else those observed.
+    """Read the classes from `folder/classnames.txt`, one name a line (or label, tab, name); else take those observed.
 
     Observed labels are sorted (numbers as numbers), and their names are the labels with blanks for `_`.
     """
@@ -90,7 +81,7 @@ def read_classes(folder: str, observed: Iterable[str]) -> Classes:
 
 
 def read_templates(path: str) -> tuple[str, ...]:
-    """Prompt templates, one a line, each with `{}` (or, as CLIP_benchmark writes it, `{c}`) where the name goes."""
+    """Read prompt templates, one a line, each with `{}` (or `{c}`, as CLIP_benchmark writes it) where the name goes."""
     templates = tuple(line.replace("{c}", "{}") for line in read_lines(path))
     check_templates(templates, source=path)
     return templates
@@ -106,18 +97,18 @@ def check_templates(templates: Sequence[str], *, source: str) -> None:
 
 
 def templates_digest(templates: Sequence[str]) -> str:
-    """SHA-256 of the templates, one a line: saved with every score, so that scores can be compared."""
+    """Return the SHA-256 of the templates, one a line. Scores with equal digests can be compared."""
     return hashlib.sha256("".join(f"{template}\n" for template in templates).encode()).hexdigest()
 
 
 def classes_digest(classes: Classes) -> str:
-    """SHA-256 of the names that prompts are written with, a line each: the number of its class, a tab, the name."""
-    lines = (f"{number}\t{name}\n" for name, number in zip(*classes.prompted, strict=True))
+    """Return the SHA-256 of the names that prompts are written with, a line each: class number, tab, name."""
+    lines = (f"{number}\t{name}\n" for number, name in enumerate(classes.names))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def read_lines(path: str) -> tuple[str, ...]:
-    """The lines of a UTF-8 text file, stripped, blank ones left out."""
+    """Read the lines of a UTF-8 text file, stripped, without blank ones."""
     try:
         text = files.read_bytes(path).decode("utf-8-sig")
     except FileNotFoundError as error:

@@ -1,4 +1,4 @@
-"""What an evaluation set is, wherever it comes from."""
+"""Define an evaluation set, wherever it comes from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Metric = Literal["top1", "mean_per_class"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageRef:
-    """Where an image lies: a file of its own, (with a key) a sample of a shard, or (with pixels) a row of an array.
+    """Hold where an image lies: a file of its own, a sample of a shard (with `key`), or an array (with `pixels`).
 
     `error` says why it is already known to be unusable. `border` pixels are cut off each side before preprocessing.
     """
@@ -30,13 +30,13 @@ class ImageRef:
 
     @property
     def where(self) -> str:
-        """File and member, for messages."""
+        """Return file and member, for messages."""
         return f"{self.uri}: {self.key}" if self.key else self.uri
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Images and their classes; -1 where an unusable sample has none."""
+    """Hold images and their class numbers; -1 where an unusable sample has none."""
 
     images: tuple[ImageRef, ...]
     labels: Int[np.ndarray, " n"]
@@ -44,7 +44,7 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledSet:
-    """Images with one class each. Without `train` there is no probe; `metric` is the set's own.
+    """Hold images with one class each. Without `train` there is no probe; `metric` is the set's own.
 
     `folds` are rows of `train`, where the set is defined by several small training sets (STL-10's ten): a probe is
     fitted on each, and its accuracies are averaged. `record` is saved with every score: where the names and prompts
@@ -64,7 +64,7 @@ class LabelledSet:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSet:
-    """Images with captions of their own, for retrieval: caption j describes image `image_of_text[j]`."""
+    """Hold images with captions of their own, for retrieval: caption j describes image `image_of_text[j]`."""
 
     name: str
     images: tuple[ImageRef, ...]
@@ -75,7 +75,7 @@ class PairSet:
 
 @dataclass(frozen=True, kw_only=True)
 class MissingSet:
-    """A known set that is not on this disk: it keeps its place in the table. `reason` says where it was looked for."""
+    """Stand for a known set that is not on this disk, so that it keeps its place in the table; `reason` says why."""
 
     name: str
     reason: str

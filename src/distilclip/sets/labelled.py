@@ -1,4 +1,4 @@
-"""Readers of labelled images in the user's own layouts, and how any listing of labelled images becomes a set."""
+"""Read labelled images from folders and tars, and turn any listing of labelled images into a set."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from jaxtyping import Int
 
 from distilclip import files
 from distilclip.data.samples import IMAGE_EXTENSIONS, BadSample, Sample
-from distilclip.data.shards import open_shard
-from distilclip.data.texts import TextReader
+from distilclip.data.shards import TextReader, open_shard
 from distilclip.errors import InputError
 from distilclip.sets.classes import DEFAULT_TEMPLATES, Classes, assert_every_class, read_classes, read_templates
 from distilclip.sets.dataset import ImageRef, LabelledSet, Metric, Split
@@ -27,22 +26,22 @@ TEMPLATE_FILES = ("templates.txt", "zeroshot_classification_templates.txt")
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """A set before its labels have become class numbers.
+    """Hold a set before its labels have become class numbers.
 
     `labels` are all there are, in the set's own order (empty: those observed, sorted); `folds` are rows of the training
-    split; `record` is what a score should remember of how the set was read. `prompt_names` are what prompts call each
-    label, where the set itself says so.
+    split; `record` is what a score should remember of how the set was read. `names` are what prompts call each label,
+    where the set itself says so.
     """
 
     splits: Mapping[SplitName, Labelled]
     labels: tuple[str, ...] = ()
-    prompt_names: tuple[tuple[str, ...], ...] = ()
+    names: tuple[str, ...] = ()
     folds: tuple[Int[np.ndarray, " _"], ...] = ()
     record: dict[str, Any] = field(default_factory=dict)
 
 
 def read_folder(name: str, path: str) -> LabelledSet:
-    """PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg beside PATH/test and PATH/val.
+    """Read PATH/CLASS/*.jpg, or PATH/train/CLASS/*.jpg beside PATH/test and PATH/val.
 
     Where there is no test folder, the validation folder is tested. Raises `InputError` for a folder without class
     folders, one that is neither split nor class, a class folder without images, or one that classnames.txt does not
@@ -52,7 +51,7 @@ def read_folder(name: str, path: str) -> LabelledSet:
 
 
 def read_tars(name: str, path: str) -> LabelledSet:
-    """Tars of `key.jpg` with `key.cls`, or with `label` or `cls` in `key.json`: a class's name or its number from 0.
+    """Read tars of `key.jpg` with a class's name or number (from 0): `key.cls`, or `label` or `cls` in `key.json`.
 
     Tars named train or trainval... or lying in train/ are for the probe, val or dev... to choose its penalty; without
     any such name all are tested. classnames.txt and templates.txt lie beside the tars. Raises `InputError` as
@@ -62,7 +61,7 @@ def read_tars(name: str, path: str) -> LabelledSet:
 
 
 def list_images(path: str) -> Listing:
-    """The images of a folder of class folders, or of its split folders, labelled by the folders' names."""
+    """List the images of a folder of class folders, or of its split folders, labelled by the folders' names."""
     folders, _ = list_folder(path)
     if not folders:
         raise InputError(f"{path} has no subfolders; folder:PATH needs one folder of images per class.")
@@ -73,7 +72,7 @@ def list_images(path: str) -> Listing:
 
 
 def list_samples(path: str) -> Listing:
-    """The samples of labelled tars, by split."""
+    """List the samples of labelled tars, by split."""
     splits = shards_by_split(path, (".tar",))
     return Listing(splits={split: [row for uri in uris for row in _samples(uri)] for split, uris in splits.items()})
 
@@ -119,12 +118,12 @@ def build_set(
 
 
 def observed_labels(listing: Listing) -> set[str]:
-    """Every label that an image of the listing bears."""
+    """Return every label that an image of the listing has."""
     return {label for rows in listing.splits.values() for _, label in rows if label}
 
 
 def own_templates(folder: str) -> tuple[str, ...] | None:
-    """The templates in a set's own folder, if it has any; CLIP_benchmark's place for the name, `{c}`, is read too."""
+    """Read the templates in a set's own folder, if it has any; `{c}` (CLIP_benchmark's way) counts as `{}`."""
     for name in TEMPLATE_FILES:
         if files.exists(path := files.join(folder, name)):
             return read_templates(path)
@@ -132,7 +131,7 @@ def own_templates(folder: str) -> tuple[str, ...] | None:
 
 
 def images_by_class(path: str) -> Labelled:
-    """The images of every folder in a folder, labelled with the folder's name."""
+    """List the images of every folder in a folder, labelled with the folder's name."""
     rows: Labelled = []
     for label in list_folder(path)[0]:
         rows += images_of(files.join(path, label), label)
@@ -140,7 +139,7 @@ def images_by_class(path: str) -> Labelled:
 
 
 def images_of(folder: str, label: str) -> Labelled:
-    """The images of one class folder. Raises `InputError` where there are none."""
+    """List the images of one class folder. Raises `InputError` where there are none."""
     found = find_files(folder, IMAGE_SUFFIXES)
     if not found:
         raise InputError(

@@ -1,4 +1,4 @@
-"""How evaluation sets lie on disk: folders, shards and the splits that their names tell. Local paths and URLs alike."""
+"""Find the folders, shards and splits of an evaluation set by their names, on disk or at a URL."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _SPLIT_WORDS: dict[str, SplitName] = {
 
 
 def split_of(name: str) -> SplitName | None:
-    """The split whose word a file or folder name begins with (`train-00000.tar`), if any."""
+    """Return the split whose word a file or folder name begins with (`train-00000.tar`), if any."""
     return _SPLIT_WORDS.get(_first_word(name))
 
 
 def is_folder(path: str) -> bool:
-    """Whether `path` is a folder; links are followed."""
+    """Return whether `path` is a folder; links are followed."""
     fs, inner = files.filesystem(path)
     return bool(fs.isdir(inner))
 
@@ -45,12 +45,12 @@ def check_data_root(path: str) -> None:
 
 
 def folder_of(path: str) -> str:
-    """The folder itself, or the one that a pattern's files lie in."""
+    """Return the folder itself, or the one that a pattern's files lie in."""
     return path if is_folder(path) else path.rpartition("/")[0] or "."
 
 
 def list_folder(path: str) -> tuple[list[str], list[str]]:
-    """Names of the folders and of the files in a folder, sorted, hidden ones left out.
+    """List the names of the folders and of the files in a folder, sorted, without hidden ones.
 
     Raises `InputError` where there is no such folder.
     """
@@ -67,14 +67,14 @@ def list_folder(path: str) -> tuple[list[str], list[str]]:
 
 
 def find_files(path: str, suffixes: Sequence[str]) -> list[str]:
-    """All files below a folder whose names end so (in any case), sorted; hidden ones left out."""
+    """List all files below a folder with one of the suffixes (in any case), sorted, without hidden ones."""
     folders, names = list_folder(path)
     found = [files.join(path, name) for name in names if name.lower().endswith(tuple(suffixes))]
     return found + [place for folder in folders for place in find_files(files.join(path, folder), suffixes)]
 
 
 def split_folders(path: str) -> dict[SplitName, str]:
-    """The folders of a folder that are its splits, `train`, `val` and `test`; none where its folders are classes.
+    """Return the folders of a folder that are its splits, `train`, `val` and `test`; none if its folders are classes.
 
     A folder `train` beside others is a class like these, unless it holds folders itself. Raises `InputError` for splits
     that are not sorted into classes, folders beside splits, and two folders with the images of one split.
@@ -101,7 +101,7 @@ def split_folders(path: str) -> dict[SplitName, str]:
 
 
 def shards_by_split(path: str, suffixes: Sequence[str]) -> dict[SplitName, list[str]]:
-    """The shards in a folder, in its folders `train`, `val` and `test`, or those that a pattern names, by split.
+    """List shards by split: those in a folder, in its folders `train`, `val` and `test`, or those that match a pattern.
 
     A shard's split is the word that its name or else its folder's begins with; where no shard has such a word, all are
     tested. Raises `InputError` where there is no shard, for a shard without such a word beside one with it, and for
@@ -127,18 +127,18 @@ def shards_by_split(path: str, suffixes: Sequence[str]) -> dict[SplitName, list[
 
 
 def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts 2.tar before 10.tar."""
+    """Return a key that sorts 2.tar before 10.tar."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def _first_word(name: str) -> str:
-    """The word that a name begins with where it is that of a split, else nothing."""
+    """Return the word that a name begins with if it means a split, else nothing."""
     word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
     return word if word in _SPLIT_WORDS else ""
 
 
 def _find_shards(path: str, suffixes: Sequence[str]) -> dict[str, str]:
-    """The shards with the word of the split of each, if it has one."""
+    """Return the shards, each with the word of its split, if it has one."""
     if not is_folder(path):
         uris = files.expand(path)
         return {uri: _first_word(uri.split("/")[-1]) or _first_word("/".join(uri.split("/")[-2:-1])) for uri in uris}

@@ -1,11 +1,11 @@
-"""From the name of a published set and a data root to the set itself, in whichever layout it lies there."""
+"""Open an evaluation set by its spec: the name of a published set, or the kind and path of the user's own."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,10 +29,16 @@ from distilclip.sets.labelled import (
     read_folder,
     read_tars,
 )
-from distilclip.sets.layouts import SplitName, check_data_root, is_folder, list_folder, split_of
+from distilclip.sets.layouts import SplitName, check_data_root
+from distilclip.sets.locate import Layout, SetPlace, locate
 from distilclip.sets.prompts import wording_of
 
-Layout = Literal["archive", "webdataset", "folder"]
+KINDS: dict[str, Callable[[str, str], LabelledSet | PairSet]] = {
+    "folder": read_folder,
+    "tar": read_tars,
+    "pairs": read_pairs,
+}
+"""Readers of the user's own sets by kind; each takes the set's name and path."""
 
 LISTINGS: dict[str, Callable[[str], Listing]] = {
     "food101": archives.list_food101,
@@ -54,11 +60,9 @@ LISTINGS: dict[str, Callable[[str], Listing]] = {
     "imagenet-r": imagenet.list_imagenet_r,
     "imagenet-sketch": imagenet.list_imagenet_sketch,
     "objectnet": imagenet.list_objectnet,
-    "objectnet-by-imagenet": imagenet.list_objectnet_by_imagenet,
 }
 CAPTIONED: dict[str, Callable[[str], Captioned]] = {"coco": captioned.list_coco, "flickr30k": captioned.list_flickr30k}
 """Readers of the original layouts by set, of labelled images and of captions."""
-
 
 _DAMAGE = (
     *(RuntimeError, OSError, LookupError, TypeError, ValueError, AttributeError, StopIteration),
@@ -67,175 +71,11 @@ _DAMAGE = (
 """What the readers of torchvision, scipy and json raise on files that are cut or of another kind."""
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a set lies: the folder that its reader takes, and in which layout."""
-
-    layout: Layout
-    path: str
-
-
-def locate(known: KnownSet, data_root: str) -> Place | None:
-    """The first place that holds the set: the original archive, then a webdataset, then folders of images."""
-    for place, marker in _archives(known, data_root):
-        if files.exists(marker):
-            return place
-    for path in _webdatasets(known, data_root):
-        if _has_shards(path):
-            return Place("webdataset", path)
-    for path in _own_folders(known, data_root):
-        if _has_splits(path):
-            return Place("folder", path)
-    return None
-
-
-def places_looked_at(known: KnownSet, data_root: str) -> list[str]:
-    """Every path whose presence would have shown the set."""
-    archive = [marker for _, marker in _archives(known, data_root)]
-    shards = [files.join(path, "test", "*.tar") for path in _webdatasets(known, data_root)]
-    return [*archive, *shards, *(files.join(path, "test", "CLASS") for path in _own_folders(known, data_root))]
-
-
-def load_known_set(
-    known: KnownSet, *, data_root: str, prompts: str | None = None
-) -> LabelledSet | PairSet | MissingSet:
-    """Read a published set from a data root; `prompts` is openai/CLIP's prompts.md, for its names and templates.
-
-    A set that is not there is a `MissingSet`. Raises `InputError` for one that is there and does not hold together.
-    """
-    place = locate(known, data_root)
-    if place is None:
-        reason = (
-            f"not found under {data_root}{_needed(known)}: `distilclip evaluate --list --data-root {data_root}` says "
-            "what was looked for, and how to get it"
-        )
-        kind: Literal["pairs", "labelled"] = "pairs" if known.group == "retrieval" else "labelled"
-        return MissingSet(name=known.name, reason=reason, kind=kind, has_train=known.num_train > 0)
-    record = {"layout": place.layout, "published_num_test": known.num_test}
-    try:
-        if known.group == "retrieval":
-            return _load_pairs(known, place, record)
-        return _load_labelled(known, place, record, prompts)
-    except _DAMAGE as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"{known.name} in {place.path} cannot be read: {error!r}. Get it again: {known.source}."
-        ) from error
-
-
-def _needed(known: KnownSet) -> str:
-    """What images alone lack: of a set for retrieval, the file with split and captions."""
-    return f" with its {' or '.join(known.inner)}" if known.group == "retrieval" else ""
-
-
-def _load_pairs(known: KnownSet, place: Place, record: dict[str, Any]) -> PairSet:
-    if place.layout == "archive":
-        return build_pairs(known.name, CAPTIONED[known.name](place.path), record=record)
-    found = read_pairs(known.name, place.path)
-    return dataclasses.replace(found, record=record)
-
-
-def _load_labelled(known: KnownSet, place: Place, record: dict[str, Any], prompts: str | None) -> LabelledSet:
-    readers: dict[Layout, Callable[[str], Listing]] = {
-        "archive": LISTINGS.get(known.name, list_images),
-        "webdataset": list_samples,
-        "folder": list_images,
-    }
-    listing = readers[place.layout](place.path)
-    if known.border:
-        listing = _without_border(listing, known.border)
-    worded = _worded(known, place, listing, prompts)
-    record = {**record, **listing.record, "prompts": worded.source, "clips_prompts": worded.is_clips}
-    return build_set(
-        known.name,
-        dataclasses.replace(listing, record=record),
-        worded.classes,
-        templates=worded.templates,
-        where=place.path,
-        metric=known.metric,
-        may_be_empty=known.may_be_empty,
-    )
-
-
-def _without_border(listing: Listing, border: int) -> Listing:
-    splits: dict[SplitName, Labelled] = {
-        split: [(dataclasses.replace(image, border=border), label) for image, label in rows]
-        for split, rows in listing.splits.items()
-    }
-    return dataclasses.replace(listing, splits=splits, record={**listing.record, "border": border})
-
-
-@dataclass(frozen=True)
-class _Worded:
-    """Classes in the order of the set's labels, with the templates; `is_clips` None where only the folder can know."""
-
-    classes: Classes
-    templates: tuple[str, ...]
-    source: str
-    is_clips: bool | None
-
-
-def _worded(known: KnownSet, place: Place, listing: Listing, prompts: str | None) -> _Worded:
-    """Names and templates: the folder's own where it has both and the user names no other, else the best known."""
-    wording = wording_of(known, prompts=prompts)
-    if listing.prompt_names:
-        classes = Classes(listing.labels, listing.labels, place.path, prompt_names=listing.prompt_names)
-        return _Worded(classes, wording.templates, wording.source, wording.is_clips)
-    own, templates = None, None
-    if place.layout != "archive":
-        templates = own_templates(place.path)
-        if files.exists(files.join(place.path, CLASSNAMES_FILE)):
-            own = read_classes(place.path, observed_labels(listing))
-    if own is not None and templates is not None and prompts is None:
-        return _Worded(own, templates, f"classnames.txt and templates in {place.path}", None)
-    if own is not None and wording.by_label is not None:  # ImageNet's names are not unique: the folder's order stands
-        return _Worded(own, wording.templates, f"classnames.txt in {place.path}, templates of {wording.source}", None)
-    labels = own.labels if own else listing.labels or tuple(sorted(observed_labels(listing)))
-    names = wording.names_of(own.names if own else labels, aliases=known.aliases, where=place.path)
-    return _Worded(Classes(labels, names, place.path), wording.templates, wording.source, wording.is_clips)
-
-
-def _archives(known: KnownSet, data_root: str) -> Iterator[tuple[Place, str]]:
-    """Places of the original layout, each with the path that shows it."""
-    for marker in known.archive:
-        yield Place("archive", data_root), files.join(data_root, marker)
-    for folder in known.folders:
-        base = files.join(data_root, folder)
-        for marker in (*known.archive, *known.inner):
-            yield Place("archive", base), files.join(base, marker)
-
-
-def _webdatasets(known: KnownSet, data_root: str) -> Iterator[str]:
-    for name in known.webdataset:
-        yield from (files.join(data_root, form) for form in (f"wds/{name}", f"wds_{name}", f"wds/wds_{name}", name))
-
-
-def _own_folders(known: KnownSet, data_root: str) -> Iterator[str]:
-    if known.group == "retrieval":  # folders of images have no captions
-        return iter(())
-    return (files.join(data_root, folder) for folder in dict.fromkeys((known.name, *known.folders)))
-
-
-def _has_shards(path: str) -> bool:
-    folder = next((f for f in (files.join(path, "test"), path) if is_folder(f)), None)
-    return folder is not None and any(name.endswith(".tar") for name in list_folder(folder)[1])
-
-
-def _has_splits(path: str) -> bool:
-    return is_folder(path) and any(split_of(folder) for folder in list_folder(path)[0])
-
-
-KINDS: dict[str, Callable[[str, str], LabelledSet | PairSet]] = {
-    "folder": read_folder,
-    "tar": read_tars,
-    "pairs": read_pairs,
-}
-"""Readers by kind; each takes the set's name and path."""
+# Specs
 
 
 def load_set(spec: str, *, data_root: str | None = None, prompts: str | None = None) -> EvaluationSet:
-    """The set that a spec means.
+    """Read the set that a spec means.
 
     - `food101` and the other names of the catalogue: read from `data_root`, a `MissingSet` where it is not there;
     - `folder:PATH`: a folder of images per class, in PATH or in PATH/train, PATH/val and PATH/test;
@@ -256,12 +96,12 @@ def load_set(spec: str, *, data_root: str | None = None, prompts: str | None = N
 
 
 def expand_groups(specs: Sequence[str]) -> tuple[str, ...]:
-    """The specs with `paper`, `robustness` and `retrieval` replaced by the sets that they stand for, each once."""
+    """Replace `paper`, `robustness` and `retrieval` by the sets that they stand for; each set once."""
     return tuple(dict.fromkeys(name for spec in specs for name in GROUPS.get(spec, (spec,))))
 
 
 def parse_spec(spec: str) -> tuple[str, str, str]:
-    """Name, kind and path of a set; nothing is read. A published set is of kind `known`, its path its name.
+    """Split a spec into name, kind and path; nothing is read. A published set is of kind `known`, its path its name.
 
     The name of one's own set is the path's last part that is no pattern.
     """
@@ -286,34 +126,100 @@ def _name_of(path: str) -> str:
     return parts[-1] if parts else "set"
 
 
-def describe_catalogue(data_root: str | None) -> str:
-    """A paragraph for each set: found or not and where, what it holds, how to get it, its size and its terms.
+# Published sets
 
-    Raises `InputError` for a data root that is no folder.
+
+def load_known_set(
+    known: KnownSet, *, data_root: str, prompts: str | None = None
+) -> LabelledSet | PairSet | MissingSet:
+    """Read a published set from a data root; `prompts` is openai/CLIP's prompts.md, for its names and templates.
+
+    A set that is not there is a `MissingSet`. Raises `InputError` for one that is there and does not hold together.
     """
-    if data_root is not None:
-        check_data_root(data_root)
-    return "\n\n".join(_paragraph(known, data_root) for known in CATALOGUE.values())
+    place = locate(known, data_root)
+    if place is None:
+        # Images alone are not enough for retrieval: its captions and split come in a file of their own.
+        needed = f" with its {' or '.join(known.inner)}" if known.group == "retrieval" else ""
+        reason = (
+            f"not found under {data_root}{needed}: `distilclip evaluate --list --data-root {data_root}` says "
+            "what was looked for, and how to get it"
+        )
+        kind: Literal["pairs", "labelled"] = "pairs" if known.group == "retrieval" else "labelled"
+        return MissingSet(name=known.name, reason=reason, kind=kind, has_train=known.num_train > 0)
+    record = {"layout": place.layout, "published_num_test": known.num_test}
+    try:
+        if known.group == "retrieval":
+            return _load_pairs(known, place, record)
+        return _load_labelled(known, place, record, prompts)
+    except _DAMAGE as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{known.name} in {place.path} cannot be read: {error!r}. Get it again: {known.source}."
+        ) from error
 
 
-def _paragraph(known: KnownSet, data_root: str | None) -> str:
-    facts = (_contents(known), known.size, known.licence or "terms: ask its publisher")
-    lines = [f"{known.name:22} {'; '.join(fact for fact in facts if fact)}"]
-    place = locate(known, data_root) if data_root else None
-    if place is not None:
-        lines.append(f"    found: {place.path} ({place.layout})")
-        return "\n".join(lines)
-    if data_root:
-        lines.append(f"    not found; looked for {', '.join(places_looked_at(known, data_root))}")
-    shards = f"; or the webdataset wds_{known.webdataset[-1]} of clip-benchmark" if known.webdataset else ""
-    lines.append(f"    get it: {known.source}{shards}")
-    return "\n".join(lines)
+def _load_pairs(known: KnownSet, place: SetPlace, record: dict[str, Any]) -> PairSet:
+    if place.layout == "archive":
+        return build_pairs(known.name, CAPTIONED[known.name](place.path), record=record)
+    return dataclasses.replace(read_pairs(known.name, place.path), record=record)
 
 
-def _contents(known: KnownSet) -> str:
-    if known.group == "retrieval":
-        return f"{known.num_test:,} images with captions"
-    train = f"{known.num_train:,} to train, " if known.num_train else ""
-    metric = {"top1": "top-1", "mean_per_class": "mean per class"}[known.metric]
-    rule = f", {known.rule}" if known.rule else ""
-    return f"{known.num_classes} classes, {train}{known.num_test:,} to test, {metric}{rule}"
+def _load_labelled(known: KnownSet, place: SetPlace, record: dict[str, Any], prompts: str | None) -> LabelledSet:
+    readers: dict[Layout, Callable[[str], Listing]] = {
+        "archive": LISTINGS.get(known.name, list_images),
+        "webdataset": list_samples,
+        "folder": list_images,
+    }
+    listing = readers[place.layout](place.path)
+    if known.border:
+        listing = _cut_border(listing, known.border)
+    worded = _choose_words(known, place, listing, prompts)
+    record = {**record, **listing.record, "prompts": worded.source, "clips_prompts": worded.is_clips}
+    return build_set(
+        known.name,
+        dataclasses.replace(listing, record=record),
+        worded.classes,
+        templates=worded.templates,
+        where=place.path,
+        metric=known.metric,
+        may_be_empty=known.may_be_empty,
+    )
+
+
+def _cut_border(listing: Listing, border: int) -> Listing:
+    splits: dict[SplitName, Labelled] = {
+        split: [(dataclasses.replace(image, border=border), label) for image, label in rows]
+        for split, rows in listing.splits.items()
+    }
+    return dataclasses.replace(listing, splits=splits, record={**listing.record, "border": border})
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Hold classes in the order of the set's labels, with the templates; `is_clips` None: only the folder can know."""
+
+    classes: Classes
+    templates: tuple[str, ...]
+    source: str
+    is_clips: bool | None
+
+
+def _choose_words(known: KnownSet, place: SetPlace, listing: Listing, prompts: str | None) -> _Words:
+    """Choose names and templates: the folder's own where it has both and no --prompts is given, else the best known."""
+    wording = wording_of(known, prompts=prompts)
+    if listing.names:
+        classes = Classes(listing.labels, listing.names, place.path)
+        return _Words(classes, wording.templates, wording.source, wording.is_clips)
+    own, templates = None, None
+    if place.layout != "archive":
+        templates = own_templates(place.path)
+        if files.exists(files.join(place.path, CLASSNAMES_FILE)):
+            own = read_classes(place.path, observed_labels(listing))
+    if own is not None and templates is not None and prompts is None:
+        return _Words(own, templates, f"classnames.txt and templates in {place.path}", None)
+    if own is not None and wording.by_label is not None:  # ImageNet's names are not unique: the folder's order stands
+        return _Words(own, wording.templates, f"classnames.txt in {place.path}, templates of {wording.source}", None)
+    labels = own.labels if own else listing.labels or tuple(sorted(observed_labels(listing)))
+    names = wording.names_of(own.names if own else labels, aliases=known.aliases, where=place.path)
+    return _Words(Classes(labels, names, place.path), wording.templates, wording.source, wording.is_clips)

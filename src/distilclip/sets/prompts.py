@@ -1,4 +1,4 @@
-"""Class names and templates from openai/CLIP's `data/prompts.md`, which the user has fetched."""
+"""Choose class names and prompt templates for a published set, from openai/CLIP's prompts.md or other sources."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _CODE = re.compile(r"^```\w*\s*$(.*?)^```\s*$", re.MULTILINE | re.DOTALL)
 
 @dataclass(frozen=True)
 class PromptSet:
-    """A set's classes, in the order of its labels at OpenAI, and its templates. A class may have several names."""
+    """Hold a set's classes, in the order of its labels at OpenAI, and its templates. A class may have several names."""
 
     classes: tuple[str | tuple[str, ...], ...]
     templates: tuple[str, ...]
 
 
 def read_prompts(path: str) -> dict[str, PromptSet]:
-    """Every set in the file, by OpenAI's name for it.
+    """Read every set in prompts.md, by OpenAI's name for it.
 
     Raises `InputError` where the file is missing or is not the one whose SHA-256 is known.
     """
@@ -54,7 +54,7 @@ def read_prompts(path: str) -> dict[str, PromptSet]:
 
 
 def prompts_of(path: str, name: str) -> PromptSet:
-    """One set of the file; `InputError` with near names where it has none of that name."""
+    """Read one set of the file; `InputError` with near names where it has none of that name."""
     known = read_prompts(path)
     if name not in known:
         raise InputError(f"{path} has no set {name!r}. {did_you_mean(name, known)}")
@@ -62,7 +62,7 @@ def prompts_of(path: str, name: str) -> PromptSet:
 
 
 def parse_prompts(text: str, *, source: str) -> dict[str, PromptSet]:
-    """The lists `classes` and `templates` of every section: Python literals, evaluated as literals only."""
+    """Parse the lists `classes` and `templates` of every section: Python literals, evaluated as literals only."""
     sets = {}
     for name, body in _SECTION.findall(text):
         lists = {}
@@ -79,7 +79,7 @@ def parse_prompts(text: str, *, source: str) -> dict[str, PromptSet]:
 
 @dataclass(frozen=True, kw_only=True)
 class Wording:
-    """Names and templates from one source. Without `names`, the labels themselves are the names.
+    """Hold names and templates from one source. Without `names`, the labels themselves are the names.
 
     `names` may be in any order. `by_label` is given where the source names labels outright. `is_clips` says whether
     these are the prompts that CLIP was measured with. Labels that are names themselves get blanks for `blanks`.
@@ -93,7 +93,7 @@ class Wording:
     blanks: str = "_"
 
     def names_of(self, labels: Sequence[str], *, aliases: Mapping[str, str], where: str) -> tuple[str, ...]:
-        """The name of each label; see `match_names`. Raises `InputError` for a label that has none."""
+        """Return the name of each label; see `match_names`. Raises `InputError` for a label that has none."""
         if self.by_label is not None:
             for label in labels:
                 if label not in self.by_label:
@@ -105,8 +105,8 @@ class Wording:
 
 
 def wording_of(known: KnownSet, *, prompts: str | None = None) -> Wording:
-    """The best names and templates there are for a set; `prompts` is the path of openai/CLIP's prompts.md."""
-    if known.group in ("robustness", "variant") or known.name == "imagenet":
+    """Return the best known names and templates for a set; `prompts` is the path of openai/CLIP's prompts.md."""
+    if known.group == "robustness" or known.name == "imagenet":
         return _imagenet_wording(known)
     if prompts is not None:
         found = prompts_of(prompts, known.prompts)
@@ -131,7 +131,7 @@ def wording_of(known: KnownSet, *, prompts: str | None = None) -> Wording:
 def match_names(
     labels: Sequence[str], names: Sequence[str], *, aliases: Mapping[str, str], source: str, where: str
 ) -> tuple[str, ...]:
-    """The name that has the same words as each label, in any order and case, or as the label's alias.
+    """Return the name that has the same words as each label, in any order and case, or as the label's alias.
 
     By position they would be wrong: the lists of Oxford pets and EuroSAT are in another order than the labels. Raises
     `InputError` for a label without a name, for one name of two labels, and for a name that no label bears.
@@ -159,21 +159,21 @@ def match_names(
 
 
 def readable(label: str, *, blanks: str = "_") -> str:
-    """A label as words, with a blank for any of `blanks`: `red_fox` becomes `red fox`."""
+    """Return a label as words, with a blank for any of `blanks`: `red_fox` becomes `red fox`."""
     return " ".join(re.sub(f"[{re.escape(blanks)}]", " ", label).split())
 
 
 def _imagenet_wording(known: KnownSet) -> Wording:
     templates = tuple(template("{}") for template in OPENAI_IMAGENET_TEMPLATES)
     source = f"open_clip {metadata.version('open_clip_torch')}"
-    if known.name.startswith("objectnet"):
+    if known.name == "objectnet":
         return Wording(templates=templates, source=f"{source}, with ObjectNet's own classes", is_clips=True)
     return Wording(templates=templates, by_label=names_by_id(), source=source, is_clips=True)
 
 
 @cache
 def _clip_benchmark() -> dict[str, dict[str, Any]]:
-    """The English class names and templates that clip-benchmark ships as JSON; empty where it is not installed.
+    """Read the English class names and templates that clip-benchmark ships as JSON; empty if it is not installed.
 
     Its Python modules are not imported: with today's numpy and without its other dependencies they fail.
     """

@@ -1,7 +1,7 @@
-"""Numbers to put beside one's own, in percent: OpenAI's ViT-B/32, and what they are comparable with.
+"""List the scores of OpenAI's ViT-B/32, in percent, to compare other scores with.
 
-They are what its weights give when they are run again, where that is known, not what the CLIP paper states: nobody
-reproduces 91.3 on CIFAR-10 or 21.2 on FGVC Aircraft.
+They are measured with its weights, where that is known, not copied from the CLIP paper: nobody reproduces its 91.3 on
+CIFAR-10 or 21.2 on FGVC Aircraft.
 """
 
 from __future__ import annotations
@@ -51,13 +51,12 @@ LINEAR_PROBE = {
 IMAGE_TO_TEXT = {"coco": 50.1, "flickr30k": 78.9}
 TEXT_TO_IMAGE = {"coco": 30.4, "flickr30k": 58.8}
 
-
 PAPER_ONLY = {"zero-shot": frozenset({"birdsnap"}), "linear-probe": frozenset(LINEAR_PROBE)}
 """By task, the sets whose number is the CLIP paper's."""
 
 
 def reference(task: str, set_name: str, metric: str) -> float | None:
-    """The reference's number in percent, None where there is none."""
+    """Return the reference's number in percent, None where there is none."""
     if task == "zero-shot":
         return ZERO_SHOT.get(set_name)
     if task == "linear-probe":
@@ -68,10 +67,10 @@ def reference(task: str, set_name: str, metric: str) -> float | None:
 
 
 def is_comparable(task: str, details: Mapping[str, Any]) -> bool:
-    """Whether a score with these details was measured as the reference was.
+    """Return whether a score with these details was measured as the reference was.
 
-    That is with CLIP's prompts, or those of the set's own folder, which as a rule are; features before the projection
-    and the swept penalty; every caption, without a prefix.
+    That means: with CLIP's prompts, or those of the set's own folder, which as a rule are; features before the
+    projection and the swept penalty; every caption, without a prefix.
     """
     if task == "zero-shot":
         return details.get("clips_prompts") is not False and not details.get("own_templates")

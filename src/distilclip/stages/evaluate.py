@@ -1,12 +1,11 @@
-"""Zero-shot, probes, retrieval and agreement with a teacher, of any number of models on any number of sets."""
+"""Evaluate models on sets: zero-shot classification, linear probe, retrieval, and agreement with a teacher."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -18,86 +17,77 @@ from distilclip.data.samples import MAX_PIXELS
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
 from distilclip.evaluate.cache import FeatureCache
-from distilclip.evaluate.embedders import (
-    ONNX_RECORD,
-    Embedder,
-    ModelEmbedder,
-    open_embedder,
-    split_model,
-    weights_by_name,
-)
+from distilclip.evaluate.embedders import Embedder, open_embedder, split_model, weights_by_name
 from distilclip.evaluate.encode import Encoding
-from distilclip.evaluate.per_class import confusion_table, per_class_table
-from distilclip.evaluate.protocol import ALL_TASKS, Measurement, Protocol, View
-from distilclip.evaluate.provenance import check_part, part_digests
+from distilclip.evaluate.protocol import ALL_TASKS, Protocol, View
+from distilclip.evaluate.provenance import part_digests
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
-from distilclip.evaluate.scores import Task
-from distilclip.evaluate.tables import Table, build_tables
+from distilclip.evaluate.tables import TaskTable, build_tables
 from distilclip.sets.classes import read_templates
-from distilclip.sets.dataset import EvaluationSet, LabelledSet, MissingSet
-from distilclip.sets.open import describe_catalogue, expand_groups, load_set, parse_spec
+from distilclip.sets.dataset import EvaluationSet, MissingSet
+from distilclip.sets.locate import describe_catalogue
+from distilclip.sets.open import expand_groups, load_set, parse_spec
 from distilclip.sets.prompts import prompts_of
+from distilclip.sets.score import Score, Task
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Flags of `distilclip evaluate`."""
+    """Hold the flags of `distilclip evaluate`."""
 
     out: str = ""
-    """folder to write: result.json, table.md, table.csv, table.tex, clip_benchmark/*.json (needed but for --list)"""
+    """folder to write: result.json, table.md, table.csv, clip_benchmark/*.json (required unless --list)"""
     models: tuple[str, ...] = ()
-    """train folders, checkpoints, open_clip names or folders, hf-hub:ORG/NAME, stores, or exports of the kinds
-    open_clip and onnx (of int8 encoders: FOLDER#int8), each also as NAME=MODEL"""
+    """models to evaluate: train folders, checkpoints, open_clip names or folders, hf-hub:ORG/NAME; NAME=MODEL gives
+    a model its name in the table"""
     sets: tuple[str, ...] = ()
-    """published sets by name, the groups paper, robustness and retrieval, and one's own: folder:PATH, tar:PATH or
-    pairs:PATH, each also as NAME=KIND:PATH"""
+    """published sets by name, the groups paper, robustness and retrieval, or your own sets as folder:PATH, tar:PATH
+    or pairs:PATH; NAME=KIND:PATH gives a set its name in the table"""
     data_root: str | None = None
-    """the folder that published sets lie in, in torchvision's layout, as folders of images, or as webdatasets"""
+    """folder of the published sets, in torchvision's layout, as folders of images, or as webdatasets"""
     list: bool = False
-    """only say of every published set where it is, or how to get it"""
+    """show where each published set is, or how to get it, and do nothing else"""
     weights: tuple[str, ...] = ()
-    """weights of models given as open_clip names, as NAME=FILE (one model: FILE), or as open_clip's tag for them;
-    OpenAI's need the architecture that ends in -quickgelu"""
+    """weights of models given as open_clip names: NAME=FILE (one model: FILE), or open_clip's tag for them; OpenAI's
+    weights need the architecture that ends in -quickgelu"""
     tasks: tuple[Task, ...] = ALL_TASKS
-    """what to measure, where it applies: agreement needs --teacher, the probes a set with training images"""
+    """what to measure, where possible: agreement needs --teacher, linear-probe a set with training images"""
     teacher: str | None = None
-    """the model to agree with: the name of one of --models, or a model or store of its own"""
+    """model to compare the others with: the name of one of --models, or another model"""
     teacher_weights: str | None = None
     """weights file of a teacher given as an open_clip name"""
     prompts: str | None = None
-    """openai/CLIP's data/prompts.md, for names and templates of the published sets"""
+    """openai/CLIP's data/prompts.md, for class names and templates of the published sets"""
     templates: str | None = None
-    """prompt templates in place of the sets' own: a text file, one a line, or openai/CLIP's prompts.md#SET"""
+    """prompt templates to use instead of the sets' own: a text file, one a line, or openai/CLIP's prompts.md#SET"""
     probe_features: Literal["backbone", "projected"] = "backbone"
-    """of the probes: before the projection as in CLIP's protocol, or the unit embeddings"""
+    """features of the linear probe: before the projection, as in CLIP's protocol, or the unit embeddings"""
     probe_l2: float | None = None
     """penalty of the linear probe (1 / C of scikit-learn; default: CLIP's sweep from 1e-6 to 1e6)"""
     captions: Literal["all", "first"] = "all"
-    """of each image, for retrieval: all, or the first, which is easier and what CLIP-KD's code does"""
+    """captions of each image for retrieval: all, or only the first, which is easier and what CLIP-KD's code does"""
     caption_prefix: str = ""
-    """written before every caption, such as "a photo of "; recorded with the scores"""
-    per_class: bool = False
-    """also write classes/*.csv and confusion/*.csv of the zero-shot predictions"""
+    """text to write before every caption, such as "a photo of "; recorded with the scores"""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """of the towers (autocast); similarities are always float32"""
+    """precision of the towers (autocast); similarities are always float32"""
     batch_size: int = 64
-    """images or texts at once"""
+    """number of images or texts at once"""
     seed: int = 0
-    """of the probes' held-out rows and draws"""
+    """seed for the rows that the probe holds out"""
     on_error: OnError = "raise"
-    """an image that cannot be read stops the run, or is left out and counted"""
+    """an image that cannot be read stops the run (raise), or is left out and counted (skip)"""
     max_bad_ratio: float = 0.01
-    """the share of a split's images that may be left out"""
+    """largest share of a split's images that may be left out"""
     max_pixels: int = MAX_PIXELS
     """larger images count as unreadable"""
     cache: str | None = stage_folder.execution(None)
-    """folder of image features and text classifiers, shared between evaluations (default: OUT/cache)"""
+    """folder of image features and text classifiers, which evaluations can share (default: OUT/cache)"""
     device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
     num_workers: int = stage_folder.execution(2)
-    """processes that read and decode; 0 does it in the main one"""
+    """number of processes that read and decode (0: the main process does it)"""
 
     def __post_init__(self) -> None:
         if self.list:
@@ -107,9 +97,9 @@ class Config:
                 raise InputError(f"{flag} is missing.")
         if not self.tasks:
             raise InputError("--tasks is empty; name at least one.")
-        _unique([name for name, _ in map(split_model, self.models)], flag="--models")
+        _check_unique([name for name, _ in map(split_model, self.models)], flag="--models")
         parsed = [parse_spec(spec) for spec in expand_groups(self.sets)]
-        _unique([name for name, _, _ in parsed], flag="--sets")
+        _check_unique([name for name, _, _ in parsed], flag="--sets")
         known = [name for name, kind, _ in parsed if kind == "known"]
         if known and self.data_root is None:
             raise InputError(f"The set {known[0]} needs --data-root, the folder that published sets lie in.")
@@ -126,47 +116,51 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measure what is not measured yet, a file per model and set, then write the tables; the folder's result."""
+    """Measure what is not measured yet, a file for each model and set, write the tables and return the result."""
     if config.list:
         print(describe_catalogue(config.data_root))
         return {}
     models, sets = dict(map(split_model, config.models)), expand_groups(config.sets)
     specs = [*models.values(), *([split_model(config.teacher)[1]] if config.teacher else [])]
-    paths = list(dict.fromkeys(spec.partition("#")[0] for spec in specs))
-    inputs = [found for stage in ("train", "embed", "export") for found in stage_folder.folders_of(stage, paths)]
+    inputs = [found for stage in ("train", "export") for found in stage_folder.folders_of(stage, _unique(specs))]
     digests = _digests(config, models, sets)
     folder = stage_folder.open_folder(config.out, stage="evaluate", config=config, inputs=inputs)
-    parts = {(model, spec): (i, j) for i, model in enumerate(models) for j, spec in enumerate(sets)}
-    paths_of = {key: folder.child("parts", f"{i:02}-{j:02}.json") for key, (i, j) in parts.items()}
-    missing = [key for key, path in paths_of.items() if not files.exists(path)]
-    for key, path in paths_of.items():
+    parts = {
+        (model, spec): folder.child("parts", f"{i:02}-{j:02}.json")
+        for i, model in enumerate(models)
+        for j, spec in enumerate(sets)
+    }
+    missing = [key for key, path in parts.items() if not files.exists(path)]
+    for key, path in parts.items():
         if key not in missing:
-            check_part(stage_folder.read_json(path), digests[key], path=path)
+            _check_part(path, digests[key])
     if folder.finished:
         return folder.result()
     datasets = {
         spec: load_set(spec, data_root=config.data_root, prompts=config.prompts)
-        for spec in dict.fromkeys(spec for _, spec in missing)
+        for spec in _unique([spec for _, spec in missing])
     }
     opener = _Opener(config, folder.child("cache"))
-    for model in dict.fromkeys(model for model, _ in missing):
+    for model in _unique([model for model, _ in missing]):
         embedder = opener.model(model)
         for spec in (spec for name, spec in missing if name == model):
-            measured = opener.protocol.measure(
-                embedder, datasets[spec], teacher=opener.teacher_view(embedder, datasets[spec])
-            )
-            i, j = parts[model, spec]
-            if config.per_class:
-                for kind, table in _class_tables(measured, datasets[spec]).items():
-                    files.write_bytes(folder.child(kind, f"{i:02}-{j:02}.csv"), table.encode())
+            dataset = datasets[spec]
+            scores = opener.protocol.measure(embedder, dataset, teacher=opener.teacher_view(embedder, dataset))
             part = {
                 "made_from": digests[model, spec],
                 "model": {"name": model, "digest": embedder.digest, **embedder.description},
-                "set": {"name": datasets[spec].name, **opener.protocol.describe(datasets[spec])},
-                "rows": [score.row(model=model, digest=embedder.digest) for score in measured.scores],
+                "set": {"name": dataset.name, **opener.protocol.describe(dataset)},
+                "rows": [score.row() for score in scores],
             }
-            stage_folder.write_json(paths_of[model, spec], part)
-    return _finish(folder, [stage_folder.read_json(path) for path in paths_of.values()])
+            stage_folder.write_json(parts[model, spec], part)
+    return _finish(folder, [stage_folder.read_json(path) for path in parts.values()])
+
+
+def _check_part(path: str, digests: dict[str, str]) -> None:
+    """Raise `InputError` for scores that were made from other files than those there now."""
+    part = stage_folder.read_json(path)
+    place = f"{path} ({part['model']['name']} on {part['set']['name']})"
+    stage_folder.check_made_from(place, part.get("made_from", digests), digests)  # early versions kept no digests
 
 
 def _digests(config: Config, models: dict[str, str], sets: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
@@ -182,11 +176,11 @@ def _digests(config: Config, models: dict[str, str], sets: Sequence[str]) -> dic
 def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Write and print the tables of all parts, and the result."""
     rows = [row for part in parts for row in part["rows"]]
-    tables = build_tables(rows)
+    scores = [Score.from_row(row) for row in rows]
+    tables = build_tables(scores)
     files.write_bytes(folder.child("table.md"), "\n".join(table.markdown() for table in tables).encode())
-    files.write_bytes(folder.child("table.tex"), "\n".join(table.latex() for table in tables).encode())
-    files.write_bytes(folder.child("table.csv"), write_csv(rows).encode())
-    for name, record in clip_benchmark_records(rows).items():
+    files.write_bytes(folder.child("table.csv"), write_csv(scores).encode())
+    for name, record in clip_benchmark_records(scores).items():
         stage_folder.write_json(folder.child("clip_benchmark", name), record)
     _print(tables)
     by_name = {kind: {part[kind]["name"]: part[kind] for part in parts} for kind in ("model", "set")}
@@ -196,7 +190,7 @@ def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]]) -> dic
 
 
 class _Opener:
-    """The models that a config names, each opened when it is first needed, and the teacher's views of the sets."""
+    """Open the models that a config names when they are first needed, and keep the teacher's views of the sets."""
 
     def __init__(self, config: Config, cache: str) -> None:
         self._config = config
@@ -205,17 +199,17 @@ class _Opener:
         self.protocol = _protocol(config)
 
     def model(self, name: str) -> Embedder:
-        """One of --models."""
+        """Open one of --models."""
         models = dict(map(split_model, self._config.models))
         weights = weights_by_name(self._config.weights, list(models)).get(name)
         return self._open(models[name], name=name, weights=weights)
 
     def teacher_view(self, model: Embedder, dataset: EvaluationSet) -> View | None:
-        """The teacher's view of a set; None where there is none to agree with, or it is this model itself."""
+        """Return the teacher's view of a set; None without a teacher, or where the model is the teacher itself."""
         config = self._config
         if config.teacher is None or "agreement" not in config.tasks or isinstance(dataset, MissingSet):
             return None
-        if type(self._teacher) is type(model) and self._teacher.identity == model.identity:
+        if self._teacher.identity == model.identity:
             return None
         if dataset.name not in self._views:
             self._views[dataset.name] = self.protocol.view(self._teacher, dataset)
@@ -239,36 +233,15 @@ class _Opener:
             max_pixels=config.max_pixels,
             num_workers=config.num_workers,
         )
-        exported = _onnx_of(spec)
-        if exported is not None:
-            from distilclip.export.onnx_evaluation import open_exported
-
-            path, precision = exported
-            return ModelEmbedder(open_exported(path, name=name, precision=precision), encoding, self._cache)
         device = resolve_device(config.device)
         return open_embedder(spec, name=name, weights=weights, device=device, encoding=encoding, cache=self._cache)
 
 
-def _onnx_of(spec: str) -> tuple[str, Literal["fp32", "int8"]] | None:
-    """Folder and precision where a model is an exported ONNX model, `FOLDER` or `FOLDER#int8`."""
-    path, _, precision = spec.partition("#")
-    if not any(files.exists(files.join(path, name)) for name in (ONNX_RECORD, f"model/{ONNX_RECORD}")):
-        return None
-    if precision not in ("", "fp32", "int8"):
-        raise InputError(f"{spec}: an exported model has the precisions fp32 and int8, not {precision!r}.")
-    if any(importlib.util.find_spec(package) is None for package in ("onnxruntime", "tokenizers")):
-        raise InputError(f"{spec} is an ONNX model, and onnxruntime is not installed: pip install 'distilclip[onnx]'.")
-    return path, cast(Literal["fp32", "int8"], precision or "fp32")
+def _unique(names: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys(names))
 
 
-def _class_tables(measured: Measurement, dataset: EvaluationSet) -> dict[str, str]:
-    if measured.labels is None or measured.predictions is None or not isinstance(dataset, LabelledSet):
-        return {}
-    found = measured.labels, measured.predictions, dataset.classes
-    return {"classes": per_class_table(*found), "confusion": confusion_table(*found)}
-
-
-def _unique(names: Sequence[str], *, flag: str) -> None:
+def _check_unique(names: Sequence[str], *, flag: str) -> None:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(f"{flag} has two entries called {twice[0]!r}: name them, as in NAME={twice[0]}.")
@@ -293,7 +266,7 @@ def _templates(source: str) -> tuple[str, ...]:
     return prompts_of(path, name).templates if name else read_templates(path)
 
 
-def _print(tables: Sequence[Table]) -> None:
+def _print(tables: Sequence[TaskTable]) -> None:
     console = Console(highlight=False, markup=False, emoji=False)  # names and paths may hold [...] and :...:
     for table in tables:
         printed = RichTable(table.columns[0], title=table.title, title_justify="left")
