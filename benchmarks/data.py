@@ -28,7 +28,7 @@ from PIL import Image
 from distilclip import files
 from distilclip.data.shards import open_shard
 from distilclip.data.side_files import Groups, write_groups
-from distilclip.data.store import Rows, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.store import Rows, SourceFile, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.data.stream import PairSource, Presentation, open_stream
 from distilclip.models.clip import normalise_pixels
 
@@ -109,8 +109,8 @@ def make_inputs(num_images: int, dropped: float) -> Inputs:
             error=[""] * n,
             image_sha256=np.ones((n, 32), np.uint8),
         )
-        described: dict[str, Any] = {"uri": uri, "num_bytes": files.size(uri), "source_digest": "", "truncated": False}
-        write_shard(store, shard, rows, image=image, text=image, teacher=TEACHER, **described)
+        source = SourceFile(uri=uri, num_bytes=files.size(uri), sha256="")
+        write_shard(store, shard, rows, image=image, text=image, source=source, teacher=TEACHER)
         line = finished_shard(store, shard)
         assert line is not None
         lines.append(line)

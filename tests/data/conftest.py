@@ -13,7 +13,7 @@ from torch import Tensor
 from distilclip import files
 from distilclip.data.shards import open_shard
 from distilclip.data.side_files import Groups, Labels, write_groups, write_labels
-from distilclip.data.store import Rows, Store, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.store import Rows, SourceFile, Store, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.data.views import Views
 
 TEACHER = {"name": "tiny", "digest": "1", "preprocessing": "p", "tokenizer": "t", "precision": "fp32", "scale": 10.0}
@@ -51,10 +51,7 @@ def write_store(folder: str, uris: Sequence[str], *, invalid: Sequence[int] = ()
             ),
             image=image,
             text=-image,
-            uri=uri,
-            num_bytes=files.size(uri),
-            source_digest="s",
-            truncated=False,
+            source=SourceFile(uri=uri, num_bytes=files.size(uri), sha256="s", truncated=False),
             teacher=TEACHER,
         )
         line = finished_shard(folder, shard)

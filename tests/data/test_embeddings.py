@@ -11,7 +11,7 @@ import pytest
 
 from distilclip import files
 from distilclip.data.embeddings import MAX_OPEN_FILES, Embeddings
-from distilclip.data.store import Rows, Store, finished_shard, write_manifest, write_shard
+from distilclip.data.store import Rows, SourceFile, Store, finished_shard, write_manifest, write_shard
 from distilclip.data.views import ViewEmbeddings, write_views
 from distilclip.errors import InputError
 from tests.data.conftest import TEACHER
@@ -35,8 +35,8 @@ def written(folder: str, num_shards: int) -> Store:
     lines = []
     for shard in range(num_shards):
         image = np.stack([angle(shard, row) for row in range(ROWS)]).astype(np.float16)
-        described = {"uri": f"{shard}.tar", "num_bytes": 1, "source_digest": "s", "truncated": False}
-        write_shard(folder, shard, rows, image=image, text=-image, teacher=TEACHER, **described)  # type: ignore[arg-type]
+        source = SourceFile(uri=f"{shard}.tar", num_bytes=1, sha256="s")
+        write_shard(folder, shard, rows, image=image, text=-image, source=source, teacher=TEACHER)
         line = finished_shard(folder, shard)
         assert line is not None
         lines.append(line)

@@ -10,7 +10,16 @@ import pytest
 from safetensors import safe_open
 
 from distilclip import files
-from distilclip.data.store import Rows, Store, finished_shard, sample_id, split_id, write_manifest, write_shard
+from distilclip.data.store import (
+    Rows,
+    SourceFile,
+    Store,
+    finished_shard,
+    sample_id,
+    split_id,
+    write_manifest,
+    write_shard,
+)
 from distilclip.errors import InputError
 
 TEACHER = {
@@ -49,10 +58,7 @@ def write_store(folder: str, *, shards: int = 2, teacher: dict[str, Any] = TEACH
             rows_of(shard),
             image=image,
             text=text,
-            uri=f"{shard}.tar",
-            num_bytes=100 + shard,
-            source_digest="s",
-            truncated=shard == 1,
+            source=SourceFile(uri=f"{shard}.tar", num_bytes=100 + shard, sha256="s", truncated=shard == 1),
             teacher=teacher,
         )
     lines = [line for shard in range(shards) if (line := finished_shard(folder, shard)) is not None]
@@ -100,10 +106,7 @@ def test_columns_of_a_row_table_are_read_alone(tmp_path: Path) -> None:
         rows_of(0, num=2),
         image=unit(2, 0),
         text=unit(2, 0),
-        uri="0.tar",
-        num_bytes=100,
-        source_digest="s",
-        truncated=False,
+        source=SourceFile(uri="0.tar", num_bytes=100, sha256="s", truncated=False),
         teacher=TEACHER,
     )
     for read in (store.rows, lambda shard: store.columns(shard, "valid")):
@@ -197,10 +200,7 @@ def test_verify_finds_embeddings_that_are_no_unit_vectors(tmp_path: Path, value:
         rows_of(0),
         image=image,
         text=unit(3, 1),
-        uri="0.tar",
-        num_bytes=1,
-        source_digest="s",
-        truncated=False,
+        source=SourceFile(uri="0.tar", num_bytes=1, sha256="s", truncated=False),
         teacher=TEACHER,
     )
     line = finished_shard(str(tmp_path), 0)

@@ -16,7 +16,7 @@ import pytest
 from distilclip import files, stage_folder
 from distilclip.data.shards import open_shard
 from distilclip.data.side_files import Groups, write_groups
-from distilclip.data.store import Rows, Store, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.store import Rows, SourceFile, Store, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.models.clip import Clip, load_clip
 from tests.conftest import encoded, picture
 
@@ -78,10 +78,7 @@ def write_store(folder: str, uris: Sequence[str]) -> Store:
             rows,
             image=image.astype(np.float16),
             text=text.astype(np.float16),
-            uri=uri,
-            num_bytes=files.size(uri),
-            source_digest="s",
-            truncated=False,
+            source=SourceFile(uri=uri, num_bytes=files.size(uri), sha256="s", truncated=False),
             teacher=TEACHER,
         )
         line = finished_shard(folder, shard)

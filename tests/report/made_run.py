@@ -11,7 +11,7 @@ import numpy as np
 
 from distilclip.data import side_files
 from distilclip.data.shards import key_digest, open_shard
-from distilclip.data.store import Rows, finished_shard, sample_id, write_manifest, write_shard
+from distilclip.data.store import Rows, SourceFile, finished_shard, sample_id, write_manifest, write_shard
 from tests.conftest import encoded, picture, write_tar
 
 NUM_SHARDS, NUM_ROWS, DIM = 2, 12, 8
@@ -95,10 +95,12 @@ def write_embed(folder: Path, tars: list[str], *, teacher: str) -> Path:
             rows,
             image=kept,
             text=kept,
-            uri=tar,
-            num_bytes=Path(tar).stat().st_size,
-            source_digest=hashlib.sha256(Path(tar).read_bytes()).hexdigest(),
-            truncated=False,
+            source=SourceFile(
+                uri=tar,
+                num_bytes=Path(tar).stat().st_size,
+                sha256=hashlib.sha256(Path(tar).read_bytes()).hexdigest(),
+                truncated=False,
+            ),
             teacher={**TEACHER, "name": teacher},
         )
         assert key_digest(rows.key) == finished_shard(str(folder), shard).key_digest  # type: ignore[union-attr]

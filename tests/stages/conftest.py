@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from distilclip.data.store import Rows, finished_shard, write_manifest, write_shard
+from distilclip.data.store import Rows, SourceFile, finished_shard, write_manifest, write_shard
 
 TEACHER = {"name": "tiny", "digest": "d", "preprocessing": "p", "tokenizer": "t", "precision": "fp32", "scale": 100.0}
 
@@ -53,10 +53,7 @@ def write_store(
             table,
             image=x[here],
             text=x[here],
-            uri=f"{shard}.tar",
-            num_bytes=1,
-            source_digest="s",
-            truncated=False,
+            source=SourceFile(uri=f"{shard}.tar", num_bytes=1, sha256="s", truncated=False),
             teacher=TEACHER,
         )
         line = finished_shard(str(folder), shard)

@@ -1,4 +1,7 @@
-"""Every sample of a list of shards in order, decoded in loader processes, in batches that never cross shards."""
+"""Read every sample of a list of shards in order, and collect the embeddings of each shard.
+
+Samples are decoded in loader processes, in batches that never cross shards.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.decode import decode_crop
 from distilclip.data.samples import MAX_PIXELS, BadSample, Entry, decode_image
 from distilclip.data.shards import OpenShards, open_shard
-from distilclip.data.store import Rows, not_unit, write_shard
+from distilclip.data.store import Rows, SourceFile, not_unit, write_shard
 from distilclip.data.views import ViewEmbeddings, Views
 from distilclip.data.workers import Tokenize, map_tasks
 from distilclip.errors import InputError
@@ -34,14 +37,10 @@ Preprocess = Callable[[Image.Image], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Source:
-    """A shard with its index. `sha256` is that of its file, `num_bytes` its size."""
+class Source(SourceFile):
+    """A shard's file with its index."""
 
     shard: int
-    uri: str
-    num_bytes: int
-    sha256: str
-    truncated: bool
     entries: list[Entry]
 
 
@@ -49,8 +48,8 @@ class Source:
 class ScannedBatch:
     """The n rows of a shard from `first` on.
 
-    An unusable row has its reason in `errors`, zeros in `pixels` and an empty caption in `tokens`, so that a batch has
-    one shape whatever its rows are like. `pixels` is None where all are unusable. `view_pixels` are the m views of each
+    An unusable row has its reason in `errors`, zeros in `pixels` and an empty caption in `tokens`, so that the shape of
+    a batch does not depend on them. `pixels` is None where all are unusable. `view_pixels` are the m views of each
     row, `other_captions` its captions after the first and `other_tokens` these one after another; none without views.
     """
 
@@ -76,7 +75,7 @@ def scan(
     views: Views | None = None,
     view_size: int = 0,
 ) -> Iterator[ScannedBatch]:
-    """Read shards given as (number, URI). A remote tar is fetched whole, once, and removed when its last batch is out.
+    """Read shards given as (number, URI). A remote tar is downloaded once, and removed after its last batch.
 
     `views` are shown at `view_size` pixels square.
 
@@ -100,19 +99,19 @@ class _Task:
 
 @dataclass(frozen=True, kw_only=True)
 class _Decoded:
-    """A `ScannedBatch` as it leaves the loader process, which does not know the source."""
+    """A `ScannedBatch` without its source, which the loader process does not know."""
 
     task: _Task
     fields: dict[str, Any]
 
     def pin_memory(self) -> _Decoded:
-        """The rows in page-locked memory, from which a copy to a GPU keeps no process waiting."""
+        """Return the rows in page-locked memory, from which a copy to a GPU keeps no process waiting."""
         pinned = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in self.fields.items()}
         return dataclasses.replace(self, fields=pinned)
 
 
 class _Sources:
-    """Yields tasks shard by shard while the loader asks for them, and holds what their results need.
+    """Yields the tasks of one shard after another, and keeps each shard's source until its last batch is out.
 
     While one shard is decoded, a thread fetches and indexes the next.
     """
@@ -131,7 +130,7 @@ class _Sources:
                 yield _Task(shard=source.shard, path=path, first=first, entries=part)
 
     def _one_ahead(self) -> Iterator[tuple[Source, str]]:
-        """Every source and the path to read it at."""
+        """Yield every source and the path to read it from."""
         under_way: deque[Future[tuple[Source, str]]] = deque()
         for shard, uri in self.shards:
             under_way.append(self._thread.submit(self._open, shard, uri))
@@ -158,7 +157,7 @@ class _Sources:
         return source, path
 
     def finish(self, decoded: _Decoded) -> ScannedBatch:
-        """The batch with its source; after the last one of a shard its download is removed."""
+        """Return the batch with its source. After a shard's last batch, remove its download."""
         task = decoded.task
         source = self._sources[task.shard]
         if task.first + len(task.entries) == len(source.entries):
@@ -167,7 +166,7 @@ class _Sources:
         return ScannedBatch(source=source, first=task.first, **decoded.fields)
 
     def close(self) -> None:
-        """Wait for the thread, and remove the downloads that are left after a failure."""
+        """Wait for the thread, and remove downloads that a failure left."""
         self._thread.shutdown(cancel_futures=True)
         for copy in self._copies.values():
             copy.close()
@@ -175,7 +174,7 @@ class _Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """What a sample gives: the teacher's pixels, those of its views, and its captions."""
+    """A decoded sample: the teacher's pixels, those of its views, and its captions."""
 
     captions: list[str]
     pixels: Tensor
@@ -191,7 +190,7 @@ class _Decoder(Dataset):
         self._shards = OpenShards(limit=2)
 
     def __getitem__(self, task: _Task) -> _Decoded | InputError:
-        """The decoded rows of a task. An `InputError` is returned: raised here, it would lose its type."""
+        """Return the decoded rows of a task, or an `InputError`: raised here, it would lose its type."""
         digests = np.zeros((len(task.entries), 32), np.uint8)
         rows: list[_Row | None] = []
         errors = []
@@ -218,7 +217,7 @@ class _Decoder(Dataset):
         return _Decoded(task=task, fields=fields)
 
     def _view_pixels(self, rows: list[_Row | None]) -> UInt8[Tensor, "m n 3 size size"]:
-        """The first view of every row, then the second, and so on; zeros in place of unusable rows."""
+        """Stack the first view of every row, then the second, and so on; zeros for unusable rows."""
         num_views = 0 if self.views is None else self.views.num
         pixels = torch.zeros(num_views, len(rows), 3, self.view_size, self.view_size, dtype=torch.uint8)
         for place, row in enumerate(rows):
@@ -228,7 +227,7 @@ class _Decoder(Dataset):
         return pixels
 
     def _row(self, task: _Task, entry: Entry, row: int, digest: np.ndarray) -> tuple[_Row | None, str]:
-        """The row, or None and the reason why there is none; fills in the digest of its image file."""
+        """Return the row, or None and the reason why there is none. Fills in the digest of its image file."""
         if entry.error:
             return None, entry.error
         try:
@@ -247,7 +246,7 @@ class _Decoder(Dataset):
             return None, error.error
 
     def _view(self, image: bytes, shard: int, row: int, view: int) -> Tensor:
-        """One view, decoded as the training stream decodes it."""
+        """Return one view, decoded as the training stream decodes it."""
         assert self.views is not None
         draw = functools.partial(self.views.crop, shard=shard, row=row, view=view)
         return decode_crop(image, [self.view_size], draw=draw, max_pixels=self.max_pixels)[0]
@@ -331,10 +330,7 @@ class ShardEmbeddings:
             rows,
             image=self.image,
             text=self.text,
-            uri=source.uri,
-            num_bytes=source.num_bytes,
-            source_digest=source.sha256,
-            truncated=source.truncated,
+            source=source,
             teacher=teacher,
             views=views,
         )

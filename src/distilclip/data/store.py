@@ -1,4 +1,4 @@
-"""The row table of a shard of a store: which samples it has, where they lie, and which of them cannot be used."""
+"""Write and read a store: the embeddings of every shard, its row table, and the manifest that lists the shards."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Rows:
 
     @classmethod
     def of_table(cls, table: pa.Table) -> Rows:
-        """The rows of a table with `ROWS_SCHEMA`."""
+        """Return the rows of a table with `ROWS_SCHEMA`."""
         digests = table.column("image_sha256").combine_chunks().fill_null(bytes(32))
         whole = np.frombuffer(digests.buffers()[1], np.uint8).reshape(-1, 32)
         return cls(
@@ -63,7 +63,7 @@ class Rows:
         )
 
     def columns(self) -> dict[str, Any]:
-        """The columns of `ROWS_SCHEMA`."""
+        """Return the columns of `ROWS_SCHEMA`."""
         return {
             "row": np.arange(len(self), dtype=np.uint32),
             "key": self.key,
@@ -88,7 +88,7 @@ def check_embeddings(embeddings: Float16[np.ndarray, "n dim"], valid: Bool[np.nd
 
 
 def not_unit(embeddings: Float[np.ndarray, "n dim"]) -> Bool[np.ndarray, " n"]:
-    """Which rows are not finite or not of unit length, within what half precision can hold."""
+    """Return which rows are not finite or not of unit length, as far as half precision can tell."""
     lengths = np.linalg.norm(embeddings.astype(np.float32), axis=1)
     return ~(np.abs(lengths - 1) < _TOLERANCE)  # not >=, so that NaN is caught
 
@@ -111,24 +111,34 @@ BIAS_KEY = "bias"  # of teachers trained with the sigmoid loss only
 def sample_id(
     shard: Integer[np.ndarray, "*n"] | int | np.integer, row: Integer[np.ndarray, "*n"] | int | np.integer
 ) -> Any:
-    """`shard << 32 | row` as uint64, of numbers or arrays."""
+    """Return `shard << 32 | row` as uint64, of numbers or arrays."""
     return (np.asarray(shard, np.uint64) << np.uint64(32) | np.asarray(row, np.uint64))[()]
 
 
 def split_id(ids: Integer[np.ndarray, "*n"] | int | np.integer) -> tuple[Any, Any]:
-    """The shard and the row of sample ids, as uint32."""
+    """Return the shard and the row of sample ids, as uint32."""
     ids = np.asarray(ids, np.uint64)
     return (ids >> np.uint64(32)).astype(np.uint32)[()], (ids & np.uint64(0xFFFFFFFF)).astype(np.uint32)[()]
 
 
 def stem(shard: int) -> str:
-    """How the files of a shard are called: six digits."""
+    """Return the name of a shard's files: six digits."""
     return f"{shard:06d}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """The file that a shard is made from; `truncated` says that its end is missing."""
+
+    uri: str
+    num_bytes: int
+    sha256: str
+    truncated: bool = False
 
 
 @dataclass(frozen=True)
 class StoreShard:
-    """One line of the manifest. `num_bytes` is the size of the source file, `sha256` the digest of the payload."""
+    """One line of the manifest. `num_bytes` is the size of the source file, `sha256` the digest of the embeddings."""
 
     index: int
     uri: str
@@ -167,32 +177,32 @@ class Store:
 
     @property
     def num_shards(self) -> int:
-        """Shards, each made from one source file."""
+        """Number of shards, each made from one source file."""
         return len(self.shards)
 
     @property
     def num_rows(self) -> int:
-        """Rows of all shards, unusable ones included."""
+        """Number of rows of all shards, unusable ones included."""
         return sum(shard.num_rows for shard in self.shards)
 
     def image(self, shard: int) -> Float16[np.ndarray, "n dim"]:
-        """The image embeddings of a shard, unit rows, zeros where the row is not valid."""
+        """Return the image embeddings of a shard: unit rows, zeros where the row is not valid."""
         return self._embeddings(shard)["image"]
 
     def text(self, shard: int) -> Float16[np.ndarray, "n dim"]:
-        """The text embeddings of a shard, unit rows, zeros where the row is not valid."""
+        """Return the text embeddings of a shard: unit rows, zeros where the row is not valid."""
         return self._embeddings(shard)["text"]
 
     def view_embeddings(self, shard: int) -> ViewEmbeddings:
-        """The embeddings of a shard's views, in a store that has some."""
+        """Return the embeddings of a shard's views, in a store that has some."""
         return read_views(self.path, shard, **self._shape_of_views(shard))
 
     def payload_path(self, shard: int) -> str:
-        """The file with the embeddings of a shard."""
+        """Return the path of the embeddings of a shard."""
         return self._path(shard, "safetensors")
 
     def views_path(self, shard: int) -> str:
-        """The file with the embeddings of a shard's views."""
+        """Return the path of the embeddings of a shard's views."""
         return views_path(self.path, shard)
 
     def check_payload(self, shard: int, header: Header) -> None:
@@ -218,11 +228,11 @@ class Store:
         check_views(self.path, shard, header, **self._shape_of_views(shard))
 
     def rows(self, shard: int) -> Rows:
-        """The row table of a shard."""
+        """Return the row table of a shard."""
         return Rows.of_table(self.columns(shard, *ROWS_SCHEMA.names))
 
     def columns(self, shard: int, *names: str) -> pa.Table:
-        """Some columns of the row table of a shard, in Arrow: a tenth of the time that all of `rows` takes."""
+        """Return some columns of the row table of a shard, in Arrow. `rows` takes ten times as long."""
         path = self._path(shard, "rows.parquet")
         table = read_columns(path, pa.schema([ROWS_SCHEMA.field(name) for name in names]))
         if len(table) != self.shards[shard].num_rows:
@@ -277,17 +287,11 @@ def write_shard(
     *,
     image: Float16[np.ndarray, "n dim"],
     text: Float16[np.ndarray, "n dim"],
-    uri: str,
-    num_bytes: int,
-    source_digest: str,
-    truncated: bool,
+    source: SourceFile,
     teacher: Mapping[str, Any],
     views: ViewEmbeddings | None = None,
 ) -> None:
-    """Write one shard: views, payload, then the row table, whose presence says that the shard is finished.
-
-    `source_digest` is the SHA-256 of the source file, `num_bytes` its size.
-    """
+    """Write one shard: views, embeddings, then the row table, whose presence says that the shard is finished."""
     assert len(rows) == len(image) == len(text), "one embedding of either kind per row"
     described = _teacher_metadata(teacher)
     if views is not None:
@@ -295,17 +299,16 @@ def write_shard(
     sha256 = write_tensors(
         files.join(folder, f"{stem(shard)}.safetensors"),
         {"image": image, "text": text},
-        {"format": FORMAT_VERSION, "uri": uri, "tar_digest": source_digest, **described},
+        {"format": FORMAT_VERSION, "uri": source.uri, "tar_digest": source.sha256, **described},
     )
-    line = StoreShard(
-        shard, uri, num_bytes, len(rows), key_digest(rows.key), sha256, "truncated" if truncated else "complete"
-    )
+    status = "truncated" if source.truncated else "complete"
+    line = StoreShard(shard, source.uri, source.num_bytes, len(rows), key_digest(rows.key), sha256, status)
     metadata = {name: str(value) for name, value in vars(line).items() if name != "index"}
     write_columns(files.join(folder, f"{stem(shard)}.rows.parquet"), ROWS_SCHEMA, rows.columns(), metadata)
 
 
 def finished_shard(folder: str, shard: int) -> StoreShard | None:
-    """What `write_shard` wrote about a shard, or None if it did not come to its end."""
+    """Return what `write_shard` wrote about a shard, or None where it did not finish."""
     path = files.join(folder, f"{stem(shard)}.rows.parquet")
     if not files.exists(path):
         return None
@@ -324,14 +327,14 @@ def finished_shard(folder: str, shard: int) -> StoreShard | None:
 def write_manifest(
     folder: str, shards: Sequence[StoreShard], *, dim: int, teacher: Mapping[str, Any], views: Views | None = None
 ) -> None:
-    """Finish a store: the list of its shards, all of which must be there."""
+    """Write the list of a store's shards, all of which must be there: the store is finished."""
     columns = dict(zip(MANIFEST_SCHEMA.names, zip(*(vars(s).values() for s in shards), strict=True), strict=True))
     metadata = {"dim": str(dim), **_teacher_metadata(teacher), **({"views": views.to_json()} if views else {})}
     write_columns(files.join(folder, "manifest.parquet"), MANIFEST_SCHEMA, columns, metadata)
 
 
 def read_shard_rows(folder: str, shard: int) -> Rows:
-    """The row table of a finished shard, of a finished store or of one being made."""
+    """Read the row table of a finished shard, whether or not its store is finished."""
     return Rows.of_table(read_columns(files.join(folder, f"{stem(shard)}.rows.parquet"), ROWS_SCHEMA))
 
 
