@@ -22,7 +22,8 @@ def drawings() -> dict[str, str]:
 
 def draw() -> dict[str, str]:
     points = [
-        figures.Point(threshold=0.01 * i, removed=0.05 * i, num_groups=20 - i, largest_group=1 + i) for i in range(8)
+        figures.CurvePoint(threshold=0.01 * i, removed_ratio=0.05 * i, num_groups=20 - i, largest_group=1 + i)
+        for i in range(8)
     ]
     standing = figures.Standing(label="shape", values={"teacher": 0.6, "student": 0.4}, chance=0.1)
     return {

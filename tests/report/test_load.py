@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from distilclip.errors import InputError
-from distilclip.report.load import TERMS, load
+from distilclip.report.load import load
 from tests.report.made_run import write_evaluate, write_run, write_stage, write_train
 
 
@@ -91,7 +91,15 @@ def test_models_of_one_name_and_different_weights_stay_apart(tmp_path: Path) -> 
     assert {s.model: s.value for s in scores} == {"student aaaaaaa": 0.0, "student bbbbbbb": 0.2}
 
 
-def test_the_terms_are_those_of_the_objective() -> None:
-    from distilclip.train.objective import TERMS as OBJECTIVE_TERMS
-
-    assert tuple(TERMS) == OBJECTIVE_TERMS
+def test_terms_are_named_in_the_words_of_their_training_and_by_the_log_of_an_older_one(tmp_path: Path) -> None:
+    write_train(tmp_path, {"task": 1.0, "toy": 5.0, "feature": 0.0}, store=None, height=3.0)
+    path = tmp_path / "result.json"
+    older = json.loads(path.read_text())
+    del older["objective"]["feature"]
+    path.write_text(json.dumps(older))
+    (training,) = load([str(tmp_path)]).trainings
+    assert (training.words, training.terms) == ({"task": "", "toy": ""}, ["task", "toy"])
+    path.write_text(json.dumps({**older, "terms": {"task": "own loss", "toy": "a toy", "feature": "FD"}}))
+    (training,) = load([str(tmp_path)]).trainings
+    assert training.words == {"task": "own loss", "toy": "a toy", "feature": "FD"}
+    assert training.weights == {"task": 1.0, "toy": 5.0}

@@ -9,19 +9,13 @@ import pytest
 
 from distilclip.report.load import load
 from distilclip.report.page import Page, build
+from distilclip.report.sections import GallerySize
 from tests.report.made_run import NASTY, digest, write_balance, write_evaluate, write_run, write_stage
 
 
 def page_of(folder: Path) -> Page:
-    return build(
-        load([str(folder)]),
-        heading="A <b>report</b>",
-        num_groups=2,
-        num_clusters=2,
-        num_pictures=3,
-        thumbnail_size=48,
-        seed=0,
-    )
+    size = GallerySize(num_groups=2, num_clusters=2, num_pictures=3, thumbnail=48)
+    return build(load([str(folder)]), heading="A <b>report</b>", size=size)
 
 
 class Elements(HTMLParser):

@@ -10,8 +10,7 @@ from markupsafe import Markup
 
 from distilclip.report import figures
 from distilclip.report.comparison import Model, Table
-from distilclip.report.load import TERMS
-from distilclip.sets.headings import title
+from distilclip.sets.score import title
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,10 +31,12 @@ class Chart:
 def training_charts(models: Sequence[Model]) -> list[Chart]:
     """A chart per logged quantity, a line per training: the loss, the terms, then the cosines and agreements."""
     trained = [(model, model.training) for model in models if model.training is not None and model.training.logged]
-    logged = [name for _, training in trained for name in training.logged]
+    words = {name: text for _, training in trained for name, text in training.words.items()}
+    terms = [name for name in words if any(name in training.logged for _, training in trained)]
+    loss = ["loss"] if any("loss" in training.logged for _, training in trained) else []
     diagnostics = dict.fromkeys(name for _, training in trained for name in training.diagnostics)
     charts = []
-    for name in [*(n for n in ("loss", *TERMS) if n in logged), *diagnostics]:
+    for name in [*loss, *terms, *diagnostics]:
         lines = [
             figures.Line(label=model.name, series=model.series, data=training.logged[name])
             for model, training in trained
@@ -48,7 +49,7 @@ def training_charts(models: Sequence[Model]) -> list[Chart]:
                 name=f"training-{name}",
                 svg=figures.training_curve(shown, lines),
                 label=label,
-                caption=_training_caption(name),
+                caption=_training_caption(name, words),
             )
         )
     return charts
@@ -74,20 +75,11 @@ def standings_chart(table: Table) -> Chart | None:
     )
 
 
-def threshold_chart(curve: Sequence[dict[str, Any]], metric: str, threshold: float, number: int) -> Chart:
+def threshold_chart(curve: Sequence[figures.CurvePoint], metric: str, threshold: float, number: int) -> Chart:
     """The threshold curve of the balance folder that is `number`-th in the report."""
-    points = [
-        figures.Point(
-            threshold=float(point["threshold"]),
-            removed=float(point["removed_ratio"]),
-            num_groups=int(point["num_groups"]),
-            largest_group=int(point["largest_group"]),
-        )
-        for point in curve
-    ]
     return Chart(
         name="threshold" + (f"-{number + 1}" if number else ""),
-        svg=figures.threshold_curve(points, metric=metric, threshold=threshold),
+        svg=figures.threshold_curve(curve, metric=metric, threshold=threshold),
         label="Removed share, number of groups and largest group against the threshold; the table has the numbers",
     )
 
@@ -105,7 +97,7 @@ def cluster_chart(result: dict[str, Any], number: int) -> Chart:
     )
 
 
-def _training_caption(name: str) -> str:
+def _training_caption(name: str, words: dict[str, str]) -> str:
     if name == "loss":
         return "weighted sum of each model's own terms: compare shapes, not heights"
-    return TERMS.get(name, "mean over the batch, against the teacher")
+    return words.get(name, "mean over the batch, against the teacher")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
 
-from distilclip.report.load import Results, Score, Training
-from distilclip.sets.headings import AVERAGED, TASKS, means, title
+from distilclip.report.load import Results, TrainRun
+from distilclip.sets.score import AVERAGED, TASKS, Score, means, title
 
 Role = Literal["teacher", "baseline", "student", "other"]
 
@@ -24,7 +24,7 @@ class Model:
     role: Role
     series: int
     num_parameters: int | None = None
-    training: Training | None = None
+    training: TrainRun | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def models(results: Results) -> list[Model]:
     """
     teachers = _teachers(results)
     by_digest = {training.digest: training for training in reversed(results.trainings)}
-    digests = {score.model: score.digest for score in results.scores}
+    digests = {score.model: score.model_digest for score in results.scores}
     named = {name: by_digest.get(digest) for name, digest in digests.items()}
     for unscored in results.trainings:
         if unscored.digest not in digests.values():

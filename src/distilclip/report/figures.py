@@ -63,11 +63,11 @@ class Standing:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Point:
-    """What the threshold curve says at one threshold; `removed` is a share of the valid images."""
+class CurvePoint:
+    """What balance would do at one threshold; `removed_ratio` is a share of the valid images."""
 
     threshold: float
-    removed: float
+    removed_ratio: float
     num_groups: int
     largest_group: int
 
@@ -96,14 +96,14 @@ def thin(series: Series, num_points: int = MAX_POINTS) -> Series:
     return Series(step=series.step[bounds[1:] - 1], value=means)
 
 
-def threshold_curve(points: Sequence[Point], *, metric: str, threshold: float) -> str:
+def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: float) -> str:
     """Removed share, number of groups and largest group against the threshold, in all three metrics at once.
 
     The dashed line is the chosen `threshold`, in `metric` as those of the points.
     """
     x = [point.threshold for point in points]
     rows: dict[str, tuple[Sequence[float], str]] = {
-        "removed share": ([100 * point.removed for point in points], "--series-2"),
+        "removed share": ([100 * point.removed_ratio for point in points], "--series-2"),
         "groups": ([point.num_groups for point in points], "--series-4"),
         "largest group": ([point.largest_group for point in points], "--series-3"),
     }

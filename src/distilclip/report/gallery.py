@@ -1,15 +1,26 @@
-"""Which groups and clusters are worth looking at: choices by number, then their pictures."""
+"""Choose groups and clusters that are worth a look, and read their pictures as thumbnails.
+
+Pictures are read from the shards through the store's offsets and stand in the page as JPEG data URIs.
+"""
 
 from __future__ import annotations
 
+import base64
+import dataclasses
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Integer, UInt64
+from PIL import Image
 
-from distilclip.report.pictures import Picture, PictureReader
+from distilclip.data.samples import BadSample, decode_image
+from distilclip.data.shards import Shard, open_shard
+from distilclip.data.store import Rows, Store, split_id
+from distilclip.errors import InputError
+from distilclip.report.phrases import count
 
 SIDES = {
     "under": "Just under the threshold: these were joined",
@@ -23,57 +34,33 @@ KINDS = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Removal:
-    """One kept sample, and some of the samples that were removed because of it. Samples are ids."""
+class Picture:
+    """One sample as the page shows it. `image` is a data URI, empty where the picture cannot be had: see `problem`."""
 
-    kept: int
-    removed: list[int]
-    distance: list[float]
-    num_removed: int
+    key: str
+    place: str
+    caption: str
+    image: str = ""
+    width: int = 0
+    height: int = 0
+    problem: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Strip:
-    """One cluster: its size, and some of its samples from the nearest to the center to the farthest."""
+    """Some samples of a group, pair or cluster, by their ids, and what stands over them.
 
-    cluster: int
-    num_samples: int
+    `distance` is that of each sample to the kept one, to the other of its pair, or to its center; None for a sample
+    that the others are compared with. `pictures` are filled in by `read_strips`.
+    """
+
+    title: str = ""
+    detail: str = ""
     samples: list[int]
-    distance: list[float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Shown:
-    """A picture and its distance to the representative or center; None for a representative itself."""
-
-    picture: Picture
-    distance: float | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """A removal with its pictures, the kept one first."""
-
-    kept: Shown
-    removed: list[Shown]
-    num_removed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pair:
-    """Two pictures next to the threshold; the second carries their distance."""
-
-    left: Shown
-    right: Shown
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cluster:
-    """A strip with its pictures."""
-
-    cluster: int
-    num_samples: int
-    members: list[Shown]
+    distance: list[float | None]
+    kept: bool = False
+    """whether the first sample is the one that was kept"""
+    pictures: tuple[Picture, ...] = ()
 
 
 def choose_removals(
@@ -85,12 +72,12 @@ def choose_removals(
     num_groups: int,
     num_pictures: int,
     seed: int,
-) -> dict[str, list[Removal]]:
-    """Removed samples by what they were removed for: up to `num_groups` of each of `KINDS`, none twice.
+) -> dict[str, list[Strip]]:
+    """Choose up to `num_groups` groups of each of `KINDS`, none twice: the kept sample, then some of the removed.
 
     The arrays hold the removed samples only. Ties fall to the smaller id, so equal input gives equal choices. Of the
-    borderline groups those removals are shown whose distances lie nearest to `threshold`; of the others, removals
-    spread evenly over the distances, the farthest included.
+    borderline groups, the removed samples are those whose distances lie nearest to `threshold`. Of the others, they
+    are spread evenly over the distances, the farthest included.
     """
     if not len(samples):
         return {kind: [] for kind in KINDS}
@@ -109,16 +96,17 @@ def choose_removals(
     borderline = take(place[np.lexsort((samples, gap))])
     drawn = take(np.random.default_rng(seed).permutation(len(kept)))
 
-    def removal(group: int, key: Float[np.ndarray, " n"], spread: bool) -> Removal:
+    def removal(group: int, key: Float[np.ndarray, " n"], spread: bool) -> Strip:
         rows = members[group]
         rows = rows[np.lexsort((samples[rows], key[rows]))]
-        rows = rows[_evenly(len(rows), num_pictures)] if spread else rows[:num_pictures]
+        rows = rows[_spread_evenly(len(rows), num_pictures)] if spread else rows[:num_pictures]
         rows = rows[np.lexsort((samples[rows], distance[rows]))]
-        return Removal(
-            kept=int(kept[group]),
-            removed=[int(s) for s in samples[rows]],
-            distance=[float(d) for d in distance[rows]],
-            num_removed=int(counts[group]),
+        return Strip(
+            title=f"{count(int(counts[group]))} removed",
+            detail=f"{len(rows)} shown" if len(rows) < counts[group] else "",
+            samples=[int(kept[group]), *(int(s) for s in samples[rows])],
+            distance=[None, *(float(d) for d in distance[rows])],
+            kept=True,
         )
 
     return {
@@ -128,7 +116,12 @@ def choose_removals(
     }
 
 
-def choose_strips(
+def choose_pairs(pairs: Sequence[Mapping[str, Any]], *, num_pairs: int) -> list[Strip]:
+    """Take the first few of the pairs next to the threshold that `balance` lists: two sample ids and a distance."""
+    return [Strip(samples=[p["left"], p["right"]], distance=[None, p["distance"]]) for p in pairs[:num_pairs]]
+
+
+def choose_clusters(
     samples: UInt64[np.ndarray, " n"],
     cluster: Integer[np.ndarray, " n"],
     distance: Float[np.ndarray, " n"],
@@ -136,7 +129,10 @@ def choose_strips(
     num_clusters: int,
     num_pictures: int,
 ) -> dict[str, list[Strip]]:
-    """The `num_clusters` largest and smallest clusters that have any member, none twice; ties by cluster number."""
+    """Choose the `num_clusters` largest and smallest clusters that have any member, none twice.
+
+    Each strip runs from the sample nearest to the center to the farthest. Ties fall to the smaller cluster number.
+    """
     found, place, counts = np.unique(cluster, return_inverse=True, return_counts=True)
     by_size = np.lexsort((found, -counts))
     largest = by_size[:num_clusters].tolist()
@@ -145,10 +141,10 @@ def choose_strips(
     def strip(index: int) -> Strip:
         rows = np.flatnonzero(place == index)
         rows = rows[np.lexsort((samples[rows], distance[rows]))]
-        rows = rows[_evenly(len(rows), num_pictures)]
+        rows = rows[_spread_evenly(len(rows), num_pictures)]
         return Strip(
-            cluster=int(found[index]),
-            num_samples=int(counts[index]),
+            title=f"Cluster {found[index]}",
+            detail=f"{count(int(counts[index]))} picture" + ("" if counts[index] == 1 else "s"),
             samples=[int(s) for s in samples[rows]],
             distance=[float(d) for d in distance[rows]],
         )
@@ -156,41 +152,73 @@ def choose_strips(
     return {"largest": [strip(i) for i in largest], "smallest": [strip(i) for i in smallest]}
 
 
-def picture_group(removal: Removal, reader: PictureReader) -> Group:
-    """The pictures of one removal."""
-    return Group(
-        kept=Shown(picture=reader.picture(removal.kept)),
-        removed=_shown(removal.removed, removal.distance, reader),
-        num_removed=removal.num_removed,
-    )
+def read_strips(strips: Mapping[str, Sequence[Strip]], store: Store, *, size: int) -> dict[str, list[Strip]]:
+    """Return the strips with their pictures, at most `size` pixels on their longer side.
+
+    Raises:
+        InputError: no picture at all can be read; the first one's reason.
+    """
+    reader = PictureReader(store, size=size)
+    found = {
+        kind: [dataclasses.replace(s, pictures=tuple(map(reader.picture, s.samples))) for s in chosen]
+        for kind, chosen in strips.items()
+    }
+    reader.close()
+    problems = [p.problem for kind in found.values() for strip in kind for p in strip.pictures]
+    if problems and all(problems):
+        raise InputError(problems[0])
+    return found
 
 
-def picture_pairs(pairs: Sequence[Mapping[str, Any]], reader: PictureReader, *, number: int) -> list[Pair]:
-    """The pictures of the first few of the pairs that `balance` lists: sample ids and their distance."""
-    return [
-        Pair(
-            left=Shown(picture=reader.picture(pair["left"])),
-            right=Shown(picture=reader.picture(pair["right"]), distance=pair["distance"]),
-        )
-        for pair in pairs[:number]
-    ]
+class PictureReader:
+    """Thumbnails by sample id; shards and row tables stay open between reads."""
+
+    def __init__(self, store: Store, *, size: int) -> None:
+        self.store = store
+        self.size = size
+        self._shards: dict[int, Shard] = {}
+        self._rows: dict[int, Rows] = {}
+
+    def picture(self, sample: int) -> Picture:
+        """Return the thumbnail of a sample id (`shard << 32 | row`).
+
+        A picture that cannot be read any more (the tar was moved, say) is a `Picture` with a `problem`, no error: the
+        page is worth having without it.
+        """
+        shard, row = (int(part) for part in split_id(sample))
+        if shard not in self._rows:
+            self._rows[shard] = self.store.rows(shard)
+        rows, uri = self._rows[shard], self.store.shards[shard].uri
+        key, place = rows.key[row], f"{uri}, row {row}"
+        try:
+            if shard not in self._shards:
+                self._shards[shard] = open_shard(uri)
+            stored = self._shards[shard].read(int(rows.offset[row]), int(rows.size[row]))
+            if stored.image is None:
+                raise BadSample("no image", where=place)
+            image = decode_image(stored.image, draft=(self.size, self.size), where=place)
+        except (BadSample, InputError, OSError) as error:
+            return Picture(key=key, place=place, caption="", problem=str(error))
+        address, (width, height) = thumbnail(image, self.size)
+        return Picture(key=key, place=place, caption=stored.caption or "", image=address, width=width, height=height)
+
+    def close(self) -> None:
+        """Close the shards."""
+        for shard in self._shards.values():
+            shard.close()
 
 
-def picture_cluster(strip: Strip, reader: PictureReader) -> Cluster:
-    """The pictures of one cluster."""
-    return Cluster(
-        cluster=strip.cluster,
-        num_samples=strip.num_samples,
-        members=_shown(strip.samples, strip.distance, reader),
-    )
+def thumbnail(image: Image.Image, size: int) -> tuple[str, tuple[int, int]]:
+    """Return `image` as a JPEG data URI, its longer side at most `size` pixels and never enlarged; width and height."""
+    small = image.copy()
+    small.thumbnail((size, size), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=82, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), small.size
 
 
-def _shown(samples: Sequence[int], distance: Sequence[float], reader: PictureReader) -> list[Shown]:
-    return [Shown(picture=reader.picture(s), distance=d) for s, d in zip(samples, distance, strict=True)]
-
-
-def _evenly(length: int, number: int) -> Int[np.ndarray, " m"]:
-    """At most `number` places of `length`, evenly spaced, first and last included."""
+def _spread_evenly(length: int, number: int) -> Int[np.ndarray, " m"]:
+    """Return at most `number` places of `length`, evenly spaced, first and last included."""
     if length <= number:
         return np.arange(length)
     return np.unique(np.linspace(0, length - 1, number).round().astype(int))

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -19,19 +18,6 @@ from distilclip import files, stage_folder
 from distilclip.errors import InputError
 from distilclip.sets.score import Score
 from distilclip.stage_folder import StageRecord
-
-# The objective's terms (distilclip.train.objective.TERMS, which needs torch) in the words of the page.
-TERMS = {
-    "task": "contrastive loss of the student's own image and text embeddings",
-    "cluster": "CLIP-CID cluster discrimination",
-    "instance": "CLIP-CID instance discrimination",
-    "relational": "CLIP-KD relational distillation (CRD)",
-    "feature": "CLIP-KD feature distillation (FD)",
-    "masked": "CLIP-KD masked feature distillation (MFD)",
-    "gradient": "CLIP-KD gradient distillation (GD)",
-    "interactive": "CLIP-KD interactive contrast (ICL)",
-    "augmented": "CLIP-KD augmented features (AFD)",
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +29,7 @@ class Series:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class TrainRun:
     """One train folder: what was trained, with which weights, and every number it logged.
 
     The name is the folder's; `digest` is that of the trained weights, as evaluate folders have it too.
@@ -52,6 +38,9 @@ class Training:
     name: str
     path: str
     weights: dict[str, float]
+    """of the terms that have one"""
+    words: dict[str, str]
+    """what each term is, as `train` wrote it down; empty for a term of an older folder"""
     num_parameters: int
     num_samples_seen: int
     digest: str
@@ -74,8 +63,8 @@ class Training:
 
     @property
     def terms(self) -> list[str]:
-        """The logged terms of the objective, in the order of `TERMS`."""
-        return [name for name in TERMS if name in self.logged]
+        """The logged terms of the objective."""
+        return [name for name in self.words if name in self.logged]
 
     @property
     def distilled(self) -> bool:
@@ -103,7 +92,7 @@ class Results:
 
     folders: list[StageRecord]
     scores: list[Score]
-    trainings: list[Training]
+    trainings: list[TrainRun]
     num_parameters: dict[str, int]
 
     def finished(self, stage: str) -> list[StageRecord]:
@@ -176,17 +165,21 @@ def _scores(folders: Sequence[StageRecord]) -> list[Score]:
     ]
 
 
-def _training(folder: StageRecord) -> Training:
+def _training(folder: StageRecord) -> TrainRun:
     result = folder.result
-    weights = {name: float(result["objective"][name]) for name in TERMS if result["objective"].get(name)}
-    return Training(
+    logged = _read_log(files.join(folder.path, "metrics.jsonl"))
+    # Older folders do not say which values of the objective are terms: those with a column of their own.
+    words = result.get("terms") or {name: "" for name in result["objective"] if name in logged}
+    weights = {name: float(result["objective"][name]) for name in words if result["objective"].get(name)}
+    return TrainRun(
         name=folder.path.rstrip("/").rsplit("/", 1)[-1],
         path=folder.path,
         weights=weights,
+        words=words,
         num_parameters=result["num_parameters"],
         num_samples_seen=result["num_samples_seen"],
         digest=result["digest"],
-        logged=_read_log(files.join(folder.path, "metrics.jsonl")),
+        logged=logged,
     )
 
 

@@ -12,10 +12,10 @@ from distilclip.report import phrases
 from distilclip.report.charts import Chart, standings_chart, training_charts
 from distilclip.report.comparison import Model, Table, compare, models
 from distilclip.report.figures import PALETTE
-from distilclip.report.gallery import KINDS, SIDES
-from distilclip.report.load import Results, Score
-from distilclip.report.sections import balances, clusterings, embeddings
-from distilclip.sets.headings import title
+from distilclip.report.load import Results
+from distilclip.report.sections import GallerySize, balance_sections, cluster_sections
+from distilclip.sets.score import Score, title
+from distilclip.vectors.metric import equivalents
 
 # The order in which a run makes them; other stages follow.
 STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate")
@@ -30,17 +30,8 @@ class Page:
     absent: list[tuple[str, str]]
 
 
-def build(
-    results: Results,
-    *,
-    heading: str,
-    num_groups: int,
-    num_clusters: int,
-    num_pictures: int,
-    thumbnail_size: int,
-    seed: int,
-) -> Page:
-    """The page of some results; `num_groups` and `num_clusters` are of each kind, `num_pictures` in each of them."""
+def build(results: Results, *, heading: str, size: GallerySize) -> Page:
+    """Render the page of some results."""
     compared = models(results)
     scores = results.scores
     table = compare([score for score in scores if score.task != "agreement"], compared)
@@ -48,13 +39,8 @@ def build(
     agreement = compare([score for score in scores if score.task == "agreement"], students)
     curves = training_charts(compared)
     standings = standings_chart(table)
-    balanced = balances(
-        results, num_groups=num_groups, num_pictures=num_pictures, thumbnail_size=thumbnail_size, seed=seed
-    )
-    clustered = clusterings(
-        results, num_clusters=num_clusters, num_pictures=num_pictures + 1, thumbnail_size=thumbnail_size
-    )
-    embedded = embeddings(results)
+    balances = balance_sections(results, size)
+    clusterings = cluster_sections(results, size)
     absent = _absent(results, has_diagnostics=any(model.training and model.training.diagnostics for model in compared))
     html = _template().render(
         heading=heading,
@@ -67,17 +53,15 @@ def build(
         remarks=_remarks(scores),
         standings=standings,
         curves=curves,
-        embeddings=embedded,
-        balances=balanced,
-        clusterings=clustered,
+        embeddings=results.finished("embed"),
+        balances=balances,
+        clusterings=clusterings,
         folders=sorted(results.folders, key=lambda f: STAGES.index(f.stage) if f.stage in STAGES else len(STAGES)),
         unfinished=results.unfinished,
         absent=absent,
-        kinds=KINDS,
-        sides=SIDES,
         palette=PALETTE,
     )
-    charts: list[Chart | None] = [standings, *curves, *(b.chart for b in balanced), *(c.chart for c in clustered)]
+    charts: list[Chart | None] = [standings, *curves, *(section.chart for section in (*balances, *clusterings))]
     return Page(
         html=html,
         figures={f"{chart.name}.svg": chart.svg for chart in charts if chart is not None},
@@ -141,7 +125,7 @@ def _remarks(scores: Sequence[Score]) -> list[str]:
     """What a reader of the table must know: one model under several names, scores and pictures that are not there."""
     names: dict[str, dict[str, None]] = {}
     for score in scores:
-        names.setdefault(score.digest, {})[score.model] = None
+        names.setdefault(score.model_digest, {})[score.model] = None
     remarks = dict.fromkeys(f"{' = '.join(same)}: the same weights." for same in names.values() if len(same) > 1)
     for score in scores:
         if score.value is None and score.reason:
@@ -168,6 +152,12 @@ def _absent(results: Results, *, has_diagnostics: bool) -> list[tuple[str, str]]
     return absent
 
 
+def in_metrics(threshold: float, metric: str) -> dict[str, float]:
+    """Return a threshold in every metric, `metric` first; a curve may begin at 0, which is 0 in all of them."""
+    same = equivalents(threshold, metric) if threshold > 0 else dict.fromkeys(equivalents(1.0, metric), 0.0)
+    return {metric: same[metric], **same}
+
+
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distilclip.report", package_path=""),
@@ -185,5 +175,6 @@ def _template() -> jinja2.Template:
         shorten=phrases.shorten,
         plain=phrases.plain,
         title=title,
+        in_metrics=in_metrics,
     )
     return environment.get_template("page.html.j2")

@@ -50,7 +50,8 @@ def main(config: Config) -> dict[str, Any]:
 
     A finished page is left as it is. Raises `InputError` where it was made from results that have changed since.
     """
-    from distilclip.report.page import build  # of the extra `report`, which Config has asked for
+    from distilclip.report.page import build  # needs the extra `report`, which Config has asked for
+    from distilclip.report.sections import GallerySize
 
     folder = stage_folder.open_folder(config.out, stage="report", config=config)
     results = load(config.folders)
@@ -58,15 +59,14 @@ def main(config: Config) -> dict[str, Any]:
     if folder.finished:
         stage_folder.check_made_from(config.out, folder.result()["sources"], sources)
         return folder.result()
-    page = build(
-        results,
-        heading=config.title,
+    size = GallerySize(
         num_groups=config.num_groups,
         num_clusters=config.num_clusters,
         num_pictures=config.num_pictures,
-        thumbnail_size=config.thumbnail_size,
+        thumbnail=config.thumbnail_size,
         seed=config.seed,
     )
+    page = build(results, heading=config.title, size=size)
     for name, svg in page.figures.items():
         files.write_bytes(folder.child("figures", name), svg.encode())
     files.write_bytes(folder.child("index.html"), page.html.encode())
