@@ -83,7 +83,7 @@ def our_step(method: Objective, sizes: Sizes, machine: Machine | None = None, *,
     head = None
     if method.cluster:
         centers = F.normalize(torch.randn(num_classes, sizes.teacher_dim, device=clip.device), dim=1)
-        head = ClassHead(centers, learning_rate=LEARNING_RATE)
+        head = ClassHead(centers, Optimization(centers_learning_rate=LEARNING_RATE))
     student = Student(
         clip=clip,
         heads=Heads(clip.dim, sizes.teacher_dim).to(clip.device),

@@ -14,7 +14,9 @@ from _harness import Case, compare, is_quick
 from torch import Tensor
 
 from distilclip.losses.cluster import cluster, sample_classes
-from distilclip.train.class_head import ClassHead, StepClasses
+from distilclip.losses.terms import StepClasses
+from distilclip.train.class_head import ClassHead
+from distilclip.train.optimizer import Optimization
 
 SAMPLE_RATE = 0.1
 LEARNING_RATE = 1e-6
@@ -46,7 +48,8 @@ def make_inputs(n: int, dim: int, k: int, *, with_torch: bool) -> Inputs:
         twin = torch.nn.Parameter(centers.clone())
         twin.grad = gradient
         optimizer = torch.optim.AdamW([twin], lr=LEARNING_RATE, betas=BETAS, eps=EPS, weight_decay=0.0, fused=True)
-    head, classes = ClassHead(centers, learning_rate=LEARNING_RATE), sample_classes(labels, k, SAMPLE_RATE, generator)
+    head = ClassHead(centers, Optimization(centers_learning_rate=LEARNING_RATE))
+    classes = sample_classes(labels, k, SAMPLE_RATE, generator)
     all_classes, some_classes = head.of_step(labels, None), head.of_step(labels, classes)
     all_classes.centers.grad, some_classes.centers.grad = gradient, gradient[: len(classes)]
     return Inputs(

@@ -8,10 +8,11 @@ from torch import Tensor
 from distilclip.losses.contrastive import contrastive, info_nce
 from distilclip.losses.distillation import (
     augmented,
+    draw_masks,
     feature,
     gradient,
+    hide_patches,
     interactive,
-    mask_patches,
     relational,
     row_divergence,
 )
@@ -229,9 +230,18 @@ def test_gradient_steps_reduce_the_term(
     assert loss.item() < 0.2 * first
 
 
+def mask_patches(pixels: Tensor, *, ratio: float = 0.75, patch: int = 16, seed: int = 0) -> Tensor:
+    """Pixels with drawn squares hidden."""
+    generator = torch.Generator().manual_seed(seed)
+    size = pixels.shape[2], pixels.shape[3]
+    return hide_patches(
+        pixels, draw_masks(len(pixels), size, ratio=ratio, patch=patch, generator=generator), patch=patch
+    )
+
+
 def test_mask_covers_the_stated_share_of_every_image_with_its_mean() -> None:
     pixels = torch.rand(3, 2, 32, 48, generator=torch.Generator().manual_seed(0))
-    masked = mask_patches(pixels, ratio=0.75, patch=16, generator=torch.Generator().manual_seed(1))
+    masked = mask_patches(pixels, ratio=0.75, patch=16, seed=1)
     changed = (masked != pixels).all(1).view(3, 2, 16, 3, 16).transpose(2, 3)  # [n, 2, 3, 16, 16]
     assert (changed.all((3, 4)) == changed.any((3, 4))).all()
     assert changed.all((3, 4)).sum((1, 2)).tolist() == [4, 4, 4]  # round(0.75 * 6): ties to even
@@ -241,14 +251,14 @@ def test_mask_covers_the_stated_share_of_every_image_with_its_mean() -> None:
 
 def test_mask_by_hand() -> None:
     pixels = torch.tensor([[[[1.0, 3.0]]]])
-    masked = mask_patches(pixels, ratio=0.5, patch=1, generator=torch.Generator().manual_seed(0))
+    masked = mask_patches(pixels, ratio=0.5, patch=1)
     assert masked.flatten().tolist() in ([2.0, 3.0], [1.0, 2.0])
     assert mask_patches(pixels, ratio=1.0, patch=1).flatten().tolist() == [2.0, 2.0]
 
 
 def test_mask_depends_on_the_generator_alone_and_fits_any_size() -> None:
     pixels = torch.rand(2, 3, 37, 50, generator=torch.Generator().manual_seed(0))
-    first, again, other = (mask_patches(pixels, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2))
+    first, again, other = (mask_patches(pixels, seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
     assert torch.equal(mask_patches(pixels, ratio=0.0), pixels)

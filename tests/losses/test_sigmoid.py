@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from distilclip.losses.features import Features
 from distilclip.losses.sigmoid import sigmoid, sigmoid_relational
 
 
@@ -66,10 +67,7 @@ def test_a_hand_made_answer() -> None:
 def test_the_divergence_and_its_gradients_equal_the_formula(block: int | None) -> None:
     values = inputs(6, 6, 5)
     teacher = [x.detach() for x in inputs(6, 6, 8, seed=7)]
-    found = sigmoid_relational(
-        values[0], values[1], teacher[0], teacher[1],
-        scale=values[2], bias=values[3], teacher_scale=teacher[2], teacher_bias=teacher[3], block=block,
-    )  # fmt: skip
+    found = sigmoid_relational(Features(*values), Features(*teacher), block=block)
     expected = naive_relational(values, teacher)
     assert torch.allclose(found, expected)
     for own, reference in zip(gradients(found, values), gradients(expected, values), strict=True):
@@ -78,9 +76,9 @@ def test_the_divergence_and_its_gradients_equal_the_formula(block: int | None) -
 
 def test_the_divergence_is_zero_only_for_the_teachers_answers() -> None:
     x, y, scale, bias = (value.detach() for value in inputs(5, 5, 4))
-    options = {"scale": scale, "teacher_scale": scale, "teacher_bias": bias}
-    assert abs(sigmoid_relational(x, y, x, y, bias=bias, **options)) < 1e-12
-    assert sigmoid_relational(x, y, x, y, bias=bias + 1, **options) > 1e-3
+    teacher = Features(x, y, scale, bias)
+    assert abs(sigmoid_relational(teacher, teacher)) < 1e-12
+    assert sigmoid_relational(Features(x, y, scale, bias + 1), teacher) > 1e-3
 
 
 def test_half_precision_features_give_a_float32_loss_under_autocast() -> None:
@@ -111,6 +109,8 @@ def test_rows_that_are_no_pairs_are_refused() -> None:
         sigmoid(x, unit(2, 3, 0), scale=1.0, bias=0.0)
     with pytest.raises(ValueError, match="offset=1 with 2 queries and 2 keys"):
         sigmoid(x, x, scale=1.0, bias=0.0, offset=1)
-    options = {"scale": 1.0, "bias": 0.0, "teacher_scale": 1.0, "teacher_bias": 0.0}
+    one = torch.ones(())
     with pytest.raises(ValueError, match="the same rows"):
-        sigmoid_relational(x, x, unit(3, 4, 0), x, **options)
+        sigmoid_relational(Features(x, x, one, one), Features(unit(3, 4, 0), x, one, one))
+    with pytest.raises(ValueError, match="two models with a bias"):
+        sigmoid_relational(Features(x, x, one), Features(x, x, one, one))

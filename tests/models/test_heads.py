@@ -30,10 +30,6 @@ def test_projection_is_the_linear_map_then_unit_length() -> None:
     assert projected.image.shape == (4, 6)
 
 
-def test_always_project_projects_at_equal_width() -> None:
-    assert Heads(8, 8, always_project=True).image_projection.weight.shape == (8, 8)
-
-
 def test_fused_embeddings_work_when_widths_differ() -> None:
     heads = Heads(8, 6, augmented=True)
     teacher = features(4, 6, 1)

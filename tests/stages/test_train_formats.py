@@ -9,8 +9,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from distilclip.losses.terms import TERMS
 from distilclip.stages import train
-from distilclip.train.objective import TERMS
 from tests.data.test_formats import documented
 from tests.stages.made_training import config, prepare
 

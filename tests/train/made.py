@@ -9,9 +9,9 @@ from distilclip import distributed
 from distilclip.losses.features import Features
 from distilclip.models.clip import create_clip
 from distilclip.models.heads import Heads
-from distilclip.train.class_head import ClassHead
+from distilclip.train.class_head import ClassHead, class_range
+from distilclip.train.optimizer import Optimization
 from distilclip.train.parallel import Execution, build_towers
-from distilclip.train.sharding import class_range
 from distilclip.train.step import Inputs, Student
 
 TEACHER_DIM, NUM_CENTERS = 10, 9
@@ -33,11 +33,12 @@ def make_student(
     heads = Heads(clip.dim, TEACHER_DIM, augmented=augmented, other_dims=other_dims, weights=weights)
     centers = F.normalize(torch.randn(NUM_CENTERS, TEACHER_DIM), dim=1)
     first, stop = class_range(NUM_CENTERS, distributed.rank(), distributed.world())
+    optimization = Optimization(centers_learning_rate=1e-3)
     return Student(
         clip=clip,
         heads=heads,
         towers=build_towers(clip, precision=precision, execution=execution or Execution()),
-        class_head=ClassHead(centers[first:stop].clone(), first=first, num_classes=NUM_CENTERS, learning_rate=1e-3),
+        class_head=ClassHead(centers[first:stop].clone(), optimization, first=first, num_classes=NUM_CENTERS),
     )
 
 

@@ -12,7 +12,7 @@ from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
 from distilclip.train.checkpoint import Checkpoints, Training, complete_checkpoints
 from distilclip.train.log import Log
-from distilclip.train.loop import _agree, _Saving, _stop_non_finite
+from distilclip.train.loop import _exchange_flags, _Saving, _stop_non_finite
 from distilclip.train.objective import Objective
 from distilclip.train.optimizer import Optimization, build_optimizer
 from distilclip.train.step import compute_gradients
@@ -35,7 +35,7 @@ def bad_step_on_a_rank(architecture: str) -> tuple[str, tuple[float, bool, bool]
             training.student.clip.model.visual.proj.data[0, 0] = torch.nan
         generator = torch.Generator().manual_seed(0)
         result = compute_gradients(training.student, Objective(), make_inputs(4), micro_batch=2, generator=generator)
-        agreed = _agree(result.loss, save=False, stop=distributed.rank() == 1)
+        agreed = _exchange_flags(result.loss, save=False, stop=distributed.rank() == 1)
         with pytest.raises(InputError) as refusal:
             _stop_non_finite(6, training, result)
         return str(refusal.value), agreed

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -7,9 +9,11 @@ from torch.nn import functional as F
 from distilclip import losses
 from distilclip.errors import InputError
 from distilclip.losses.features import Features
+from distilclip.losses.terms import TERMS, StepClasses
 from distilclip.models.heads import Heads
-from distilclip.train.class_head import ClassHead, StepClasses
-from distilclip.train.objective import TERMS, Objective, objective
+from distilclip.train.class_head import ClassHead
+from distilclip.train.objective import Objective, objective
+from distilclip.train.optimizer import Optimization
 
 N, STUDENT_DIM, TEACHER_DIM, NUM_CENTERS = 6, 8, 5, 7
 
@@ -29,7 +33,7 @@ def heads() -> Heads:
 def classes(labels: torch.Tensor) -> StepClasses:
     """All classes, centers drawn from a seed."""
     centers = torch.randn(NUM_CENTERS, TEACHER_DIM, generator=torch.Generator().manual_seed(3))
-    return ClassHead(F.normalize(centers, dim=1), learning_rate=1e-6).of_step(labels, None)
+    return ClassHead(F.normalize(centers, dim=1), Optimization()).of_step(labels, None)
 
 
 def test_every_term_is_computed_when_it_has_a_weight_and_not_otherwise(heads: Heads) -> None:
@@ -76,6 +80,31 @@ def test_task_is_never_projected(heads: Heads) -> None:
 def test_a_term_without_its_teacher_is_an_error(heads: Heads) -> None:
     with pytest.raises(ValueError, match="compares with a teacher"):
         objective("clip-kd").terms(features(STUDENT_DIM, 1), None, heads=heads)
+
+
+@pytest.mark.parametrize(("term", "message"), [("masked", "'masked' needs masked_image"), ("cluster", "needs classes")])
+def test_a_term_without_what_it_needs_is_an_error(term: str, message: str, heads: Heads) -> None:
+    with pytest.raises(ValueError, match=message):
+        Objective(**{term: 1.0}).terms(features(STUDENT_DIM, 1), features(TEACHER_DIM, 2), heads=heads)
+
+
+def test_a_term_with_a_weight_that_is_not_computed_is_an_error(monkeypatch: pytest.MonkeyPatch, heads: Heads) -> None:
+    student, teacher, method = features(STUDENT_DIM, 1), features(TEACHER_DIM, 2), Objective(feature=5.0)
+    values = method.terms(student, teacher, heads=heads)
+    with pytest.raises(ValueError, match=r"\['feature'\] have a weight and were not computed"):
+        method.total({"task": values["task"]})
+    monkeypatch.delitem(TERMS, "feature")
+    with pytest.raises(InputError, match="No term 'feature' is registered"):
+        method.terms(student, teacher, heads=heads)
+
+
+def test_objectives_of_one_content_are_equal_and_name_every_value() -> None:
+    method = objective("clip-kd")
+    assert method == Objective(relational=1.0, feature=2000.0, interactive=1.0) != Objective()
+    assert list(method.values) == [*TERMS, "alpha", "temperature", "class_scale", "sample_rate", "gamma", "mask_ratio"]
+    assert pickle.loads(pickle.dumps(method)) == method
+    with pytest.raises(AttributeError, match="no term or constant 'featur'"):
+        _ = method.featur
 
 
 def test_overrides_replace_weights_and_constants() -> None:

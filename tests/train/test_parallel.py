@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from distilclip import distributed
 from distilclip.errors import InputError
-from distilclip.train.objective import TERMS, Objective
+from distilclip.losses.terms import TERMS
+from distilclip.train.objective import Objective
 from distilclip.train.parallel import Execution, clip_gradients_, whole
 from distilclip.train.step import Student, compute_gradients
 from tests.conftest import TINY_CLIP

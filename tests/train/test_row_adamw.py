@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from distilclip.train.row_adamw import RowState, update_rows_
+from distilclip.train import row_adamw
+from distilclip.train.row_adamw import RowMoments, update_rows_
 
 K, DIM, RATE = 10, 4, 1e-2
 VISITS = [[0, 3, 9], [3, 4], [0, 1, 3, 9], [3], list(range(K))]
@@ -25,14 +26,14 @@ def start() -> Tensor:
 @pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The kernel for CPUs, and torch's operations in its place."""
-    chosen: Callable[..., None] = getattr(rowadamw, f"_update_{request.param}")
-    monkeypatch.setattr(rowadamw, "_update_on_cpu", chosen)
+    chosen: Callable[..., None] = getattr(row_adamw, f"_update_{request.param}")
+    monkeypatch.setattr(row_adamw, "_update_on_cpu", chosen)
     return request.param
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_a_row_moves_as_torch_adamw_moves_it_over_its_own_gradients(weight_decay: float, way: str) -> None:
-    values, state = start(), RowState.zeros(K, DIM)
+    values, state = start(), RowMoments.zeros(K, DIM)
     alone = [torch.nn.Parameter(row.clone()) for row in values]
     settings = {"betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": weight_decay}
     optimizers = [torch.optim.AdamW([row], lr=RATE, **settings) for row in alone]
@@ -46,7 +47,7 @@ def test_a_row_moves_as_torch_adamw_moves_it_over_its_own_gradients(weight_decay
 
 
 def test_all_rows_every_time_is_torch_adamw(way: str) -> None:
-    values, state, expected = start(), RowState.zeros(K, DIM), torch.nn.Parameter(start())
+    values, state, expected = start(), RowMoments.zeros(K, DIM), torch.nn.Parameter(start())
     optimizer = torch.optim.AdamW([expected], lr=RATE, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.0)
     for seed in range(20):
         expected.grad = torch.randn(K, DIM, generator=torch.Generator().manual_seed(seed))
@@ -58,8 +59,8 @@ def test_all_rows_every_time_is_torch_adamw(way: str) -> None:
 def test_a_step_changes_the_state_of_its_rows_alone_in_any_block(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     results = []
     for entries in (1 << 17, DIM):  # the second: one row in a block
-        monkeypatch.setattr(rowadamw, "_BLOCK_ENTRIES", entries)
-        values, state = start(), RowState.zeros(K, DIM)
+        monkeypatch.setattr(row_adamw, "_BLOCK_ENTRIES", entries)
+        values, state = start(), RowMoments.zeros(K, DIM)
         update_rows_(values, gradients()[0], state, rows=torch.tensor(VISITS[0]), learning_rate=RATE)
         touched = torch.zeros(K, dtype=torch.bool).index_fill_(0, torch.tensor(VISITS[0]), True)
         assert torch.equal((values != start()).any(1), touched)
@@ -71,11 +72,11 @@ def test_a_step_changes_the_state_of_its_rows_alone_in_any_block(way: str, monke
 
 
 def test_threads_share_the_rows_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rowadamw, "_ROWS_OF_A_THREAD", 1)
+    monkeypatch.setattr(row_adamw, "_ROWS_OF_A_THREAD", 1)
     results = []
     for num_threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
-        values, state = start(), RowState.zeros(K, DIM)
+        values, state = start(), RowMoments.zeros(K, DIM)
         update_rows_(values, gradients()[2], state, rows=torch.tensor(VISITS[2]), learning_rate=RATE)
         results.append(values)
     assert torch.equal(*results)

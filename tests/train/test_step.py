@@ -6,9 +6,10 @@ import math
 import pytest
 import torch
 
+from distilclip.losses.terms import TERMS
 from distilclip.models.clip import create_clip
 from distilclip.models.heads import Heads
-from distilclip.train.objective import TERMS, Objective
+from distilclip.train.objective import Objective
 from distilclip.train.step import StepResult, Student, compute_gradients
 from tests.conftest import TINY_CLIP
 from tests.train.made import make_inputs, make_student

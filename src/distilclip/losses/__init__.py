@@ -1,8 +1,8 @@
-"""The losses by their public names: `import distilclip as dc; dc.losses.contrastive(...)`."""
+"""Compute the losses; each is a pure function of features: `import distilclip as dc; dc.losses.contrastive(...)`."""
 
-from distilclip.losses.cluster import ClusterLoss, cluster, sample_classes
+from distilclip.losses.cluster import ClusterLoss, cluster, positions, sample_classes
 from distilclip.losses.contrastive import contrastive, info_nce, instance
-from distilclip.losses.distillation import augmented, feature, gradient, interactive, mask_patches, relational
+from distilclip.losses.distillation import augmented, feature, gradient, interactive, relational
 from distilclip.losses.sigmoid import sigmoid, sigmoid_relational
 
 __all__ = [
@@ -15,7 +15,7 @@ __all__ = [
     "info_nce",
     "instance",
     "interactive",
-    "mask_patches",
+    "positions",
     "relational",
     "sample_classes",
     "sigmoid",

@@ -1,21 +1,24 @@
-"""The cluster loss from sums that can be taken over any part of the classes and joined afterwards.
+"""Compute the cluster loss from sums over tiles of classes, which may lie on several ranks.
 
-Three softmaxes run over the same classes, each kept as (maximum, sum of exponentials) per row:
+Three softmaxes run over the same classes. Each is kept as (maximum, sum of exponentials) per row, so that the sums of
+two sets of classes can be joined:
 
-    0  labels        s_l w_j . u_i           student embeddings u
-    1  first         w_j . a_i / tau         a: the first argument of KL(first || second)
-    2  second        w_j . b_i / tau         b: the second; one of a, b is the student, the other the teacher
+    0  labels     s_l w_j . u_i        u: student embeddings, w: unit class centers
+    1  student    w_j . u_i / tau
+    2  teacher    w_j . t_i / tau      t: teacher embeddings
 
-With p, x the softmax and logits of the first, q, y of the second:
+With p, x the softmax and logits of the student, q, y those of the teacher:
 
     KL(p || q) = sum_j p_j (x_j - y_j) - lse(x) + lse(y)
+
+Example, one row and two classes: x = (2, 0), y = (0, 2). Then p = (0.8808, 0.1192) and both log-sum-exps are 2.1269, so
+KL = 0.8808 * 2 - 0.1192 * 2 = 1.5232.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -23,8 +26,10 @@ from torch import Tensor
 
 from distilclip.losses._tiling import blocks, no_autocast, scaled_exp
 
-Direction = Literal["student", "teacher"]
-"""Whose softmax comes first in the divergence: KL(student || teacher), as printed, or KL(teacher || student)."""
+_SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize
+_KEPT_ENTRIES = 1 << 22
+_BLOCK_ROWS = {"cpu": 128, "cuda": 512}
+_TILE_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 25}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,24 +38,26 @@ class Softmaxes:
 
     class_scale: float = 1.0
     temperature: float = 0.07
-    direction: Direction = "student"
 
     def __post_init__(self) -> None:
         if not (self.class_scale > 0 and self.temperature > 0):
             raise ValueError(
                 f"class_scale={self.class_scale}, temperature={self.temperature}: both must be positive numbers."
             )
-        if self.direction not in get_args(Direction):
-            raise ValueError(f"direction={self.direction!r}: choose 'student' (first, as printed) or 'teacher'.")
 
-    @property
-    def student_index(self) -> int:
-        """Where the student stands in the pair (first, second)."""
-        return 0 if self.direction == "student" else 1
 
-    def ordered(self, student: Tensor, teacher: Tensor) -> Float[Tensor, "2 n dim"]:
-        """Both embeddings, stacked as (first, second)."""
-        return torch.stack((student, teacher) if self.student_index == 0 else (teacher, student))
+@dataclass(frozen=True, kw_only=True)
+class ClusterInputs:
+    """What the sums are taken of: n rows, and the k classes of one rank; float32 or float64 tensors."""
+
+    student: Float[Tensor, "n dim"]
+    teacher: Float[Tensor, "n dim"]
+    centers: Float[Tensor, "k dim"]
+    """of any length; row j is class `first_class + j`"""
+    labels: Int[Tensor, " n"]
+    """numbered as the classes of all ranks together"""
+    softmaxes: Softmaxes
+    first_class: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +69,13 @@ class PartialSums:
     total: Float[Tensor, "3 n"]
     """sum_j exp(logit_j - maximum)"""
     gap: Float[Tensor, " n"]
-    """sum_j exp(x_j - maximum of x) (x_j - y_j), for the first softmax's logits x and the second's y"""
+    """sum_j exp(x_j - maximum of x) (x_j - y_j), for the student's logits x and the teacher's y"""
     own: Float[Tensor, " n"]
-    """The label softmax's logit of the row's own class; 0 where the class is in another shard."""
+    """The label softmax's logit of the row's own class; 0 where another rank has that class."""
 
     @classmethod
     def of_no_class(cls, num_rows: int, like: Tensor) -> PartialSums:
-        """Sums over no class at all: what `combine` starts from."""
+        """Return the sums over no class at all, which `combine` starts from."""
         return cls(
             maximum=like.new_full((3, num_rows), -torch.inf),
             total=like.new_zeros(3, num_rows),
@@ -78,7 +85,7 @@ class PartialSums:
 
     @classmethod
     def of_rows(cls, blocks: Sequence[PartialSums]) -> PartialSums:
-        """Sums of consecutive blocks of rows as one."""
+        """Join the sums of consecutive blocks of rows."""
         return cls(
             maximum=torch.cat([block.maximum for block in blocks], 1),
             total=torch.cat([block.total for block in blocks], 1),
@@ -87,7 +94,7 @@ class PartialSums:
         )
 
     def rows(self, rows: slice) -> PartialSums:
-        """Sums of some of the rows."""
+        """Return the sums of some of the rows."""
         return PartialSums(
             maximum=self.maximum[:, rows], total=self.total[:, rows], gap=self.gap[rows], own=self.own[rows]
         )
@@ -107,18 +114,18 @@ class PartialSums:
         return self.log_normaliser[0] - self.own
 
     def divergence(self) -> Float[Tensor, " n"]:
-        """KL(first || second) of each row."""
-        _, first, second = self.log_normaliser
-        return self.mean_gap - first + second
+        """KL(student || teacher) of each row."""
+        _, student, teacher = self.log_normaliser
+        return self.mean_gap - student + teacher
 
     def raised(self, maximum: Float[Tensor, "3 n"]) -> PartialSums:
-        """The same sums relative to a larger maximum: after it, sums of several shards may be added up."""
+        """Return the same sums relative to a larger maximum: after it, sums of several sets may be added up."""
         factor = torch.exp(self.maximum - maximum)
         return PartialSums(maximum=maximum, total=self.total * factor, gap=self.gap * factor[1], own=self.own)
 
 
 def combine(parts: Sequence[PartialSums]) -> PartialSums:
-    """Sums over the union of the parts' classes."""
+    """Return the sums over the union of the parts' classes."""
     maximum = torch.stack([part.maximum for part in parts]).amax(0)
     raised = [part.raised(maximum) for part in parts]
     return PartialSums(
@@ -129,14 +136,8 @@ def combine(parts: Sequence[PartialSums]) -> PartialSums:
     )
 
 
-_SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize
-_KEPT_ENTRIES = 1 << 22
-_BLOCK_ROWS = {"cpu": 128, "cuda": 512}
-_TILE_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 25}
-
-
 @dataclass(frozen=True, kw_only=True)
-class Weights:
+class RowWeights:
     """What one row's label loss and divergence count in the total."""
 
     label: float
@@ -152,170 +153,141 @@ class ClusterGradients:
     centers: Float[Tensor, "k dim"] | None
 
     @classmethod
-    def zeros(cls, student: Tensor, teacher: Tensor, centers: Tensor, needed: tuple[bool, ...]) -> ClusterGradients:
-        """Buffers to add to, for those of the three inputs that are needed."""
-        inputs = (student, teacher, centers)
+    def zeros(cls, inputs: ClusterInputs, needed: Sequence[bool]) -> ClusterGradients:
+        """Return buffers to add to, for those of student, teacher and centers that are needed."""
+        tensors = inputs.student, inputs.teacher, inputs.centers
         return cls(
             **{
                 name: torch.zeros_like(tensor) if need else None
-                for name, tensor, need in zip(("student", "teacher", "centers"), inputs, needed, strict=True)
+                for name, tensor, need in zip(("student", "teacher", "centers"), tensors, needed, strict=True)
             }
         )
 
 
 class CenterTiles:
-    """Centers of one shard, walked in tiles of unit rows against blocks of embeddings; owns the buffers they need.
+    """Centers of one rank, walked in tiles of unit rows against blocks of embeddings; owns the buffers they need.
 
     With `keep`, the logits of one block against all classes stay until the next block, so that the gradients of that
     block need no second product. On CPUs a block has 128 rows (or what 16 MiB allow, if that is more): the kept logits
     take 1 KiB per class, whatever n is, and a center is read and its gradient touched once per 128 rows.
     """
 
-    def __init__(
-        self,
-        centers: Float[Tensor, "k dim"],
-        softmaxes: Softmaxes,
-        *,
-        num_rows: int,
-        first_class: int = 0,
-        tile: tuple[int, int] | None = None,
-        keep: bool = False,
-    ) -> None:
+    def __init__(self, inputs: ClusterInputs, *, keep: bool) -> None:
+        centers, n = inputs.centers, len(inputs.labels)
         k, dim = centers.shape
-        self.centers = centers
-        self.softmaxes = softmaxes
-        self.first_class = first_class
-        self.inverse_norm = 1 / torch.linalg.vector_norm(centers, dim=1, keepdim=True).clamp_min_(_SMALLEST_NORM)
-        rows, columns = tile or _default_tile(centers, num_rows)
-        self.rows = min(rows, num_rows)
-        self.columns = list(blocks(k, columns))
-        width = min(columns, k)
-        self._keep = keep
+        rows, columns = default_tile(centers, n)
+        rows, width = min(rows, n), min(columns, k)
+        self.rows = list(blocks(n, rows))
+        self._columns = list(blocks(k, columns))
+        self._inputs, self._keep = inputs, keep
+        self._pair = torch.stack((inputs.student, inputs.teacher))  # [2, n, dim]
+        norm = torch.linalg.vector_norm(centers, dim=1, keepdim=True)  # [k, 1]
+        self._inverse_norm = 1 / norm.clamp_min_(_SMALLEST_NORM)
+        # Buffers: a tile of unit centers; the cosines of one tile, or of all tiles of a block; two tiles to work in.
         self._unit = centers.new_empty(width, dim)
-        self._cosines = centers.new_empty(len(self.columns) if keep else 1, 2 * self.rows * width)
-        self._scratch = centers.new_empty(2, self.rows * width)
+        self._cosines = centers.new_empty(len(self._columns) if keep else 1, 2 * rows * width)
+        self._scratch = centers.new_empty(2, rows * width)
 
-    def sums(self, pair: Float[Tensor, "2 r dim"], labels: Int[Tensor, " r"]) -> PartialSums:
-        """Sums of one block of rows over all classes of the shard."""
-        sums = PartialSums.of_no_class(len(labels), like=pair)
-        for index in range(len(self.columns)):
+    def sums(self, rows: slice) -> PartialSums:
+        """Return the sums of one block of rows over all classes of the rank."""
+        pair, scale = self._pair[:, rows], self._inputs.softmaxes.class_scale
+        sums = PartialSums.of_no_class(pair.shape[1], like=pair)
+        for index in range(len(self._columns)):
             cosines = self._multiply(pair, index)
-            sums = combine([sums, _tile_sums(cosines, self.softmaxes, self._working(cosines))])
-        rows, _, centers = self._own(labels)
-        sums.own[rows] = self.softmaxes.class_scale * (pair[self.softmaxes.student_index, rows] * centers).sum(1)
+            sums = combine([sums, _tile_sums(cosines, self._inputs.softmaxes, self._working(cosines))])
+        # The logit of the row's own class, where this rank has it.
+        here, _, centers = self._own(rows)
+        sums.own[here] = scale * (pair[0, here] * centers).sum(1)
         return sums
 
-    def add_gradients(
-        self,
-        pair: Float[Tensor, "2 r dim"],
-        labels: Int[Tensor, " r"],
-        sums: PartialSums,
-        weights: Weights,
-        gradients: ClusterGradients,
-        block: slice,
-    ) -> None:
-        """Add what the rows `block` give to `gradients`, those of the centers still with respect to unit rows."""
-        student_index = self.softmaxes.student_index
-        for index, columns in enumerate(self.columns):
-            cosines = self._kept(index, len(labels)) if self._keep else self._multiply(pair, index)
+    def add_gradients(self, rows: slice, sums: PartialSums, weights: RowWeights, gradients: ClusterGradients) -> None:
+        """Add what one block of rows gives to `gradients`; those of the centers are with respect to unit rows yet."""
+        pair, softmaxes = self._pair[:, rows], self._inputs.softmaxes
+        for index, columns in enumerate(self._columns):
+            # Cosines of the tile [2, r, c], replaced by the loss's gradient with respect to them.
+            cosines = self._kept(pair, index) if self._keep else self._multiply(pair, index)
             unit = self._unit_rows(columns)
-            by_cosine = _tile_gradients(cosines, sums, self.softmaxes, weights, self._working(cosines))
+            by_cosine = _tile_gradients(cosines, sums, softmaxes, weights, self._working(cosines))
             if gradients.student is not None:
-                gradients.student[block].addmm_(by_cosine[student_index], unit)
+                gradients.student[rows].addmm_(by_cosine[0], unit)
             if gradients.teacher is not None:
-                gradients.teacher[block].addmm_(by_cosine[1 - student_index], unit)
+                gradients.teacher[rows].addmm_(by_cosine[1], unit)
             if gradients.centers is not None:
                 gradients.centers[columns].addmm_(by_cosine.flatten(0, 1).T, pair.flatten(0, 1))
-        rows, classes, centers = self._own(labels)
-        own_weight = weights.label * self.softmaxes.class_scale
+        # The label's own class: the -1 in the gradient (softmax - 1) of a cross-entropy.
+        here, classes, centers = self._own(rows)
+        own_weight = weights.label * softmaxes.class_scale
         if gradients.student is not None:
-            gradients.student[block].index_add_(0, rows, centers, alpha=-own_weight)
+            gradients.student[rows].index_add_(0, here, centers, alpha=-own_weight)
         if gradients.centers is not None:
-            gradients.centers.index_add_(0, classes, pair[student_index, rows], alpha=-own_weight)
+            gradients.centers.index_add_(0, classes, pair[0, here], alpha=-own_weight)
 
     def through_normalisation(self, gradient: Float[Tensor, "k dim"]) -> None:
-        """Turn the gradient with respect to unit rows into that of the centers as they are, in place."""
-        for columns in self.columns:
+        """Turn the gradient with respect to unit rows into that of the centers as they are, in place.
+
+        For w = c / |c| it is (g - (g . w) w) / |c|: only the part of g across the center can change w.
+        """
+        for columns in self._columns:
             part, unit = gradient[columns], self._unit_rows(columns)
-            part.sub_(torch.linalg.vecdot(part, unit)[:, None] * unit).mul_(self.inverse_norm[columns])
+            part.sub_(torch.linalg.vecdot(part, unit)[:, None] * unit).mul_(self._inverse_norm[columns])
 
     def _unit_rows(self, columns: slice) -> Tensor:
-        centers = self.centers[columns]
-        return torch.mul(centers, self.inverse_norm[columns], out=self._unit[: len(centers)])
+        centers = self._inputs.centers[columns]
+        return torch.mul(centers, self._inverse_norm[columns], out=self._unit[: len(centers)])
 
-    def _own(self, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rows whose class is in this shard, that class counted from the shard's first, and its unit center."""
-        local = labels - self.first_class
-        rows = ((local >= 0) & (local < len(self.centers))).nonzero().squeeze(1)
-        local = local[rows]
-        return rows, local, self.centers[local] * self.inverse_norm[local]
+    def _own(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows of the block whose class is here, that class counted from this rank's first, and its unit center."""
+        local = self._inputs.labels[rows] - self._inputs.first_class
+        here = ((local >= 0) & (local < len(self._inputs.centers))).nonzero().squeeze(1)
+        local = local[here]
+        return here, local, self._inputs.centers[local] * self._inverse_norm[local]
 
     def _multiply(self, pair: Tensor, index: int) -> Tensor:
         """Cosines of both embeddings with the centers of tile `index`, [2, r, c]."""
-        unit = self._unit_rows(self.columns[index])
-        flat = pair.flatten(0, 1)
+        unit = self._unit_rows(self._columns[index])
+        flat = pair.flatten(0, 1)  # [2 r, dim]: one product for student and teacher
         out = self._cosines[index if self._keep else 0][: len(flat) * len(unit)].view(len(flat), len(unit))
         return torch.mm(flat, unit.T, out=out).view(2, -1, len(unit))
 
-    def _kept(self, index: int, num_rows: int) -> Tensor:
+    def _kept(self, pair: Tensor, index: int) -> Tensor:
         """The cosines that `sums` left behind for the block at hand."""
-        width = self.columns[index].stop - self.columns[index].start
-        return self._cosines[index][: 2 * num_rows * width].view(2, num_rows, width)
+        width = self._columns[index].stop - self._columns[index].start
+        return self._cosines[index][: 2 * pair.shape[1] * width].view(2, -1, width)
 
     def _working(self, cosines: Tensor) -> Tensor:
         """Two more tiles of memory, as [2, r, c]."""
         return self._scratch[:, : cosines[0].numel()].view_as(cosines)
 
 
-def partial_sums(
-    student: Float[Tensor, "n dim"],
-    teacher: Float[Tensor, "n dim"],
-    centers: Float[Tensor, "k dim"],
-    labels: Int[Tensor, " n"],
-    *,
-    softmaxes: Softmaxes,
-    first_class: int = 0,
-    tile: tuple[int, int] | None = None,
-) -> PartialSums:
-    """Sums over the shard whose row j is class `first_class + j`, for every row; float32 or float64 tensors."""
-    with torch.no_grad(), no_autocast(centers):
-        tiles = CenterTiles(centers, softmaxes, num_rows=len(labels), first_class=first_class, tile=tile)
-        pair = softmaxes.ordered(student, teacher)
-        return PartialSums.of_rows(
-            [tiles.sums(pair[:, rows], labels[rows]) for rows in blocks(len(labels), tiles.rows)]
-        )
+def partial_sums(inputs: ClusterInputs) -> PartialSums:
+    """Return the sums of every row over the classes of one rank."""
+    with torch.no_grad(), no_autocast(inputs.centers):
+        tiles = CenterTiles(inputs, keep=False)
+        return PartialSums.of_rows([tiles.sums(rows) for rows in tiles.rows])
 
 
 def partial_gradients(
-    student: Float[Tensor, "n dim"],
-    teacher: Float[Tensor, "n dim"],
-    centers: Float[Tensor, "k dim"],
-    labels: Int[Tensor, " n"],
-    sums: PartialSums,
-    *,
-    weights: Weights,
-    softmaxes: Softmaxes,
-    first_class: int = 0,
-    tile: tuple[int, int] | None = None,
-    needed: tuple[bool, bool, bool] = (True, False, True),
-) -> ClusterGradients:
-    """Gradients, from one shard, of sum_i (weights.label * label loss_i + weights.distribution * divergence_i).
+    inputs: ClusterInputs, weights: RowWeights, needed: Sequence[bool], sums: PartialSums | None = None
+) -> tuple[PartialSums, ClusterGradients]:
+    """Return the gradients of sum_i (weights.label * label loss_i + weights.distribution * divergence_i), and sums.
 
-    `sums` are those of all shards combined. The embeddings' gradients of all shards add up to the whole; the centers'
-    gradient is the whole one for this shard's centers. `needed` names which of student, teacher, centers are wanted.
+    `needed` says which of student, teacher and centers get a gradient. `sums` are those of the classes of all ranks
+    (None: all classes are here, and each block's sums are found on the way). The embeddings' gradients of all ranks add
+    up to the whole; the centers' gradient is the whole one for this rank's centers.
     """
-    with torch.no_grad(), no_autocast(centers):
-        tiles = CenterTiles(centers, softmaxes, num_rows=len(labels), first_class=first_class, tile=tile)
-        pair = softmaxes.ordered(student, teacher)
-        gradients = ClusterGradients.zeros(student, teacher, centers, needed)
-        for rows in blocks(len(labels), tiles.rows):
-            tiles.add_gradients(pair[:, rows], labels[rows], sums.rows(rows), weights, gradients, rows)
+    with torch.no_grad(), no_autocast(inputs.centers):
+        tiles = CenterTiles(inputs, keep=sums is None)
+        gradients = ClusterGradients.zeros(inputs, needed)
+        found = []
+        for rows in tiles.rows:
+            found.append(tiles.sums(rows) if sums is None else sums.rows(rows))
+            tiles.add_gradients(rows, found[-1], weights, gradients)
         if gradients.centers is not None:
             tiles.through_normalisation(gradients.centers)
-    return gradients
+        return PartialSums.of_rows(found), gradients
 
 
-def _default_tile(centers: Tensor, num_rows: int) -> tuple[int, int]:
+def default_tile(centers: Tensor, num_rows: int) -> tuple[int, int]:
     """Rows of a block; columns such that a tile stays in the last-level cache and threads have few barriers to meet."""
     device = centers.device.type if centers.device.type in _BLOCK_ROWS else "cpu"
     rows = min(num_rows, max(_BLOCK_ROWS[device], _KEPT_ENTRIES // (2 * max(len(centers), 1))))
@@ -324,32 +296,37 @@ def _default_tile(centers: Tensor, num_rows: int) -> tuple[int, int]:
 
 def _tile_sums(cosines: Tensor, softmaxes: Softmaxes, working: Tensor) -> PartialSums:
     """Sums of one tile; `cosines` [2, r, c] is left as it is."""
-    first, second = cosines
-    student = cosines[softmaxes.student_index]
-    largest = cosines.amax(2)
+    student, teacher = cosines
     inverse = 1 / softmaxes.temperature
-    maximum = torch.cat([softmaxes.class_scale * largest[softmaxes.student_index, None], inverse * largest])
+    # Largest logit of each softmax: scales are positive, so the largest cosines tell.
+    largest = cosines.amax(2)  # [2, r]
+    maximum = torch.cat([softmaxes.class_scale * largest[:1], inverse * largest])  # [3, r]
+    # Sums of exponentials, one softmax after the other in the same memory.
     label_total = scaled_exp(student, softmaxes.class_scale, maximum[0, :, None], out=working[0]).sum(1)
-    second_total = scaled_exp(second, inverse, maximum[2, :, None], out=working[0]).sum(1)
-    exponentials = scaled_exp(first, inverse, maximum[1, :, None], out=working[0])
-    gap = torch.sub(first, second, out=working[1]).mul_(exponentials).sum(1).mul_(inverse)
-    total = torch.stack([label_total, exponentials.sum(1), second_total])
+    teacher_total = scaled_exp(teacher, inverse, maximum[2, :, None], out=working[0]).sum(1)
+    exponentials = scaled_exp(student, inverse, maximum[1, :, None], out=working[0])
+    # sum_j exp(x_j - max) (x_j - y_j), while the student's exponentials are at hand.
+    gap = torch.sub(student, teacher, out=working[1]).mul_(exponentials).sum(1).mul_(inverse)
+    total = torch.stack([label_total, exponentials.sum(1), teacher_total])
     return PartialSums(maximum=maximum, total=total, gap=gap, own=torch.zeros_like(gap))
 
 
 def _tile_gradients(
-    cosines: Tensor, sums: PartialSums, softmaxes: Softmaxes, weights: Weights, working: Tensor
+    cosines: Tensor, sums: PartialSums, softmaxes: Softmaxes, weights: RowWeights, working: Tensor
 ) -> Tensor:
     """Gradient with respect to the cosines of one tile, written over them; the label's own class is not subtracted."""
-    first, second = cosines
+    student, teacher = cosines
     label, p = working
     inverse = 1 / softmaxes.temperature
     weight = weights.distribution * inverse
-    label_normaliser, first_normaliser, second_normaliser = sums.log_normaliser[:, :, None]
-    scaled_exp(cosines[softmaxes.student_index], softmaxes.class_scale, label_normaliser, out=label)
-    scaled_exp(first, inverse, first_normaliser, out=p)
-    gap = first.sub_(second)
-    torch.add(-weight * sums.mean_gap[:, None], gap, alpha=weight * inverse, out=first).mul_(p)
-    scaled_exp(second, inverse, second_normaliser, out=second).sub_(p).mul_(weight)
-    cosines[softmaxes.student_index].add_(label, alpha=weights.label * softmaxes.class_scale)
+    label_normaliser, student_normaliser, teacher_normaliser = sums.log_normaliser[:, :, None]  # [r, 1] each
+    # The label softmax and the student's distribution p.
+    scaled_exp(student, softmaxes.class_scale, label_normaliser, out=label)
+    scaled_exp(student, inverse, student_normaliser, out=p)
+    # d KL / dx_j = p_j (x_j - y_j - sum_i p_i (x_i - y_i))
+    gap = student.sub_(teacher)
+    torch.add(-weight * sums.mean_gap[:, None], gap, alpha=weight * inverse, out=student).mul_(p)
+    # d KL / dy_j = q_j - p_j
+    scaled_exp(teacher, inverse, teacher_normaliser, out=teacher).sub_(p).mul_(weight)
+    student.add_(label, alpha=weights.label * softmaxes.class_scale)
     return cosines

@@ -1,4 +1,15 @@
-"""What the losses that never hold n x n or n x k numbers share: blocks, softmaxes, gradients found on the way."""
+"""Compute softmax losses block by block, so that n x n or n x k logits never exist at once.
+
+A softmax needs the largest logit of its row and the sum of exp(logit - largest). Both can be found tile by tile: when a
+tile raises the largest logit, the sum so far is scaled down. Example, one row of six logits in three tiles of two:
+
+    tile     largest so far     sum of exp(logit - largest) so far
+    1  3     3                  e^-2 + e^0                  = 1.1353
+    2  0     3                  1.1353 + e^-1 + e^-3        = 1.5530
+    5  4     5                  1.5530 e^-2 + e^0 + e^-1    = 1.5781
+
+    log-sum-exp of the row = 5 + log 1.5781 = 5.4562
+"""
 
 from __future__ import annotations
 
@@ -22,10 +33,10 @@ def blocks(length: int, size: int) -> Iterator[slice]:
 
 
 def full_precision(first: Tensor, *others: Tensor | float) -> list[Tensor]:
-    """All values as tensors on the first one's device: in float64 if a matrix among them is, else in float32.
+    """Return all values as tensors on the first one's device: float64 if a matrix among them is, else float32.
 
-    Softmaxes of half-precision sums are not worth having. Differentiable; gradients come back in each tensor's own
-    type. Scalars follow the matrices, as in torch's own promotion.
+    Softmaxes of half-precision sums are not accurate enough. Differentiable; each gradient comes back in its tensor's
+    own type. Scalars follow the matrices, as in torch's own promotion.
     """
     values = [first, *others]
     double = any(isinstance(value, Tensor) and value.ndim and value.dtype == torch.float64 for value in values)
@@ -39,14 +50,14 @@ def full_precision(first: Tensor, *others: Tensor | float) -> list[Tensor]:
 
 
 def no_autocast(tensor: Tensor) -> AbstractContextManager[Any]:
-    """A block in which matrix products keep their operands' precision on the tensor's device."""
+    """Open a block in which matrix products keep their operands' precision on the tensor's device."""
     return torch.autocast(tensor.device.type, enabled=False)
 
 
 def scaled_exp(
     logits: Float[Tensor, "r c"], scale: float, shift: Tensor, *, out: Float[Tensor, "r c"]
 ) -> Float[Tensor, "r c"]:
-    """exp(scale * logits - shift), written to `out` (which may be `logits`); shift is a column [r, 1] or a row [c].
+    """Write exp(scale * logits - shift) to `out` (which may be `logits`); shift is a column [r, 1] or a row [c].
 
     By powers of two: torch's float32 `exp` on CPUs is MKL's, measured 3.5 x slower than `exp2`, and 150 x slower where
     the result is denormal, which happens in every softmax of large scale.
@@ -54,11 +65,21 @@ def scaled_exp(
     return torch.add(shift * -_LOG2E, logits, alpha=scale * _LOG2E, out=out).exp2_()
 
 
+def add_exponentials_(
+    logits: Float[Tensor, "r c"], dim: int, maximum: Tensor, total: Tensor, scratch: Float[Tensor, "r c"]
+) -> None:
+    """Add a tile to the running `maximum` and `total` of its rows (dim 1) or columns (dim 0), both in place."""
+    raised = torch.maximum(maximum, logits.amax(dim))
+    total.mul_(torch.exp(maximum - raised))  # the sum so far, relative to the raised maximum
+    total.add_(scaled_exp(logits, 1.0, raised.unsqueeze(dim), out=scratch).sum(dim))
+    maximum.copy_(raised)
+
+
 def softmax_(logits: Float[Tensor, "r c"]) -> tuple[Float[Tensor, "r c"], Float[Tensor, " r"]]:
-    """Softmax over rows, in place, and the rows' log-sum-exp."""
-    maximum = logits.amax(1, keepdim=True)
+    """Replace each row by its softmax, and return the rows' log-sum-exps too."""
+    maximum = logits.amax(1, keepdim=True)  # [r, 1]
     exponentials = scaled_exp(logits, 1.0, maximum, out=logits)
-    total = exponentials.sum(1, keepdim=True)
+    total = exponentials.sum(1, keepdim=True)  # [r, 1]
     return exponentials.mul_(1 / total), (maximum + total.log()).squeeze(1)
 
 
@@ -72,13 +93,13 @@ class _KnownGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         gradients = [None if gradient is None else gradient * upstream for gradient in ctx.saved_tensors]
-        return None, *gradients, *[None] * len(gradients)
+        return None, *gradients, *[None] * len(gradients)  # for the value, the inputs, their gradients
 
 
 def with_gradient(
     value: Float[Tensor, ""], inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]
 ) -> Float[Tensor, ""]:
-    """`value` as a differentiable function of `inputs` whose gradients are known already.
+    """Return `value` as a differentiable function of `inputs` whose gradients are known already.
 
     A loss is a scalar, so what arrives from above is one factor. Finding the gradient together with the value, while a
     tile of logits is at hand, saves the backward pass from computing that tile again.
@@ -87,7 +108,7 @@ def with_gradient(
 
 
 def wanted(*tensors: Tensor) -> list[bool]:
-    """Which of the tensors a gradient will be asked for."""
+    """Say for which of the tensors a gradient will be asked."""
     return [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
 
 
@@ -100,7 +121,7 @@ def sum_over_rows(
     count: int,
     block: int,
 ) -> Float[Tensor, ""]:
-    """1 / count * sum of a loss of each row of logits `scale * queries @ keys.T`, `block` rows at a time.
+    """Return 1 / count * sum of a loss of each row of `scale * queries @ keys.T`, `block` rows at a time.
 
     A block has its rows' whole softmaxes at hand, so value and gradient come out of one sweep. `loss_(logits, rows)`
     returns the sum over the rows of a block and replaces the logits by its gradient with respect to them.
@@ -115,13 +136,15 @@ def sum_over_rows(
         value = scaled.new_zeros(())
         buffer = scaled.new_empty(min(block, len(scaled)) * len(keys))
         for rows in blocks(len(scaled), block):
+            # Logits of the block [r, m]; after `loss_`, the loss's gradient with respect to them.
             logits = matmul(scaled[rows], keys.T, buffer)
             value += loss_(logits, rows)
             if query_gradient is not None:
-                query_gradient[rows] = logits @ keys
+                query_gradient[rows] = logits @ keys  # with respect to the scaled queries
             if key_gradient is not None:
                 key_gradient.addmm_(logits.T, scaled[rows], alpha=1 / count)
         if query_gradient is not None:
+            # scaled = scale * queries: the chain rule for both factors.
             query_gradient /= count
             scale_gradient = (queries * query_gradient).sum()
             query_gradient *= scale
@@ -129,6 +152,6 @@ def sum_over_rows(
 
 
 def matmul(left: Float[Tensor, "r dim"], right: Float[Tensor, "dim c"], buffer: Tensor) -> Float[Tensor, "r c"]:
-    """left @ right in the first part of a flat buffer: the same memory, warm in the cache, for tile after tile."""
+    """Write left @ right to the first part of a flat buffer: the same memory, warm in the cache, for every tile."""
     shape = len(left), right.shape[1]
     return torch.mm(left, right, out=buffer[: shape[0] * shape[1]].view(shape))

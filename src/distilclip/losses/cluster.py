@@ -1,4 +1,4 @@
-"""Cluster discrimination distillation over up to millions of centers, without n x k logits in memory.
+"""Compute cluster discrimination over up to millions of centers, without n x k logits in memory.
 
 With unit rows u (student, projected), t (teacher), w (centers, normalised here), labels z:
 
@@ -6,7 +6,9 @@ With unit rows u (student, projected), t (teacher), w (centers, normalised here)
     L_distribution = mean_i KL( softmax_j(w_j . u_i / tau) || softmax_j(w_j . t_i / tau) )
     L_cluster      = alpha L_label + (1 - alpha) L_distribution
 
-Source: CLIP-CID, section 3.3; sampled classes as in Partial FC (An et al. 2021).
+One rank has all classes; of several, each has a range of them and sees the rows of all. They exchange the softmaxes'
+sums, and each finds the whole gradient of its own centers. Source: CLIP-CID, section 3.3; sampled classes as in
+Partial FC (An et al. 2021).
 """
 
 from __future__ import annotations
@@ -15,14 +17,21 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from distilclip.losses._cluster_tiles import CenterTiles, ClusterGradients, Direction, PartialSums, Softmaxes, Weights
-from distilclip.losses._tiling import blocks, full_precision, no_autocast, wanted
+from distilclip.losses._cluster_tiles import (
+    ClusterInputs,
+    PartialSums,
+    RowWeights,
+    Softmaxes,
+    partial_gradients,
+    partial_sums,
+)
+from distilclip.losses._tiling import full_precision, wanted
 from distilclip.losses.contrastive import check_pairs
+from distilclip.losses.features import RankRows
 
 
 @dataclass(frozen=True)
@@ -34,53 +43,73 @@ class ClusterLoss:
     distribution: Float[Tensor, ""]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ClassShard:
+    """What one of several ranks has: its rows of the global batch, and a range of the classes."""
+
+    rows: RankRows
+    first: int
+    """the number of this rank's first class among the classes of all ranks"""
+
+
 def cluster(
     student: Float[Tensor, "n dim"],
     teacher: Float[Tensor, "n dim"],
     centers: Float[Tensor, "k dim"],
-    labels: Int[Tensor, " n"],
+    labels: Int[Tensor, " m"],
     *,
     alpha: float = 0.999,
     temperature: float = 0.07,
     class_scale: float = 1.0,
-    classes: Int[Tensor, " c"] | None = None,
-    direction: Direction = "student",
-    tile: tuple[int, int] | None = None,
+    shard: ClassShard | None = None,
 ) -> ClusterLoss:
-    """Cross-entropy to cluster labels and divergence from the teacher's distribution over clusters.
+    """Return the cluster loss of n rows, or what the rows of one rank add to that of the global batch of m rows.
 
     `student` and `teacher` have unit rows of the centers' width; `centers` may have any length. Gradients reach the
-    student, the centers and, if it asks for one, the teacher; that of `total` is found in the forward pass, block by
-    block while the logits are at hand (differentiating `label` or `distribution` alone costs a second sweep).
-    `classes` restricts the softmaxes to some centers (see `sample_classes`); other centers get a gradient of zero. The
-    memory beyond inputs and gradients is O(n dim + 256 k); `tile` (rows, columns) sets the tile, and no result
-    depends on it. Raises `ValueError` for shapes that differ, for labels without a center and for impossible scales.
+    student, the centers and, if it asks for one, the teacher. With all classes here, that of `total` is found in the
+    forward pass, block by block while the logits are at hand (differentiating `label` or `distribution` alone costs a
+    second sweep). The memory beyond inputs and gradients is O(n dim + 256 k). For a sample of the classes give their
+    rows of `centers` and the labels' `positions` among them.
+
+    With a `shard`, `centers` are the classes of this rank (there may be none) and `labels` those of the global batch,
+    numbered as the classes of all ranks together. The ranks' values add up to the loss. Every rank must give its value
+    the same weight; then the gradient of `centers` is whole, and the backward pass of the gather adds up the parts for
+    `student`.
+
+    Raises `ValueError` for shapes that differ, for labels without a center and for impossible scales.
     """
     check_pairs(student, teacher, names=("student", "teacher"))
+    shard = shard or ClassShard(rows=RankRows.alone(len(student)), first=0)
     if centers.ndim != 2 or centers.shape[1] != student.shape[1]:
         raise ValueError(
             f"centers are {tuple(centers.shape)}, student and teacher {student.shape[1]} wide: cluster the embeddings "
             "of this teacher, and project the student to its width."
         )
-    if labels.shape != (len(student),):
-        raise ValueError(f"labels are {tuple(labels.shape)}, but there are {len(student)} rows: one label per row.")
-    if classes is not None:
-        labels, centers = positions(labels, classes), F.embedding(classes, centers)
-    elif int(labels.min()) < 0 or int(labels.max()) >= len(centers):
+    if labels.shape != (shard.rows.count,):
+        raise ValueError(f"labels are {tuple(labels.shape)}, but there are {shard.rows.count} rows: one label per row.")
+    if shard.rows.whole and (int(labels.min()) < 0 or int(labels.max()) >= len(centers)):
         raise ValueError(
             f"labels lie in {int(labels.min())}..{int(labels.max())}, but there are {len(centers)} centers: "
             "labels and centers must come from the same `cluster` run."
         )
-    softmaxes = Softmaxes(class_scale=class_scale, temperature=temperature, direction=direction)
-    student, teacher, centers = full_precision(student, teacher, centers)
-    needed = tuple(wanted(student, teacher, centers))
-    return ClusterLoss(*_Cluster.apply(student, teacher, centers, labels, softmaxes, alpha, tile, needed))
+    softmaxes = Softmaxes(class_scale=class_scale, temperature=temperature)
+    student, teacher, centers = full_precision(shard.rows.all(student), shard.rows.all(teacher), centers)
+    needed = wanted(student, teacher, centers)
+    inputs = ClusterInputs(
+        student=student.detach(),
+        teacher=teacher.detach(),
+        centers=centers.detach(),
+        labels=labels,
+        softmaxes=softmaxes,
+        first_class=shard.first,
+    )
+    return ClusterLoss(*_Cluster.apply(student, teacher, centers, inputs, shard.rows, alpha, needed))
 
 
 def sample_classes(
     labels: Int[Tensor, " n"], num_centers: int, sample_rate: float, generator: torch.Generator | None = None
 ) -> Int[Tensor, " c"]:
-    """Classes for one step, ascending: all that occur in `labels`, filled up with uniformly drawn others.
+    """Draw the classes of one step, ascending: all that occur in `labels`, filled up with uniformly drawn others.
 
     There are `sample_rate * num_centers` of them, or as many as occur in `labels` if that is more (Partial FC). Pass
     the labels of the global batch and equally seeded generators, and every rank draws the same classes.
@@ -96,7 +125,10 @@ def sample_classes(
 
 
 def positions(labels: Int[Tensor, " n"], classes: Int[Tensor, " c"]) -> Int[Tensor, " n"]:
-    """Where each label stands in the ascending `classes`; `ValueError` if one is missing."""
+    """Return where each label stands in the ascending `classes`; `ValueError` if one is missing.
+
+    Example: labels (9, 5, 5) among the classes (1, 5, 6, 9) stand at (3, 1, 1).
+    """
     index = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
     missing = classes[index] != labels
     if missing.any():
@@ -114,17 +146,23 @@ class _Cluster(torch.autograd.Function):
         student: Tensor,
         teacher: Tensor,
         centers: Tensor,
-        labels: Tensor,
-        softmaxes: Softmaxes,
+        inputs: ClusterInputs,
+        rows: RankRows,
         alpha: float,
-        tile: tuple[int, int] | None,
-        needed: tuple[bool, ...],
+        needed: list[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(student, teacher, centers, labels)
-        ctx.softmaxes, ctx.alpha, ctx.tile, ctx.needed = softmaxes, alpha, tile, needed
-        label, distribution, ctx.gradients = _sweep(
-            student, teacher, centers, labels, softmaxes, (alpha, 1 - alpha), tile, needed
+        ctx.inputs, ctx.alpha, ctx.needed, ctx.gradients = inputs, alpha, needed, None
+        if rows.whole and any(needed):
+            # All classes are here: a block's softmaxes are complete while its logits are, so gradients are found now.
+            weights = RowWeights(label=alpha / rows.count, distribution=(1 - alpha) / rows.count)
+            sums, ctx.gradients = partial_gradients(inputs, weights, needed)
+        else:
+            sums = _reduced(partial_sums(inputs), rows)
+        ctx.sums = sums
+        # Means over the rows here, as their part of the mean over all.
+        label, distribution = (
+            values[rows.here].mean() * rows.weight for values in (sums.label_loss(), sums.divergence())
         )
         return alpha * label + (1 - alpha) * distribution, label, distribution
 
@@ -140,35 +178,20 @@ class _Cluster(torch.autograd.Function):
                     gradient.mul_(by_total)
         else:
             total, label, distribution = (float(g or 0) for g in (by_total, by_label, by_distribution))
-            parts = ctx.alpha * total + label, (1 - ctx.alpha) * total + distribution
-            student, teacher, centers, labels = ctx.saved_tensors
-            *_, gradients = _sweep(student, teacher, centers, labels, ctx.softmaxes, parts, ctx.tile, ctx.needed)
-        return gradients.student, gradients.teacher, gradients.centers, None, None, None, None, None
+            count = len(ctx.inputs.labels)
+            weights = RowWeights(
+                label=(ctx.alpha * total + label) / count,
+                distribution=((1 - ctx.alpha) * total + distribution) / count,
+            )
+            _, gradients = partial_gradients(ctx.inputs, weights, ctx.needed, ctx.sums)
+        return gradients.student, gradients.teacher, gradients.centers, None, None, None, None
 
 
-def _sweep(
-    student: Tensor,
-    teacher: Tensor,
-    centers: Tensor,
-    labels: Tensor,
-    softmaxes: Softmaxes,
-    parts: tuple[float, float],
-    tile: tuple[int, int] | None,
-    needed: tuple[bool, ...],
-) -> tuple[Tensor, Tensor, ClusterGradients]:
-    """Mean label loss, mean divergence, and the gradients of parts[0] * label + parts[1] * distribution."""
-    n = len(labels)
-    weights = Weights(label=parts[0] / n, distribution=parts[1] / n)
-    with torch.no_grad(), no_autocast(centers):
-        tiles = CenterTiles(centers, softmaxes, num_rows=n, tile=tile, keep=any(needed))
-        gradients = ClusterGradients.zeros(student, teacher, centers, needed)
-        pair = softmaxes.ordered(student, teacher)
-        sums = []
-        for rows in blocks(n, tiles.rows):
-            sums.append(tiles.sums(pair[:, rows], labels[rows]))
-            if any(needed):
-                tiles.add_gradients(pair[:, rows], labels[rows], sums[-1], weights, gradients, rows)
-        if gradients.centers is not None:
-            tiles.through_normalisation(gradients.centers)
-        whole = PartialSums.of_rows(sums)
-        return whole.label_loss().mean(), whole.divergence().mean(), gradients
+def _reduced(sums: PartialSums, rows: RankRows) -> PartialSums:
+    """The sums over the classes of all ranks: their maxima first, then everything that adds up, in one message each."""
+    if rows.whole:
+        return sums
+    maximum = rows.reduce(sums.maximum.clone(), "max")
+    raised = sums.raised(maximum)
+    packed = rows.reduce(torch.cat([raised.total, raised.gap[None], raised.own[None]]), "sum")  # [5, n]
+    return PartialSums(maximum=maximum, total=packed[:3], gap=packed[3], own=packed[4])

@@ -1,10 +1,11 @@
-"""The contrastive loss, at any batch size: plain where the logits are few, in tiles where n x n would not fit.
+"""Compute the contrastive loss at any batch size: plain where the logits are few, in tiles where n x n do not fit.
 
     InfoNCE(x, y; s)  = mean_i -log softmax_j(s x_i . y_j)[i]
     contrast(x, y; s) = 1/2 (InfoNCE(x, y; s) + InfoNCE(y, x; s))
 
 All rows are expected to have unit length. Sums and softmaxes are float32 (float64 for float64 input) whatever the
-autocast. Source: Radford et al. 2021 (CLIP), figure 3; CLIP-CID, section 3.
+autocast. Example: two orthogonal pairs and s = log 3 give the logits (log 3, 0; 0, log 3); each softmax gives its own
+pair 3/4, so the loss is log 4/3 = 0.2877. Source: Radford et al. 2021 (CLIP), figure 3; CLIP-CID, section 3.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from distilclip.losses._tiling import (
+    add_exponentials_,
     blocks,
     full_precision,
     matmul,
@@ -27,7 +29,7 @@ from distilclip.losses._tiling import (
     wanted,
     with_gradient,
 )
-from distilclip.losses.features import Features
+from distilclip.losses.features import Features, RankRows
 
 PLAIN_ENTRIES = 1 << 22
 """Up to so many logits (16 MiB) the materialised form is used: it is faster there, and equal."""
@@ -40,19 +42,25 @@ def contrastive(
     text: Float[Tensor, "n dim"],
     *,
     scale: Float[Tensor, ""] | float,
+    rows: RankRows | None = None,
     tile: tuple[int, int] | None = None,
 ) -> Float[Tensor, ""]:
-    """Symmetric contrastive loss of n pairs: the mean of both directions' InfoNCE.
+    """Return the mean of both directions' InfoNCE over n pairs, or what the `rows` of one rank add to it.
 
     Differentiable in `image`, `text` and `scale`. `tile` (rows, columns) forces the tiled form, which holds
     O((rows + columns) dim + rows columns) numbers; by default it is used above 2,048 pairs. Raises `ValueError` where
     the shapes differ.
     """
     check_pairs(image, text, names=("image", "text"))
+    if rows is not None and not rows.whole:
+        # Each direction has other keys on every rank: own images to all texts, own texts to all images.
+        by_image = info_nce(image, rows.all(text), scale=scale, offset=rows.offset, count=rows.count)
+        by_text = info_nce(text, rows.all(image), scale=scale, offset=rows.offset, count=rows.count)
+        return (by_image + by_text) / 2
     image, text, scale = full_precision(image, text, scale)
     if tile is None and len(image) ** 2 <= PLAIN_ENTRIES:
         with no_autocast(image):
-            logits = scale * image @ text.T
+            logits = scale * image @ text.T  # [n, n], for both directions
             own = torch.arange(len(image), device=image.device)
             return (F.cross_entropy(logits, own) + F.cross_entropy(logits.T, own)) / 2
     return _tiled_contrastive(image, text, scale, tile or _default_tile(image))
@@ -67,7 +75,7 @@ def info_nce(
     count: int | None = None,
     block: int | None = None,
 ) -> Float[Tensor, ""]:
-    """One direction of the contrastive loss, for all queries or for one rank's share of them.
+    """Return one direction of the contrastive loss, for all queries or for those of one rank.
 
         1 / count * sum_i -log softmax_j(scale q_i . k_j)[offset + i]
 
@@ -94,16 +102,21 @@ def info_nce(
         own = logits.diagonal(offset + rows.start)[: len(logits)]  # a view
         own_sum = own.sum()
         _, normaliser = softmax_(logits)
-        own.sub_(1)
+        own.sub_(1)  # the gradient: softmax minus 1 at the own key
         return normaliser.sum() - own_sum
 
     return sum_over_rows(queries, keys, scale, cross_entropy_, count=count, block=block or row_block(keys))
 
 
 def instance(
-    student: Features, teacher: Features, *, scale: Float[Tensor, ""] | float, gamma: float = 0.5
+    student: Features,
+    teacher: Features,
+    *,
+    scale: Float[Tensor, ""] | float,
+    gamma: float = 0.5,
+    rows: RankRows | None = None,
 ) -> Float[Tensor, ""]:
-    """CLIP-CID's instance-level distillation: each student tower against the teacher's other tower.
+    """Return CLIP-CID's instance-level distillation: each student tower against the teacher's other tower.
 
         gamma contrast(u, c_t; s) + (1 - gamma) contrast(v, e_t; s)
 
@@ -111,18 +124,18 @@ def instance(
     """
     check_pairs(student.image, teacher.text, names=("student", "teacher"))
     check_pairs(student.text, teacher.image, names=("student", "teacher"))
-    by_image = contrastive(student.image, teacher.text, scale=scale)
-    by_text = contrastive(student.text, teacher.image, scale=scale)
+    by_image = contrastive(student.image, teacher.text, scale=scale, rows=rows)
+    by_text = contrastive(student.text, teacher.image, scale=scale, rows=rows)
     return gamma * by_image + (1 - gamma) * by_text
 
 
 def row_block(keys: Float[Tensor, "m dim"]) -> int:
-    """Rows of logits to hold at a time: as many as the plain form's largest matrix has entries, 32 at the least."""
+    """Return how many rows of logits to hold at a time: as many as fit PLAIN_ENTRIES, 32 at the least."""
     return max(32, PLAIN_ENTRIES // len(keys))
 
 
 def check_pairs(left: Tensor, right: Tensor, *, names: tuple[str, str]) -> None:
-    """`ValueError` unless the rows of `left` and `right` are pairs of one width."""
+    """Raise `ValueError` unless the rows of `left` and `right` are pairs of one width."""
     if left.ndim != 2 or right.ndim != 2:
         raise ValueError(f"{names[0]} {tuple(left.shape)}, {names[1]} {tuple(right.shape)}: both must be [n, dim].")
     if len(left) != len(right):
@@ -155,11 +168,13 @@ def _tiled_contrastive(image: Tensor, text: Tensor, scale: Tensor, tile: tuple[i
     image_gradient = text_gradient = scale_gradient = None
     with torch.no_grad(), no_autocast(image):
         scaled = image * scale
+        # First sweep: the normalisers of all rows and columns give the value.
         rows, columns = _log_normalisers(scaled, text, tile)
         value = (rows + columns).sum() / (2 * n) - (scaled * text).sum() / n
         if need_image or need_text or need_scale:
+            # Second sweep: with them, every tile's softmaxes give its part of the gradients.
             by_image, by_text = _softmax_products(scaled, text, rows, columns, tile, need_text=need_text)
-            by_image = (by_image - 2 * text) / (2 * n)
+            by_image = (by_image - 2 * text) / (2 * n)  # with respect to the scaled images
             image_gradient = scale * by_image
             scale_gradient = (image * by_image).sum()
             if by_text is not None:
@@ -175,19 +190,11 @@ def _log_normalisers(scaled: Tensor, text: Tensor, tile: tuple[int, int]) -> tup
     logits_buffer, exp_buffer = scaled.new_empty(2, min(tile[0], n) * min(tile[1], m))
     for rows in blocks(n, tile[0]):
         for columns in blocks(m, tile[1]):
-            logits = matmul(scaled[rows], text[columns].T, logits_buffer)
+            logits = matmul(scaled[rows], text[columns].T, logits_buffer)  # [r, c]
             scratch = exp_buffer[: logits.numel()].view_as(logits)
-            _add_exponentials(logits, 1, row_maximum[rows], row_sum[rows], scratch)
-            _add_exponentials(logits, 0, column_maximum[columns], column_sum[columns], scratch)
+            add_exponentials_(logits, 1, row_maximum[rows], row_sum[rows], scratch)
+            add_exponentials_(logits, 0, column_maximum[columns], column_sum[columns], scratch)
     return row_maximum + row_sum.log(), column_maximum + column_sum.log()
-
-
-def _add_exponentials(logits: Tensor, dim: int, maximum: Tensor, total: Tensor, scratch: Tensor) -> None:
-    """Add a tile to running sums of exp(logits - maximum), raising the maximum as needed; both change in place."""
-    raised = torch.maximum(maximum, logits.amax(dim))
-    total.mul_(torch.exp(maximum - raised))
-    total.add_(scaled_exp(logits, 1.0, raised.unsqueeze(dim), out=scratch).sum(dim))
-    maximum.copy_(raised)
 
 
 def _softmax_products(
@@ -200,6 +207,7 @@ def _softmax_products(
     for r in blocks(len(scaled), tile[0]):
         for c in blocks(len(text), tile[1]):
             logits = matmul(scaled[r], text[c].T, logits_buffer)
+            # P + Q of the tile: both softmaxes of its logits.
             both = scaled_exp(logits, 1.0, rows[r, None], out=exp_buffer[: logits.numel()].view_as(logits))
             both += scaled_exp(logits, 1.0, columns[None, c], out=logits)
             by_image[r].addmm_(both, text[c])

@@ -1,8 +1,11 @@
-"""CLIP-KD's terms: the student imitates the teacher's relations, features, gradients and contrasts.
+"""Compute CLIP-KD's terms: the student imitates the teacher's relations, features, gradients and contrasts.
 
-Which embeddings go in is the caller's choice: `relational` takes the student's own, never projected; `feature`,
-`gradient` and `interactive` compare with the teacher's space and take projected ones where widths differ. The teacher
-is a constant throughout. Source: Yang et al. 2024 (CLIP-KD), section 3.
+The caller chooses which embeddings go in: `relational` takes the student's own, never projected; `feature`, `gradient`
+and `interactive` compare with the teacher's space and take projected ones where widths differ. The teacher is a
+constant throughout. `rows` says which rows of a global batch are given (None: all of them); then the ranks' values add
+up to the term. Example: two orthogonal pairs, scale log 3, and a teacher with the texts exchanged. The student's
+softmax rows are (3/4, 1/4), the teacher's (1/4, 3/4), so `relational` is 3/4 log 3 - 1/4 log 3 = 0.5493.
+Source: Yang et al. 2024 (CLIP-KD), section 3.
 """
 
 from __future__ import annotations
@@ -14,11 +17,13 @@ from torch import Tensor
 
 from distilclip.losses._tiling import full_precision, no_autocast, softmax_, sum_over_rows
 from distilclip.losses.contrastive import PLAIN_ENTRIES, check_pairs, contrastive, info_nce, row_block
-from distilclip.losses.features import Features
+from distilclip.losses.features import Features, RankRows
 
 
-def relational(student: Features, teacher: Features, *, block: int | None = None) -> Float[Tensor, ""]:
-    """Contrastive relational distillation (CRD): the teacher's similarities as soft targets of the student's.
+def relational(
+    student: Features, teacher: Features, *, rows: RankRows | None = None, block: int | None = None
+) -> Float[Tensor, ""]:
+    """Return contrastive relational distillation (CRD): the teacher's similarities as soft targets of the student's.
 
         1/2 [ KL(softmax(b E C^T) || softmax(a e c^T)) over rows + the same over columns ], batch mean
 
@@ -26,14 +31,16 @@ def relational(student: Features, teacher: Features, *, block: int | None = None
     Differentiable in the student's embeddings and scale. In large batches only `block` rows of similarities exist at a
     time.
     """
-    a, b = student.scale, teacher.scale
-    rows = row_divergence(
-        student.image, student.text, teacher.image, teacher.text, scale=a, teacher_scale=b, block=block
-    )
-    columns = row_divergence(
-        student.text, student.image, teacher.text, teacher.image, scale=a, teacher_scale=b, block=block
-    )
-    return (rows + columns) / 2
+    rows = rows or RankRows.alone(len(student.image))
+    scales = {"scale": student.scale, "teacher_scale": teacher.scale}
+
+    def one_way(own: Tensor, other: Tensor, target: Tensor, other_target: Tensor) -> Tensor:
+        keys, target_keys = rows.all(other), rows.all(other_target)
+        return row_divergence(own, keys, target, target_keys, **scales, count=rows.count, block=block)
+
+    by_image = one_way(student.image, student.text, teacher.image, teacher.text)
+    by_text = one_way(student.text, student.image, teacher.text, teacher.image)
+    return (by_image + by_text) / 2
 
 
 def row_divergence(
@@ -47,7 +54,7 @@ def row_divergence(
     count: int | None = None,
     block: int | None = None,
 ) -> Float[Tensor, ""]:
-    """One direction of `relational`, for all queries or for one rank's share of them.
+    """Return one direction of `relational`, for all queries or for those of one rank.
 
         1 / count * sum_i KL( softmax_j(b Q_i . K_j) || softmax_j(a q_i . k_j) )
 
@@ -67,11 +74,12 @@ def row_divergence(
     count = len(queries) if count is None else count
     if block is None and len(queries) * len(keys) <= PLAIN_ENTRIES:
         with no_autocast(queries):
-            log_p = F.log_softmax(scale * queries @ keys.T, dim=1)
+            log_p = F.log_softmax(scale * queries @ keys.T, dim=1)  # [n, m]
             log_q = F.log_softmax(teacher_scale * teacher_queries @ teacher_keys.T, dim=1)
             return F.kl_div(log_p, log_q, log_target=True, reduction="sum") / count
 
     def divergence_(logits: Tensor, rows: slice) -> Tensor:
+        # KL(q || p) = sum_j q_j (target_j - logit_j) + lse(logits) - lse(targets); its gradient is p - q.
         targets = teacher_scale * teacher_queries[rows] @ teacher_keys.T
         gap = targets - logits
         p, p_normaliser = softmax_(logits)
@@ -82,20 +90,21 @@ def row_divergence(
     return sum_over_rows(queries, keys, scale, divergence_, count=count, block=block or row_block(keys))
 
 
-def feature(student: Features, teacher: Features) -> Float[Tensor, ""]:
-    """Feature distillation (FD): mean squared difference over n and dim, of images plus of texts.
+def feature(student: Features, teacher: Features, *, rows: RankRows | None = None) -> Float[Tensor, ""]:
+    """Return feature distillation (FD): mean squared difference over n and dim, of images plus of texts.
 
-    The published weight 2000 belongs to this mean over dim. On the student's features of masked images (`mask_patches`)
-    this is the masked term MFD.
+    The published weight 2000 belongs to this mean over dim. On the student's features of masked images
+    (`hide_patches`) this is the masked term MFD.
     """
     _check_same_space(student, teacher)
     image, teacher_image = full_precision(student.image, teacher.image.detach())
     text, teacher_text = full_precision(student.text, teacher.text.detach())
-    return F.mse_loss(image, teacher_image) + F.mse_loss(text, teacher_text)
+    value = F.mse_loss(image, teacher_image) + F.mse_loss(text, teacher_text)
+    return value if rows is None else value * rows.weight
 
 
-def gradient(student: Features, teacher: Features) -> Float[Tensor, ""]:
-    """Gradient distillation (GD): mean squared difference of both models' contrastive gradients.
+def gradient(student: Features, teacher: Features, *, rows: RankRows | None = None) -> Float[Tensor, ""]:
+    """Return gradient distillation (GD): mean squared difference of both models' contrastive gradients.
 
         g_x = s (P - I) Y / n,   g_y = s (P - I)^T X / n,   P = softmax(s X Y^T) over rows, s the model's own scale
 
@@ -108,51 +117,43 @@ def gradient(student: Features, teacher: Features) -> Float[Tensor, ""]:
     1,024, dim = 128 and 512). Published weights are for gradients divided by s^2 and do not carry over.
     """
     _check_same_space(student, teacher)
+    rows = rows or RankRows.alone(len(student.image))
     with torch.no_grad():
-        targets = _contrastive_gradients(teacher)
-    return torch.stack(
-        [F.mse_loss(own, target.to(own)) for own, target in zip(_contrastive_gradients(student), targets, strict=True)]
-    ).sum()
+        targets = _contrastive_gradients(teacher, rows)
+    own = _contrastive_gradients(student, rows)
+    value = torch.stack([F.mse_loss(g, target.to(g)) for g, target in zip(own, targets, strict=True)]).sum()
+    return value * rows.weight
 
 
-def interactive(student: Features, teacher: Features, *, scale: Float[Tensor, ""] | float) -> Float[Tensor, ""]:
-    """Interactive contrastive learning (ICL): student queries against the teacher's keys of the other modality.
+def interactive(
+    student: Features, teacher: Features, *, scale: Float[Tensor, ""] | float, rows: RankRows | None = None
+) -> Float[Tensor, ""]:
+    """Return interactive contrastive learning (ICL): student queries against the teacher's keys of the other modality.
 
         1/2 [ InfoNCE(u, C; s) + InfoNCE(v, E; s) ]
 
     u, v are the student's image and text embeddings, E, C the teacher's, s a learnable scale of this term.
     """
     _check_same_space(student, teacher)
-    by_image = info_nce(student.image, teacher.text.detach(), scale=scale)
-    by_text = info_nce(student.text, teacher.image.detach(), scale=scale)
+    rows = rows or RankRows.alone(len(student.image))
+    image, text = rows.all(teacher.image).detach(), rows.all(teacher.text).detach()
+    by_image = info_nce(student.image, text, scale=scale, offset=rows.offset, count=rows.count)
+    by_text = info_nce(student.text, image, scale=scale, offset=rows.offset, count=rows.count)
     return (by_image + by_text) / 2
 
 
 def augmented(
-    fused_image: Float[Tensor, "n dim"], fused_text: Float[Tensor, "n dim"], *, scale: Float[Tensor, ""] | float
+    fused_image: Float[Tensor, "n dim"],
+    fused_text: Float[Tensor, "n dim"],
+    *,
+    scale: Float[Tensor, ""] | float,
+    rows: RankRows | None = None,
 ) -> Float[Tensor, ""]:
-    """Augmented feature distillation (AFD): contrast of student and teacher embeddings fused per modality.
+    """Return augmented feature distillation (AFD): contrast of student and teacher embeddings fused per modality.
 
     The inputs are normalise(F [student ; teacher]) of images and of texts, F a linear map per modality (models.heads).
     """
-    return contrastive(fused_image, fused_text, scale=scale)
-
-
-def mask_patches(
-    pixels: Float[Tensor, "n channels height width"],
-    *,
-    ratio: float = 0.75,
-    patch: int = 16,
-    generator: torch.Generator | None = None,
-) -> Float[Tensor, "n channels height width"]:
-    """Images with a random `ratio` of a grid of `patch` x `patch` squares set to the image's own mean colour.
-
-    Every image loses the same number of squares. Works on pixels, so that any architecture can be the student; squares
-    at the right and lower edge may be smaller. Raises `ValueError` for a ratio outside 0..1.
-    """
-    size = pixels.shape[2], pixels.shape[3]
-    masks = draw_masks(len(pixels), size, ratio=ratio, patch=patch, generator=generator, device=pixels.device)
-    return hide_patches(pixels, masks, patch=patch)
+    return contrastive(fused_image, fused_text, scale=scale, rows=rows)
 
 
 def draw_masks(
@@ -164,11 +165,16 @@ def draw_masks(
     generator: torch.Generator | None = None,
     device: torch.device | None = None,
 ) -> Bool[Tensor, "n rows columns"]:
-    """Which squares of the grid over images of `size` (height, width) each image loses; see `mask_patches`."""
+    """Draw which squares of a grid over images of `size` (height, width) each image loses: a random `ratio` of them.
+
+    Every image loses the same number of squares of `patch` x `patch` pixels; those at the right and lower edge may be
+    smaller. Raises `ValueError` for a ratio outside 0..1.
+    """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio={ratio}: the masked share of patches lies in 0..1.")
     rows, columns = -(-size[0] // patch), -(-size[1] // patch)
     drawn_on = device if generator is None else generator.device
+    # Random numbers, ranked within each image: the lowest ranks are hidden.
     draws = torch.rand(num_images, rows * columns, generator=generator, device=drawn_on)
     order = draws.to(device or draws.device).argsort(dim=1)
     return (order < round(ratio * rows * columns)).view(num_images, rows, columns)
@@ -177,24 +183,40 @@ def draw_masks(
 def hide_patches(
     pixels: Float[Tensor, "n channels height width"], masks: Bool[Tensor, "n rows columns"], *, patch: int = 16
 ) -> Float[Tensor, "n channels height width"]:
-    """The images with their masked squares set to the image's mean colour."""
+    """Set the masked squares of images to the image's own mean colour.
+
+    Works on pixels, so that any architecture can be the student.
+    """
     _, _, height, width = pixels.shape
     hidden = masks[:, None].repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[:, :, :height, :width]
     return torch.where(hidden, pixels.mean(dim=(2, 3), keepdim=True), pixels)
 
 
 def _check_same_space(student: Features, teacher: Features) -> None:
+    """Raise `ValueError` unless both models' rows are the same samples, in one space."""
     check_pairs(student.image, teacher.image, names=("student", "teacher"))
     check_pairs(student.text, teacher.text, names=("student", "teacher"))
 
 
-def _contrastive_gradients(features: Features) -> list[Tensor]:
-    """g_x, g_y of image-to-text, then of text-to-image, as tensors that can be differentiated again."""
+def _contrastive_gradients(features: Features, rows: RankRows) -> list[Tensor]:
+    """The rows here of g_x, g_y of image-to-text, then of text-to-image, as tensors that can be differentiated again.
+
+    Row i of g_y sums over column i of the softmax P, whose rows are normalised on their own ranks: the ranks exchange
+    their rows' log-sum-exps, m numbers, and each forms the columns it needs.
+    """
     image, text, scale = full_precision(features.image, features.text, features.scale)
-    identity = torch.eye(len(image), dtype=image.dtype, device=image.device)
+    own = torch.zeros(len(image), rows.count, dtype=image.dtype, device=image.device)
+    own.diagonal(rows.offset).fill_(1)  # the rows here of the identity, [n, m]
     gradients = []
     with no_autocast(image):
         for x, y in ((image, text), (text, image)):
-            difference = scale * (torch.softmax(scale * x @ y.T, dim=1) - identity) / len(x)
-            gradients += [difference @ y, difference.T @ x]
+            all_x, all_y = rows.all(x), rows.all(y)  # [m, dim]
+            logits = scale * x @ all_y.T  # [n, m]
+            by_row = scale * (torch.softmax(logits, dim=1) - own) / rows.count  # the rows here of s (P - I) / m
+            by_column = by_row  # [m, n]: its columns that belong to the rows here
+            if not rows.whole:
+                normaliser = rows.gather(torch.logsumexp(logits, dim=1))  # [m]
+                columns = torch.exp(scale * all_x @ y.T - normaliser[:, None])  # [m, n]
+                by_column = scale * (columns - own.T) / rows.count
+            gradients += [by_row @ all_y, by_column.T @ all_x]
     return gradients

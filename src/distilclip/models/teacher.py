@@ -1,12 +1,12 @@
-"""Teachers: callables from a batch to `Features`. They are never trained and never checkpointed.
+"""Make teachers: callables from a batch to `Features`, which are never trained and never checkpointed.
 
-Of several teachers, each with a width and a scale of its own, the student learns the weighted mean of the losses:
+From several teachers, each with its own width and scale, the student learns the weighted mean of the losses:
 
     L = sum_k w_k L(student, teacher k),     sum_k w_k = 1
 
 where each teacher has its own projections. For divergences from the teacher's similarities (CLIP-KD's relational term)
-the gradient of that is the one of the divergence from the averaged distribution, for sum_k w_k KL(q_k || p) =
-KL(sum_k w_k q_k || p) + a constant; for embeddings, which have no common space, an average would mean nothing. Source:
+its gradient is that of the divergence from the averaged distribution, for sum_k w_k KL(q_k || p) =
+KL(sum_k w_k q_k || p) + a constant. Embeddings have no common space, so their average would mean nothing. Source:
 the training loss of Vasu et al. 2024 (MobileCLIP), which sums the divergences of an ensemble's members, each at its own
 scale.
 """
@@ -29,7 +29,7 @@ Teacher = Callable[[Batch], tuple[Features, ...]]
 
 
 def stored_teachers(stores: Sequence[Store], *, device: torch.device) -> Teacher:
-    """The teachers whose embeddings the stream has joined from these stores, with the scales that the stores record."""
+    """Return the teachers whose embeddings the stream has joined from these stores, with the scales recorded there."""
     scales = [torch.tensor(float(store.teacher["scale"]), device=device) for store in stores]
     biases = [
         torch.tensor(float(store.teacher["bias"]), device=device) if "bias" in store.teacher else None
@@ -51,7 +51,7 @@ def stored_teachers(stores: Sequence[Store], *, device: torch.device) -> Teacher
 
 
 def live_teacher(clip: Clip, *, precision: torch.dtype, micro_batch: int) -> Teacher:
-    """A teacher run on every batch, on its own view of each picture and with its own tokenizer.
+    """Return a teacher that runs on every batch, on its own crop of each picture and with its own tokenizer.
 
     The stream must show crops at the teacher's size too. `precision` is that of its towers (autocast), `micro_batch`
     how many pairs it takes at a time.

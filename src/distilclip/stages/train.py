@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,13 +9,15 @@ from typing import Any, Literal
 import torch
 
 from distilclip import distributed, files, stage_folder
-from distilclip.data.decode import Crops
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.side_files import read_centers
 from distilclip.data.store import Store
-from distilclip.data.stream import PairStream, open_stream
+from distilclip.data.stream import PairSource, PairStream, Presentation, open_stream
+from distilclip.data.views import Crops
 from distilclip.data.workers import default_workers
 from distilclip.errors import InputError
+from distilclip.losses.terms import TERMS
 from distilclip.models.batch_norm import require_exact_accumulation
 from distilclip.models.clip import Clip, create_clip, load_clip, load_named
 from distilclip.models.heads import Heads
@@ -33,7 +34,7 @@ from distilclip.train.checkpoint import (
     remove_incomplete_checkpoints,
 )
 from distilclip.train.class_head import ClassHead
-from distilclip.train.loop import fit
+from distilclip.train.loop import TrainingPlan, fit
 from distilclip.train.objective import Objective, objective
 from distilclip.train.optimizer import Average, Optimization, build_optimizer
 from distilclip.train.parallel import Execution, build_towers
@@ -102,9 +103,9 @@ class Config:
             raise InputError("train needs pairs: give --data, or --store, which knows its own.")
         if method.needs_teacher and not (self.store or self.live_teacher):
             raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --live-teacher.")
-        if method.cluster and not self.clusters:
+        if method.needs("centers") and not self.clusters:
             raise InputError("The cluster term needs --clusters, a folder of `distilclip cluster`.")
-        if method.cluster and self.live_teacher:
+        if method.needs("centers") and self.live_teacher:
             raise InputError("The cluster term's centers are the store's teacher's: leave out --live-teacher.")
         if (self.groups or self.clusters) and not self.store:
             raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
@@ -136,67 +137,85 @@ def main(config: Config) -> dict[str, Any]:
 
 def _train(config: Config, device: torch.device) -> dict[str, Any]:
     require_packages(config.track)
-    inputs = [
-        (path, stage)
-        for path, stage in ((config.store, "embed"), (config.groups, "balance"), (config.clusters, "cluster"))
-        if path is not None
-    ]
-    inputs += [(path, "embed") for path in _other_stores(config)]
-    models = [source.partition(":")[2] for source in config.init]
-    inputs += stage_folder.folders_of("train", [*models, *([config.live_teacher] if config.live_teacher else [])])
     folder = distributed.on_first(
-        lambda: stage_folder.open_folder(config.out, stage="train", config=config, inputs=inputs)
+        lambda: stage_folder.open_folder(config.out, stage="train", config=config, inputs=_inputs(config))
     )
     if distributed.on_first(lambda: folder.finished):
         return folder.result()
     method = objective(config.objective, config.terms)
     clip = create_clip(config.student, seed=config.seed, device=device)
+    facts: dict[str, Any] = {"num_parameters": clip.num_parameters}
     fresh = initialise(clip, config.init)
-    num_parameters = clip.num_parameters
+    if config.init:
+        facts["fresh"] = fresh
     stores = _open_stores(config)
     live = load_named(config.live_teacher, device=device) if config.live_teacher and method.needs_teacher else None
     stream = _open_stream(config, clip, stores, live)
-    student = _student(config, method, clip, stores=stores, live=live)
-    training = _training(config, student, stream)
-    start = distributed.on_first(lambda: _last_checkpoint(config.out))
-    progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
-    first = distributed.rank() == 0
-    fit(
-        folder,
-        stream.batches(
-            start=progress.step,
-            stop=config.num_steps,
-            num_workers=default_workers() if config.num_workers is None else config.num_workers,
-        ),
-        training,
-        progress,
-        teacher=_teacher(config, method, stores, live, device),
-        objective=method,
-        optimization=config.optimization,
-        checkpoints=config.checkpoints,
-        trackers=open_trackers(
-            config.track if first else (), folder.path, config=stage_folder.config_values(config), start=start
-        ),
-        num_steps=config.num_steps,
-        batch_size=config.batch_size,
-        micro_batch=config.micro_batch or config.batch_size,
-        seed=config.seed,
-    )
+    training = _training(config, _student(config, method, clip, stores=stores, live=live), stream)
+    _fit(config, folder, method, stream, training, _teacher(config, method, stores, live, device))
     unusable = count_unusable(stream.policy)
     return distributed.on_first(
-        lambda: folder.finish(
-            {
-                "checkpoint": folder_name(config.num_steps),
-                "objective": dataclasses.asdict(method),
-                "num_parameters": num_parameters,
-                **({"fresh": fresh} if config.init else {}),
-                "num_rows": stream.num_rows,
-                "num_samples_seen": config.num_steps * config.batch_size,
-                "num_unusable": sum(unusable["reasons"].values()),
-                "reasons": unusable["reasons"],
-                "digest": load_clip(folder.child(folder_name(config.num_steps))).digest,
-            }
-        )
+        lambda: _finish(config, folder, method, {**facts, "num_rows": stream.num_rows}, unusable)
+    )
+
+
+def _inputs(config: Config) -> list[tuple[str, str]]:
+    """The folders that this one is made from, each with its stage."""
+    named = ((config.store, "embed"), (config.groups, "balance"), (config.clusters, "cluster"))
+    found = [(path, stage) for path, stage in named if path is not None]
+    found += [(path, "embed") for path in _other_stores(config)]
+    models = [source.partition(":")[2] for source in config.init]
+    return found + stage_folder.folders_of("train", [*models, *([config.live_teacher] if config.live_teacher else [])])
+
+
+def _fit(
+    config: Config,
+    folder: stage_folder.Folder,
+    method: Objective,
+    stream: PairStream,
+    training: Training,
+    teacher: Teacher | None,
+) -> None:
+    """Train from the last complete checkpoint on, or from the start."""
+    start = distributed.on_first(lambda: _last_checkpoint(config.out))
+    progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
+    num_workers = default_workers() if config.num_workers is None else config.num_workers
+    names, values = config.track if distributed.rank() == 0 else (), stage_folder.config_values(config)
+    fit(
+        folder,
+        stream.batches(start=progress.step, stop=config.num_steps, num_workers=num_workers),
+        training,
+        progress,
+        plan=TrainingPlan(
+            objective=method,
+            optimization=config.optimization,
+            checkpoints=config.checkpoints,
+            num_steps=config.num_steps,
+            batch_size=config.batch_size,
+            micro_batch=config.micro_batch or config.batch_size,
+            seed=config.seed,
+        ),
+        teacher=teacher,
+        trackers=open_trackers(names, folder.path, config=values, start=start),
+    )
+
+
+def _finish(
+    config: Config, folder: stage_folder.Folder, method: Objective, facts: dict[str, Any], unusable: dict[str, Any]
+) -> dict[str, Any]:
+    """Write result.json."""
+    checkpoint = folder_name(config.num_steps)
+    return folder.finish(
+        {
+            "checkpoint": checkpoint,
+            "objective": method.values,
+            "terms": {name: TERMS[name].words for name in method.weights},
+            **facts,
+            "num_samples_seen": config.num_steps * config.batch_size,
+            "num_unusable": sum(unusable["reasons"].values()),
+            "reasons": unusable["reasons"],
+            "digest": load_clip(folder.child(checkpoint)).digest,
+        }
     )
 
 
@@ -220,7 +239,7 @@ def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[
         clip=clip,
         heads=heads,
         towers=build_towers(clip, precision=PRECISIONS[config.precision], execution=config.execution),
-        class_head=_class_head(config, clip.device) if method.cluster else None,
+        class_head=_class_head(config, clip.device) if method.needs("centers") else None,
     )
 
 
@@ -265,21 +284,24 @@ def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip
         stage_folder.read_json(files.join(config.store, "config.json"))["max_pixels"] if config.store else MAX_PIXELS
     )
     return open_stream(
-        data=config.data,
-        stores=[store.path for store in stores],
-        groups=config.groups,
-        clusters=config.clusters,
-        sizes=[c.image_size for c in (clip, live) if c is not None],
-        tokenize=clip.tokenizer,
-        augmentation=config.crops,
-        num_views=config.crops.views,
+        PairSource(
+            data=config.data,
+            stores=[store.path for store in stores],
+            groups=config.groups,
+            clusters=config.clusters,
+        ),
+        Presentation(
+            sizes=[c.image_size for c in (clip, live) if c is not None],
+            tokenize=clip.tokenizer,
+            seed=config.seed,
+            augmentation=config.crops,
+            num_views=config.crops.views,
+            max_pixels=max_pixels,
+        ),
         batch_size=config.batch_size,
-        seed=config.seed,
+        policy=ErrorPolicy("skip" if config.max_bad_ratio else "raise", config.max_bad_ratio),
         rank=distributed.rank(),
         world=distributed.world(),
-        on_error="skip" if config.max_bad_ratio else "raise",
-        max_bad_ratio=config.max_bad_ratio,
-        max_pixels=max_pixels,
     )
 
 
@@ -288,17 +310,14 @@ def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[St
     weights = [1.0, *_other_stores(config).values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Heads(clip.dim, dims[0], augmented=method.augmented > 0, other_dims=dims[1:], weights=weights)
+        return Heads(clip.dim, dims[0], augmented=method.needs("fusion"), other_dims=dims[1:], weights=weights)
 
 
 def _class_head(config: Config, device: torch.device) -> ClassHead:
     assert config.clusters is not None
+    state_device = device if config.centers_state == "device" else "cpu"
     return ClassHead.of_this_rank(
-        read_centers(config.clusters),
-        device=device,
-        learning_rate=config.optimization.centers_learning_rate,
-        weight_decay=config.optimization.centers_weight_decay,
-        state_device=device if config.centers_state == "device" else "cpu",
+        read_centers(config.clusters), config.optimization, device=device, state_device=state_device
     )
 
 

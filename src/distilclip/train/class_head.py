@@ -1,11 +1,9 @@
-"""The class centers W as a training citizen: a rank's range of rows, AdamW state per row, checkpoints by row range."""
+"""Hold the trainable class centers, sharded by row: each rank has a range of them, with AdamW's state of each row."""
 
 from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,52 +14,51 @@ from distilclip import distributed, files
 from distilclip.data.tensors import read_tensors, write_tensors
 from distilclip.errors import InputError
 from distilclip.losses.cluster import positions
-from distilclip.train.row_adamw import RowState, update_rows_
-from distilclip.train.sharding import class_range
+from distilclip.losses.terms import StepClasses
+from distilclip.train.optimizer import Optimization
+from distilclip.train.row_adamw import RowMoments, update_rows_
 
 
-@dataclass(frozen=True, kw_only=True)
-class StepClasses:
-    """The classes of one step: this rank's, and the labels of the global batch among those of all ranks."""
-
-    centers: Float[Tensor, "c dim"]
-    """This rank's centers, a leaf: `grad` is the gradient of these rows alone."""
-    labels: Int[Tensor, " n"]
-    """Of the global batch, numbered among the classes of all ranks in this step."""
-    first: int
-    """The number of this rank's first class among them."""
-    rows: Int[Tensor, " c"] | None
-    """The rows of the head that `centers` are; None for all of them, in place."""
+def class_range(num_classes: int, rank: int, world: int) -> tuple[int, int]:
+    """Return first and past-the-last class of a rank: consecutive ranges whose sizes differ by one at most."""
+    return num_classes * rank // world, num_classes * (rank + 1) // world
 
 
 class ClassHead:
     """Rows `first` to `stop` of k class centers, each with its AdamW state; a rank of a sharded head has one range.
 
     Gradient, state and update touch the classes of a step only. `state_device` may be the host, where the two moments
-    (8 of 12 bytes a value) then live.
+    (8 of 12 bytes a value) then live. `optimization` gives rates and AdamW's constants.
     """
 
     def __init__(
         self,
         centers: Float[Tensor, "rows dim"],
+        optimization: Optimization,
         *,
-        learning_rate: float,
         num_classes: int | None = None,
         first: int = 0,
-        weight_decay: float = 0.0,
         state_device: torch.device | str | None = None,
     ) -> None:
         self.centers = centers
-        self.learning_rate, self.weight_decay = learning_rate, weight_decay
+        self.optimization = optimization
         self.num_classes = len(centers) if num_classes is None else num_classes
         self.first = first
-        self.state = RowState.zeros(*centers.shape, device=state_device or centers.device)
+        self.state = RowMoments.zeros(*centers.shape, device=state_device or centers.device)
 
     @classmethod
-    def of_this_rank(cls, centers: Float[np.ndarray, "k dim"], *, device: torch.device, **values: Any) -> ClassHead:
-        """This process's range of all k centers, which may be a memory map, on `device`; `values` as for the class."""
+    def of_this_rank(
+        cls,
+        centers: Float[np.ndarray, "k dim"],
+        optimization: Optimization,
+        *,
+        device: torch.device,
+        state_device: torch.device | str,
+    ) -> ClassHead:
+        """Take this process's range of all k centers, which may be a memory map, to `device`."""
         first, stop = class_range(len(centers), distributed.rank(), distributed.world())
-        return cls(torch.tensor(centers[first:stop], device=device), num_classes=len(centers), first=first, **values)
+        own = torch.tensor(centers[first:stop], device=device)
+        return cls(own, optimization, num_classes=len(centers), first=first, state_device=state_device)
 
     @property
     def stop(self) -> int:
@@ -69,7 +66,7 @@ class ClassHead:
         return self.first + len(self.centers)
 
     def of_step(self, labels: Int[Tensor, " n"], classes: Int[Tensor, " c"] | None) -> StepClasses:
-        """What a step needs: `labels` of the global batch, and the sampled classes, ascending (None: all).
+        """Return what a step needs of the classes sampled for it, ascending (None: all); `labels` of the global batch.
 
         Raises `ValueError` for a label without a center.
         """
@@ -92,7 +89,7 @@ class ClassHead:
         )
 
     def update(self, classes: StepClasses, *, share: float) -> None:
-        """One AdamW step on the classes of a step, at `share` of the peak learning rate."""
+        """Take one AdamW step on the classes of a step, at `share` of the peak learning rate."""
         if classes.centers.grad is None:
             return
         update_rows_(
@@ -100,8 +97,10 @@ class ClassHead:
             classes.centers.grad,
             self.state,
             rows=classes.rows,
-            learning_rate=self.learning_rate * share,
-            weight_decay=self.weight_decay,
+            learning_rate=self.optimization.centers_learning_rate * share,
+            weight_decay=self.optimization.centers_weight_decay,
+            betas=(self.optimization.beta1, self.optimization.beta2),
+            eps=self.optimization.eps,
         )
 
     def save(self, folder: str) -> None:

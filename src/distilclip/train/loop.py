@@ -1,4 +1,4 @@
-"""The one training loop. It knows data, step, schedule, checkpoint and log, and nothing of CLIP-CID or CLIP-KD."""
+"""Run the training loop: data, steps, checkpoints and log; it knows nothing of CLIP-CID or CLIP-KD."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from distilclip.train.checkpoint import (
     folder_name,
     save_checkpoint,
 )
-from distilclip.train.log import Log, Stopwatch
+from distilclip.train.log import Lines, Log, Stopwatch
 from distilclip.train.objective import Objective
 from distilclip.train.optimizer import Optimization, schedule, set_learning_rate
 from distilclip.train.parallel import clip_gradients_, non_finite_gradients
@@ -39,71 +39,72 @@ from distilclip.train.trackers import Writer
 LOG_EVERY = 10
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What a run is to do."""
+
+    objective: Objective
+    optimization: Optimization
+    checkpoints: Checkpoints
+    num_steps: int
+    batch_size: int
+    """rows of all processes"""
+    micro_batch: int
+    """rows of this process whose activations are held at once"""
+    seed: int
+
+
 def fit(
     folder: stage_folder.Folder,
     batches: Iterator[Batch],
     training: Training,
     progress: Progress,
     *,
+    plan: TrainingPlan,
     teacher: Teacher | None,
-    objective: Objective,
-    optimization: Optimization,
-    checkpoints: Checkpoints,
     trackers: Sequence[Writer],
-    num_steps: int,
-    batch_size: int,
-    micro_batch: int,
-    seed: int,
 ) -> None:
-    """Train from `progress` to `num_steps`; `batches` begins there. Every process must call it.
+    """Train from `progress` to the end of the plan; `batches` begins there. Every process must call it.
 
-    `batch_size` counts the rows of all processes, `micro_batch` those of one. SIGUSR1 writes a checkpoint, SIGTERM
-    writes one and ends the process. Raises `InputError` naming step, terms and rank when the loss or its gradient stops
-    being finite; nothing is updated then, and the state before that step is saved.
+    SIGUSR1 writes a checkpoint, SIGTERM writes one and ends the process. Raises `InputError` naming step, terms and
+    rank when the loss or its gradient stops being finite; nothing is updated then, and the state before that step is
+    saved.
     """
     training.student.clip.model.train()
     log = Log(training.student.clip.device, carried=progress.log)
-    steps = _Steps(
-        training=training,
-        teacher=teacher,
-        objective=objective,
-        optimization=optimization,
-        num_steps=num_steps,
-        micro_batch=micro_batch,
-        seed=seed,
-        stopwatch=log.stopwatch,
-    )
-    saving = _Saving(folder, training, checkpoints, log)
+    steps = _Steps(training=training, teacher=teacher, plan=plan, stopwatch=log.stopwatch)
+    saving = _Saving(folder, training, plan.checkpoints, log)
     statistics = RunningStatistics(training.student.clip.model)
-    with Signals() as signals, contextlib.closing(_Lines(folder, trackers, start=progress.step)) as lines:
-        for step in _shown(range(progress.step, num_steps), num_samples=batch_size):
-            scheduled = checkpoints.scheduled(step + 1, num_steps=num_steps)
+    with Signals() as signals, contextlib.closing(Lines(folder, trackers, start=progress.step)) as lines:
+        for step in _count_steps(range(progress.step, plan.num_steps), num_samples=plan.batch_size):
+            scheduled = plan.checkpoints.scheduled(step + 1, num_steps=plan.num_steps)
             counted = copy.deepcopy(training.policy)
             statistics.remember()
             with log.stopwatch.measure("data"):
                 batch = next(batches)
             result, norm = steps.gradients(step, batch, diagnosing=scheduled)
-            loss, save, stop = _agree(result.loss, save=signals.take() or saving.due, stop=signals.stop)
+            loss, save, stop = _exchange_flags(result.loss, save=signals.take() or saving.due, stop=signals.stop)
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 statistics.put_back()
                 saving.save_before(step, counted)
                 _stop_non_finite(step, training, result)
             learning_rate = steps.update(step, result)
-            log.add(result, norm, batch_size)
+            log.add({"loss": result.loss, **result.terms, **result.cosines}, norm, plan.batch_size)
             line: dict[str, float] = {}
             if (step + 1) % LOG_EVERY == 0 or scheduled:  # a line never spans a scheduled checkpoint
-                line = {**log.line(), "learning_rate": learning_rate, **_after(training, result)}
+                line = {**log.line(), "learning_rate": learning_rate, **_measure_now(training, result)}
                 lines.write(step + 1, line)
             if scheduled or save:
                 saving.save(step + 1, scheduled=scheduled, line=line)
-            if stop and step + 1 < num_steps:
+            if stop and step + 1 < plan.num_steps:
                 break
         else:
             return
     terminate()
 
 
-def _shown(steps: range, *, num_samples: int) -> Iterable[int]:
+def _count_steps(steps: range, *, num_samples: int) -> Iterable[int]:
+    """The steps, with a progress bar on the first process."""
     return track(steps, "train", num_samples=num_samples) if distributed.rank() == 0 else steps
 
 
@@ -113,38 +114,35 @@ class _Steps:
 
     training: Training
     teacher: Teacher | None
-    objective: Objective
-    optimization: Optimization
-    num_steps: int
-    micro_batch: int
-    seed: int
+    plan: TrainingPlan
     stopwatch: Stopwatch
 
     def gradients(self, step: int, batch: Batch, *, diagnosing: bool) -> tuple[StepResult, Tensor]:
-        """The step's gradients, clipped, and their norm before that."""
+        """Compute the step's gradients, clipped, and their norm before that."""
         student = self.training.student
         device = student.clip.device
         with self.stopwatch.measure("teacher"):
-            inputs = _inputs(batch, self.teacher, device)
+            inputs = _make_inputs(batch, self.teacher, device)
         self.training.optimizer.zero_grad(set_to_none=True)
         result = compute_gradients(
             student,
-            self.objective,
+            self.plan.objective,
             inputs,
-            micro_batch=self.micro_batch,
-            generator=torch.Generator(device).manual_seed(self.seed * 1_000_003 + step),
+            micro_batch=self.plan.micro_batch,
+            generator=torch.Generator(device).manual_seed(self.plan.seed * 1_000_003 + step),
             stopwatch=self.stopwatch,
             diagnosing=diagnosing,
         )
         centers = [] if result.classes is None else [result.classes.centers]
         with self.stopwatch.measure("optimizer"):
-            norm = clip_gradients_(student.parameters(), sharded=centers, max_norm=self.optimization.gradient_clip)
+            max_norm = self.plan.optimization.gradient_clip
+            norm = clip_gradients_(student.parameters(), sharded=centers, max_norm=max_norm)
         return result, norm
 
     def update(self, step: int, result: StepResult) -> float:
-        """Let weights, class centers and their average follow; the student's learning rate."""
-        training, student = self.training, self.training.student
-        share = schedule(step, num_steps=self.num_steps, warmup_steps=self.optimization.warmup_steps)
+        """Update weights, class centers and the average of weights; return the student's learning rate."""
+        training, student, plan = self.training, self.training.student, self.plan
+        share = schedule(step, num_steps=plan.num_steps, warmup_steps=plan.optimization.warmup_steps)
         learning_rate = set_learning_rate(training.optimizer, share)
         with self.stopwatch.measure("optimizer"):
             training.optimizer.step()
@@ -192,26 +190,7 @@ class _Saving:
             self._checkpoints.prune(self._folder.path)
 
 
-class _Lines:
-    """metrics.jsonl and the trackers, written by the first process."""
-
-    def __init__(self, folder: stage_folder.Folder, trackers: Sequence[Writer], *, start: int) -> None:
-        self._trackers = trackers
-        first = distributed.rank() == 0
-        self._metrics = stage_folder.Metrics(folder.child("metrics.jsonl"), resume_at=start + 1) if first else None
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        if self._metrics is not None:
-            self._metrics.write(step=step, **values)
-        for tracker in self._trackers:
-            tracker.write(step, values)
-
-    def close(self) -> None:
-        for tracker in self._trackers:
-            tracker.close()
-
-
-def _inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inputs:
+def _make_inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inputs:
     teachers = teacher(batch) if teacher is not None else ()
     return Inputs(
         pixels=batch.pixels.to(device, non_blocking=True),
@@ -222,13 +201,13 @@ def _inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inpu
     )
 
 
-def _after(training: Training, result: StepResult) -> dict[str, float]:
+def _measure_now(training: Training, result: StepResult) -> dict[str, float]:
     """What a line says of the moment, not of the steps since the line before."""
     scale = round(float(training.student.clip.scale.detach()), 4)
     return {"scale": scale, **({} if result.diagnosis is None else result.diagnosis.line())}
 
 
-def _agree(loss: Tensor, *, save: bool, stop: bool) -> tuple[float, bool, bool]:
+def _exchange_flags(loss: Tensor, *, save: bool, stop: bool) -> tuple[float, bool, bool]:
     """The loss of the global batch, and whether any process is to save or to stop: one message, one transfer.
 
     Who stops saves.
@@ -253,7 +232,7 @@ def _stop_non_finite(step: int, training: Training, result: StepResult) -> NoRet
         "gradients": non_finite_gradients(parameters)[:3],
     }
     found = [
-        f"rank {rank}: terms {terms}, not finite: {_listed(bad)}"
+        f"rank {rank}: terms {terms}, not finite: {_name_kinds(bad)}"
         for rank, (terms, bad) in enumerate(distributed.gather_objects((terms, bad)))
     ]
     kept = f"the state after {step} steps is saved" if step else "no step was done yet"
@@ -263,5 +242,6 @@ def _stop_non_finite(step: int, training: Training, result: StepResult) -> NoRet
     )
 
 
-def _listed(bad: Mapping[str, Sequence[str]]) -> str:
+def _name_kinds(bad: Mapping[str, Sequence[str]]) -> str:
+    """The names of each kind that has any, as one phrase."""
     return ", ".join(f"{kind} {list(names)}" for kind, names in bad.items() if names) or "none"

@@ -1,93 +1,82 @@
-"""A distillation method is a value: the weights of its terms and the constants inside them (SPEC sections 1 and 2)."""
+"""Weigh the terms of a distillation method: a method is a value, its weights and the constants inside its terms."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from distilclip.errors import InputError, did_you_mean
-from distilclip.losses.features import Features
-from distilclip.models.heads import Heads
-from distilclip.train import terms
-from distilclip.train.class_head import StepClasses
-from distilclip.train.terms import Share
-
-TERMS = (
-    "task",
-    "cluster",
-    "instance",
-    "relational",
-    "feature",
-    "masked",
-    "gradient",
-    "interactive",
-    "augmented",
+from distilclip.losses.features import Features, RankRows
+from distilclip.losses.terms import (
+    TERMS,
+    Constants,
+    Need,
+    StepClasses,
+    TeacherInputs,
+    TermInputs,
+    constant_names,
+    find_term,
 )
+from distilclip.models.heads import Heads
+
+_MISSING = {
+    "teacher": "compares with a teacher: pass the teacher's features",
+    "masks": "needs masked_image, the student's embeddings of masked images",
+    "centers": "needs classes, the centers and labels of the step",
+}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, init=False)
 class Objective:
-    """L = sum of weight x term; a weight of 0 leaves the term uncomputed."""
+    """L = sum of weight x term; a weight of 0 leaves the term uncomputed.
 
-    task: float = 1.0
-    """contrast of the student's own image and text embeddings"""
-    cluster: float = 0.0
-    """CLIP-CID, cluster discrimination (needs centers and labels)"""
-    instance: float = 0.0
-    """CLIP-CID, instance discrimination: student image to teacher text and the reverse"""
-    relational: float = 0.0
-    """CLIP-KD, CRD: KL between the batch's similarity distributions"""
-    feature: float = 0.0
-    """CLIP-KD, FD: mean squared error of the embeddings (published weight 2000)"""
-    masked: float = 0.0
-    """CLIP-KD, MFD: FD with the student's image masked (published weight 2000)"""
-    gradient: float = 0.0
-    """CLIP-KD, GD: mean squared error of the contrastive loss's gradients"""
-    interactive: float = 0.0
-    """CLIP-KD, ICL: student queries against teacher keys"""
-    augmented: float = 0.0
-    """CLIP-KD, AFD: contrast of fused student and teacher embeddings"""
-    alpha: float = 0.999
-    """share of the label loss in the cluster term; the rest is the KL"""
-    temperature: float = 0.07
-    """tau of the cluster term's KL"""
-    class_scale: float = 1.0
-    """s_l of the cluster term's label loss"""
-    sample_rate: float = 1.0
-    """share of the classes in each step's softmax (Partial FC); 1 means all"""
-    gamma: float = 0.5
-    """share of the image side in the instance term"""
-    mask_ratio: float = 0.75
-    """share of the patch grid that the masked term hides"""
+    `Objective(feature=2000.0, alpha=0.9)` takes the weights of the terms in losses/terms.py and the `Constants` there
+    by their names, and each of them can be read as an attribute. Raises `InputError` for an unknown name and for values
+    that no term can have.
+    """
 
-    def __post_init__(self) -> None:
-        for name, value in self.weights.items():
+    weights: Mapping[str, float]
+    """every term's weight"""
+    constants: Constants
+
+    def __init__(self, **values: float) -> None:
+        known = [*TERMS, *constant_names()]
+        for name in values:
+            if name not in known:
+                raise InputError(f"The objective has no term or constant {name!r}. {did_you_mean(name, known)}")
+        weights = {name: values.get(name, term.default) for name, term in TERMS.items()}
+        for name, value in weights.items():
             if value < 0:
                 raise InputError(f"The weight of the term {name!r} is {value}; weights are 0 or more.")
-        for name in ("alpha", "gamma", "mask_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1.")
-        if self.temperature <= 0 or self.class_scale <= 0:
-            raise InputError("temperature and class_scale must be positive.")
-        if not 0 < self.sample_rate <= 1:
-            raise InputError(f"sample_rate is {self.sample_rate}; it is a share of the classes, over 0 and up to 1.")
-        if not any(self.weights.values()):
+        if not any(weights.values()):
             raise InputError("All term weights are 0: nothing would be learned.")
+        constants = Constants(**{name: value for name, value in values.items() if name not in TERMS})
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "constants", constants)
+
+    def __getattr__(self, name: str) -> float:
+        values = {} if name.startswith("_") else self.values
+        if name not in values:
+            raise AttributeError(f"The objective has no term or constant {name!r}.")
+        return values[name]
 
     @property
-    def weights(self) -> dict[str, float]:
-        """Every term's weight."""
-        return {name: getattr(self, name) for name in TERMS}
+    def values(self) -> dict[str, float]:
+        """Every weight and constant by its name."""
+        return {**self.__dict__["weights"], **asdict(self.__dict__["constants"])}
+
+    def needs(self, what: Need) -> bool:
+        """Say whether any term with a weight needs it."""
+        return any(weight and what in find_term(name).needs for name, weight in self.weights.items())
 
     @property
     def needs_teacher(self) -> bool:
         """Whether any term compares with a teacher."""
-        return any(weight for name, weight in self.weights.items() if name != "task")
+        return self.needs("teacher")
 
     def terms(
         self,
@@ -98,74 +87,51 @@ class Objective:
         others: Sequence[Features] = (),
         masked_image: Float[Tensor, "n dim"] | None = None,
         classes: StepClasses | None = None,
-        share: Share | None = None,
+        rows: RankRows | None = None,
     ) -> dict[str, Float[Tensor, ""]]:
-        """Every term with a weight, unweighted. `student` is in its own space; `heads` projects it where terms need it.
+        """Compute every term with a weight, unweighted. `student` is in its own space; `heads` projects it.
 
         `others` are the features of further teachers: a term is the mean over teachers by the weights that `heads` has
-        for them, but the cluster term's centers are the first one's. `masked_image` holds the student's embeddings of
-        the masked images (for `masked`), `classes` the centers and labels of the step (for `cluster`). The rows are
-        `share` of the global batch (None: all of it), the values what they add to its terms.
+        for them, but the centers are the first one's. `masked_image` holds the student's embeddings of the masked
+        images, `classes` the centers and labels of the step, for terms that need them. `rows` says which rows of the
+        global batch are given (None: all); the values are what they add to its terms. Raises `ValueError` for a term
+        that lacks what it needs.
         """
-        share = share or Share(rows=slice(0, len(student)), count=len(student))
-        values: dict[str, Tensor] = {}
-        if self.task:
-            values["task"] = terms.task(student, share=share)
-        if not self.needs_teacher:
-            return values
-        if teacher is None:
-            raise ValueError("This objective compares with a teacher: pass the teacher's features.")
-        for one, own, weight in zip((teacher, *others), heads.each(), heads.weights, strict=True):
-            projected = own.project(student)
-            if self.cluster and "cluster" not in values:
-                assert classes is not None
-                values["cluster"] = terms.cluster(
-                    projected.image,
-                    teacher.image,
-                    classes,
-                    alpha=self.alpha,
-                    temperature=self.temperature,
-                    class_scale=self.class_scale,
-                    share=share,
-                )
-            for name, value in self._against(student, projected, one, own, masked_image, share).items():
-                values[name] = values.get(name, 0) + weight * value
+        rows = rows or RankRows.alone(len(student))
+        used = [find_term(name) for name, weight in self.weights.items() if weight]
+        given = {"teacher": teacher, "masks": masked_image, "centers": classes}
+        for term in used:
+            for need in term.needs:
+                if need in given and given[need] is None:
+                    raise ValueError(f"The term {term.name!r} {_MISSING[need]}.")
+        alone = TermInputs(rows=rows, student=student, constants=self.constants)
+        values = {term.name: term.compute(alone) for term in used if "teacher" not in term.needs}
+        teachers = [] if teacher is None else [teacher, *others]
+        compared = [term for term in used if "teacher" in term.needs]
+        for place, one in enumerate(teachers if compared else []):
+            own, weight = heads.each()[place], heads.weights[place]
+            inputs = TeacherInputs(
+                rows=rows,
+                student=student,
+                constants=self.constants,
+                teacher=one,
+                projected=own.project(student),
+                heads=own,
+                masked_image=masked_image,
+                classes=classes,
+            )
+            for term in compared:
+                if "centers" not in term.needs:
+                    values[term.name] = values.get(term.name, 0) + weight * term.compute(inputs)
+                elif place == 0:
+                    values[term.name] = term.compute(inputs)
         return values
 
-    def _against(
-        self,
-        student: Features,
-        projected: Features,
-        teacher: Features,
-        heads: Heads,
-        masked_image: Tensor | None,
-        share: Share,
-    ) -> dict[str, Tensor]:
-        """The terms that compare with any one teacher; `projected` is the student in its space."""
-        values: dict[str, Tensor] = {}
-        if self.instance:
-            scale = heads.scale("instance")
-            values["instance"] = terms.instance(projected, teacher, scale=scale, gamma=self.gamma, share=share)
-        if self.relational:
-            values["relational"] = terms.relational(student, teacher, share=share)
-        if self.feature:
-            values["feature"] = terms.feature(projected, teacher, share=share)
-        if self.masked:
-            assert masked_image is not None
-            masked = heads.project(Features(image=masked_image, text=student.text, scale=student.scale))
-            values["masked"] = terms.feature(masked, teacher, share=share)
-        if self.gradient:
-            values["gradient"] = terms.gradient(projected, teacher, share=share)
-        if self.interactive:
-            scale = heads.scale("interactive")
-            values["interactive"] = terms.interactive(projected, teacher, scale=scale, share=share)
-        if self.augmented:
-            fused = heads.fuse(projected, teacher)
-            values["augmented"] = terms.contrast(*fused, scale=heads.scale("augmented"), share=share)
-        return values
-
-    def total(self, terms: dict[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
-        """The weighted sum of terms."""
+    def total(self, terms: Mapping[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
+        """Return the weighted sum of terms; `ValueError` names a term that has a weight and was not computed."""
+        missing = [name for name, weight in self.weights.items() if weight and name not in terms]
+        if missing:
+            raise ValueError(f"The terms {missing} have a weight and were not computed.")
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
 
 
@@ -176,15 +142,11 @@ PRESETS = {
 }
 
 
-def objective(name: str, overrides: dict[str, float] | None = None) -> Objective:
-    """A named method (`clip`, `clip-cid`, `clip-kd`) with some weights or constants replaced.
+def objective(name: str, overrides: Mapping[str, float] | None = None) -> Objective:
+    """Return a named method (`clip`, `clip-cid`, `clip-kd`) with some weights or constants replaced.
 
     Raises `InputError` for an unknown method, term or constant.
     """
     if name not in PRESETS:
         raise InputError(f"No objective {name!r}. {did_you_mean(name, PRESETS)}")
-    fields = [f.name for f in dataclasses.fields(Objective)]
-    for key in overrides or {}:
-        if key not in fields:
-            raise InputError(f"The objective has no term or constant {key!r}. {did_you_mean(key, fields)}")
-    return dataclasses.replace(PRESETS[name], **(overrides or {}))
+    return Objective(**{**PRESETS[name].values, **(overrides or {})})

@@ -1,6 +1,6 @@
-"""How the towers run: in one process or many (DDP, FSDP2), compiled, with activations kept or computed again.
+"""Run the towers in one process or many (DDP, FSDP2), compiled, with activations kept or computed again.
 
-Losses are sums over processes (train.terms), so gradients are added up over processes, never averaged.
+Losses are sums over processes (losses.terms), so gradients are added up over processes, never averaged.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch.nn.utils import get_total_norm
 
 from distilclip import distributed, stage_folder
 from distilclip.errors import InputError
+from distilclip.losses.features import RankRows
 from distilclip.models.batch_norm import batch_norms, fixed_statistics, synchronise_batch_norms
 from distilclip.models.clip import Clip
 
@@ -61,6 +62,17 @@ class Towers(nn.Module):
                 with fixed_statistics(self.model):
                     features.append(self._clip.encode_image(masked))
         return features
+
+
+def rows_of_this_rank(num_rows: int) -> RankRows:
+    """Say which rows of the global batch are here, where every process holds `num_rows`."""
+    start = distributed.rank() * num_rows
+    return RankRows(
+        here=slice(start, start + num_rows),
+        count=distributed.world() * num_rows,
+        gather=distributed.gather,
+        reduce=distributed.reduce_,
+    )
 
 
 def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution) -> nn.Module:

@@ -1,8 +1,8 @@
-"""AdamW for a matrix of which each step trains some rows: the state of the other rows is neither read nor written.
+"""Update some rows of a matrix by AdamW; the state of the other rows is neither read nor written.
 
-A row's moments and bias correction count that row's own updates. So a row that has been given m gradients stands where
-`torch.optim.AdamW` would stand after these m steps and no others, and a step costs what its rows cost. (A global step
-count, as torch.optim.SparseAdam has, would correct the bias of a row's first moments as if they were old.)
+Each row counts its own updates. So a row that has had m gradients stands where `torch.optim.AdamW` would stand after
+these m steps alone, and a step costs what its rows cost. (With a global step count, as torch.optim.SparseAdam has, the
+bias of a row's first moments would be corrected as if they were old.)
 Source: Loshchilov and Hutter 2019, algorithm 2; rows as in Partial FC (An et al. 2021, section 3.3).
 """
 
@@ -18,7 +18,6 @@ from jaxtyping import Float, Int
 from numba import njit
 from torch import Tensor
 
-from distilclip.losses._tiling import blocks
 from distilclip.vectors.threads import in_threads
 
 _BLOCK_ENTRIES = 1 << 24  # of one matrix, where rows are copied out and back
@@ -26,7 +25,7 @@ _ROWS_OF_A_THREAD = 256  # fewer are not worth one
 
 
 @dataclass(frozen=True, kw_only=True)
-class RowState:
+class RowMoments:
     """AdamW's state of every row, on any device; changed in place."""
 
     exp_avg: Float[Tensor, "k dim"]
@@ -35,7 +34,7 @@ class RowState:
     """updates that each row has had"""
 
     @classmethod
-    def zeros(cls, num_rows: int, dim: int, *, device: torch.device | str = "cpu") -> RowState:
+    def zeros(cls, num_rows: int, dim: int, *, device: torch.device | str = "cpu") -> RowMoments:
         """The state before the first update."""
         return cls(
             exp_avg=torch.zeros(num_rows, dim, device=device),
@@ -47,7 +46,7 @@ class RowState:
 def update_rows_(
     values: Float[Tensor, "k dim"],
     gradient: Float[Tensor, "c dim"],
-    state: RowState,
+    state: RowMoments,
     *,
     rows: Int[Tensor, " c"] | None,
     learning_rate: float,
@@ -55,7 +54,7 @@ def update_rows_(
     betas: tuple[float, float] = (0.9, 0.98),
     eps: float = 1e-6,
 ) -> None:
-    """One AdamW update of the distinct `rows` of `values` (None: of all), in place, state included.
+    """Take one AdamW step on the distinct `rows` of `values` (None: of all), in place, state included.
 
     The state may live on another device than values and gradient (the host): then its rows travel, block by block.
     On CPUs float32 rows are updated by a kernel, a fifth of the time of torch's operations one after the other.
@@ -82,11 +81,13 @@ class _Factors:
     eps: float
 
 
-def _update_by_torch(values: Tensor, gradient: Tensor, state: RowState, rows: Tensor | None, factors: _Factors) -> None:
+def _update_by_torch(values: Tensor, gradient: Tensor, state: RowMoments, rows: Tensor | None, factors: _Factors) -> None:
     """On any device: blocks of rows are taken to the values' device, and put back."""
     betas = factors.betas
     moments = state.exp_avg, state.exp_avg_sq
-    for block in blocks(len(gradient), max(1, _BLOCK_ENTRIES // max(1, values.shape[1]))):
+    size = max(1, _BLOCK_ENTRIES // max(1, values.shape[1]))
+    for start in range(0, len(gradient), size):
+        block = slice(start, min(start + size, len(gradient)))
         taken = block if rows is None else rows[block]
         w, first, second = (_take(tensor, taken).to(values.device) for tensor in (values, *moments))
         own = gradient[block]
@@ -115,23 +116,26 @@ def _put(tensor: Tensor, rows: Tensor | slice | None, changed: Tensor) -> None:
         tensor[slice(None) if rows is None else rows] = changed
 
 
-def _update_on_cpu(values: Tensor, gradient: Tensor, state: RowState, rows: Tensor | None, factors: _Factors) -> None:
+def _update_on_cpu(values: Tensor, gradient: Tensor, state: RowMoments, rows: Tensor | None, factors: _Factors) -> None:
     """The same in one pass over memory: each number of a row is read and written once."""
-    matrices = [tensor.detach().numpy() for tensor in (values, gradient, state.exp_avg, state.exp_avg_sq)]
+    matrices = [tensor.detach().numpy() for tensor in (values, gradient)]
+    moments = state.exp_avg.numpy(), state.exp_avg_sq.numpy()
     columns = factors.step_size.numpy(), factors.root_correction.numpy()
     index = np.arange(len(gradient)) if rows is None else rows.numpy()
     beta1, beta2 = factors.betas
     constants = np.array([factors.decay, beta1, 1 - beta1, beta2, 1 - beta2, factors.eps], np.float32)
 
     def update(start: int, stop: int) -> None:
-        _update_rows(*matrices, index, *columns, constants, start, stop)
+        _update_rows(*matrices, moments, index, columns, constants, start, stop)
 
     in_threads(update, len(gradient), at_least=_ROWS_OF_A_THREAD)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 @no_type_check
-def _update_rows(values, gradient, exp_avg, exp_avg_sq, rows, step_size, root_correction, constants, start, stop):
+def _update_rows(values, gradient, moments, rows, columns, constants, start, stop):
+    exp_avg, exp_avg_sq = moments
+    step_size, root_correction = columns
     decay, beta1, rest1, beta2, rest2, eps = constants
     for i in range(start, stop):
         row = rows[i]

@@ -1,25 +1,42 @@
-"""One optimisation step: features, terms, gradients, exact under accumulation and over processes."""
+"""Compute the gradients of one step: features, terms, gradients, exact in micro-batches and over processes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from distilclip import losses
+from distilclip import distributed
+from distilclip.losses.cluster import sample_classes
+from distilclip.losses.contrastive import row_block
 from distilclip.losses.distillation import draw_masks, hide_patches
-from distilclip.losses.features import Features
+from distilclip.losses.features import Features, RankRows
+from distilclip.losses.terms import StepClasses
 from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.models.heads import Heads
-from distilclip.train.class_head import ClassHead, StepClasses
-from distilclip.train.diagnosis import Diagnosis, diagnose
+from distilclip.train.class_head import ClassHead
+from distilclip.train.log import Stopwatch
 from distilclip.train.objective import Objective
-from distilclip.train.parallel import OWNED, gradient_sync, sum_gradients_
-from distilclip.train.stopwatch import Stopwatch
-from distilclip.train.terms import Share
+from distilclip.train.parallel import OWNED, gradient_sync, rows_of_this_rank, sum_gradients_
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diagnosis:
+    """What a step says of the training beside its loss: of the global batch, the same on every process."""
+
+    agreement: float | None
+    """share of pictures for which student and teacher choose the same caption of the batch; None without a teacher"""
+    gradient_norms: dict[str, float]
+    """by term: norm of the gradient of weight x term with respect to the student's embeddings of the batch"""
+
+    def line(self) -> dict[str, float]:
+        """Return it as fields of metrics.jsonl."""
+        norms = {f"gradient_norm_{name}": value for name, value in self.gradient_norms.items()}
+        return norms if self.agreement is None else {"agreement": self.agreement, **norms}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +65,7 @@ class Student:
     class_head: ClassHead | None = None
 
     def embed(self, pixels: Tensor, tokens: Tensor, masked: Tensor | None = None) -> list[Float[Tensor, "n dim"]]:
-        """Unit image and text embeddings with gradient, and those of masked images if there are any; float32."""
+        """Return unit image and text embeddings with gradient, and those of masked images if there are any; float32."""
         return self.towers(pixels, tokens, masked)
 
     def limit_scales(self) -> None:
@@ -62,16 +79,16 @@ class Student:
                 log_scale.clamp_(max=math.log(100))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Everything that is trained but the class centers, by name."""
+        """Return everything that is trained but the class centers, by name."""
         model, heads = self.clip.model.named_parameters(), self.heads.named_parameters()
         return {**{f"model.{n}": p for n, p in model}, **{f"heads.{n}": p for n, p in heads}}
 
     def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained but the class centers."""
+        """Return everything that is trained but the class centers."""
         return list(self.named_parameters().values())
 
     def owned_parameters(self) -> list[nn.Parameter]:
-        """What the objective uses beside features: every process has all of it."""
+        """Return what the objective uses beside features: every process has all of it."""
         own = [p for name, p in self.clip.model.named_parameters() if name in OWNED]
         return [*own, *self.heads.parameters()]
 
@@ -98,7 +115,7 @@ def compute_gradients(
     stopwatch: Stopwatch | None = None,
     diagnosing: bool = False,
 ) -> StepResult:
-    """Gradients of the objective over the global batch into `.grad`, holding activations of `micro_batch` rows only.
+    """Write the objective's gradients over the global batch to `.grad`, with activations of `micro_batch` rows only.
 
     The objective is a function of features, so accumulation is exact (SPEC section 3): embed all micro-batches without
     a graph, differentiate the objective with respect to the features of the whole batch, then embed each micro-batch
@@ -107,13 +124,13 @@ def compute_gradients(
     global batch; its seed also fixes dropout, the same in both passes.
     """
     stopwatch = stopwatch or Stopwatch(inputs.pixels.device)
-    share = Share.here(len(inputs.pixels))
-    masks = _draw_masks(objective, inputs.pixels, share, generator)
-    classes = _draw_classes(student, objective, inputs.labels, share, generator)
+    rows = rows_of_this_rank(len(inputs.pixels))
+    masks = _draw_masks(objective, inputs.pixels, rows, generator)
+    classes = _draw_classes(student, objective, inputs.labels, rows, generator)
     slices = [slice(i, i + micro_batch) for i in range(0, len(inputs.pixels), micro_batch)]
 
     def embed(part: slice) -> list[Tensor]:
-        torch.manual_seed(((generator.initial_seed() << 24) + share.rows.start + part.start) % (1 << 63))
+        torch.manual_seed(((generator.initial_seed() << 24) + rows.offset + part.start) % (1 << 63))
         pixels = normalise_pixels(inputs.pixels[part], student.clip.preprocess_cfg)
         masked = None if masks is None else hide_patches(pixels, masks[part])
         return student.embed(pixels, inputs.tokens[part], masked)
@@ -125,17 +142,17 @@ def compute_gradients(
         parts = [embed(part) for part in slices] if len(slices) == 1 else [copied(embed(part)) for part in slices]
         leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts, strict=True)]
     with stopwatch.measure("objective"):
-        result = _evaluate(student, objective, leaves, inputs, classes, share, diagnosing=diagnosing)
+        result = _evaluate(student, objective, leaves, inputs, classes, rows, diagnosing=diagnosing)
     with stopwatch.measure("student"):
         for part in slices:
             with gradient_sync(student.towers, now=part is slices[-1]):
                 features = parts[0] if len(slices) == 1 else embed(part)
-                torch.autograd.backward(features, [_gradient(leaf)[part] for leaf in leaves])
+                torch.autograd.backward(features, [_gradient_of(leaf)[part] for leaf in leaves])
         sum_gradients_(student.owned_parameters())
     return result
 
 
-def _gradient(leaf: Tensor) -> Tensor:
+def _gradient_of(leaf: Tensor) -> Tensor:
     """Zero where no term uses a feature: DDP waits for every parameter's gradient."""
     return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
 
@@ -146,7 +163,7 @@ def _evaluate(
     leaves: list[Tensor],
     inputs: Inputs,
     classes: StepClasses | None,
-    share: Share,
+    rows: RankRows,
     *,
     diagnosing: bool,
 ) -> StepResult:
@@ -160,18 +177,18 @@ def _evaluate(
         others=inputs.others,
         masked_image=leaves[2] if len(leaves) > 2 else None,
         classes=classes,
-        share=share,
+        rows=rows,
     )
     loss = objective.total(terms)
     loss.backward(retain_graph=diagnosing)
     diagnosis = None
     if diagnosing:
         weighted = {name: objective.weights[name] * value for name, value in terms.items()}
-        diagnosis = diagnose(own, teacher, terms=weighted, leaves=leaves, share=share)
+        diagnosis = _diagnose(own, teacher, terms=weighted, leaves=leaves, rows=rows)
     return StepResult(
         loss=loss.detach(),
         terms={name: value.detach() for name, value in terms.items()},
-        cosines={} if teacher is None else _cosines(student.heads.project(own), teacher, share),
+        cosines={} if teacher is None else _cosines(student.heads.project(own), teacher, rows),
         classes=classes,
         embeddings={name: leaf.detach() for name, leaf in zip(("image", "text", "masked"), leaves, strict=False)},
         diagnosis=diagnosis,
@@ -179,34 +196,63 @@ def _evaluate(
 
 
 @torch.no_grad()
-def _cosines(projected: Features, teacher: Features, share: Share) -> dict[str, Tensor]:
+def _cosines(projected: Features, teacher: Features, rows: RankRows) -> dict[str, Tensor]:
     return {
-        "cosine_image": (projected.image * teacher.image).sum(dim=-1).mean() * share.weight,
-        "cosine_text": (projected.text * teacher.text).sum(dim=-1).mean() * share.weight,
+        "cosine_image": (projected.image * teacher.image).sum(dim=-1).mean() * rows.weight,
+        "cosine_text": (projected.text * teacher.text).sum(dim=-1).mean() * rows.weight,
     }
 
 
+def _diagnose(
+    student: Features,
+    teacher: Features | None,
+    *,
+    terms: Mapping[str, Float[Tensor, ""]],
+    leaves: Sequence[Tensor],
+    rows: RankRows,
+) -> Diagnosis:
+    """Measure the rows here and reduce. `terms` are weighted and keep their graph down to the `leaves`."""
+    squares = []
+    for term in terms.values():
+        gradients = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
+        squares.append(torch.stack([g.square().sum() for g in gradients if g is not None] or [term * 0]).sum().detach())
+    agreed = torch.zeros_like(squares[0])
+    if teacher is not None:
+        with torch.no_grad():
+            same = _choose_captions(student, rows) == _choose_captions(teacher, rows)
+            agreed = same.sum().to(agreed) / rows.count
+    *sums, agreed_share = distributed.reduce_(torch.stack([*squares, agreed])).tolist()
+    return Diagnosis(
+        agreement=None if teacher is None else round(agreed_share, 6),
+        gradient_norms={name: total**0.5 for name, total in zip(terms, sums, strict=True)},
+    )
+
+
+def _choose_captions(features: Features, rows: RankRows) -> Tensor:
+    """The nearest caption of the global batch to each picture here, found for some pictures at a time."""
+    captions = rows.all(features.text)
+    return torch.cat([(part @ captions.T).argmax(dim=1) for part in features.image.split(row_block(captions))])
+
+
 def _draw_masks(
-    objective: Objective, pixels: Tensor, share: Share, generator: torch.Generator
+    objective: Objective, pixels: Tensor, rows: RankRows, generator: torch.Generator
 ) -> Bool[Tensor, "n rows columns"] | None:
     """Masks of the rows here, as they are drawn for the global batch."""
-    if not objective.masked:
+    if not objective.needs("masks"):
         return None
-    size = pixels.shape[2], pixels.shape[3]
-    masks = draw_masks(share.count, size, ratio=objective.mask_ratio, generator=generator, device=pixels.device)
-    return masks[share.rows]
+    size, ratio = (pixels.shape[2], pixels.shape[3]), objective.constants.mask_ratio
+    masks = draw_masks(rows.count, size, ratio=ratio, generator=generator, device=pixels.device)
+    return masks[rows.here]
 
 
 def _draw_classes(
-    student: Student, objective: Objective, labels: Tensor | None, share: Share, generator: torch.Generator
+    student: Student, objective: Objective, labels: Tensor | None, rows: RankRows, generator: torch.Generator
 ) -> StepClasses | None:
-    if not objective.cluster:
+    """The classes of the step and this rank's centers of them, for the labels of the global batch."""
+    if not objective.needs("centers"):
         return None
     assert student.class_head is not None
     assert labels is not None
-    labels = share.all(labels)
-    sampled = None
-    if objective.sample_rate < 1:
-        num_classes = student.class_head.num_classes
-        sampled = losses.sample_classes(labels, num_classes, objective.sample_rate, generator)
+    labels, rate = rows.all(labels), objective.constants.sample_rate
+    sampled = sample_classes(labels, student.class_head.num_classes, rate, generator) if rate < 1 else None
     return student.class_head.of_step(labels, sampled)

@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distilclip import distributed
-from distilclip.losses.cluster import cluster, positions
-from distilclip.train.sharding import class_range, sharded_cluster
+from distilclip.losses.cluster import ClassShard, cluster, positions
+from distilclip.train.class_head import class_range
+from distilclip.train.parallel import rows_of_this_rank
 from tests.ranks import run_ranks
 
 N, DIM, K = 12, 6, 11
@@ -34,18 +35,8 @@ def loss_and_gradients(classes: Tensor, labels: Tensor) -> list[Tensor]:
     first, stop = class_range(K, rank, world)
     here = (classes >= first) & (classes < stop)
     held = centers[classes[here]].requires_grad_()
-    if world == 1:
-        loss = cluster(own, teacher, held, positions(labels, classes), **OPTIONS).total
-    else:
-        loss = sharded_cluster(
-            distributed.gather(own),
-            distributed.gather(teacher[rows]),
-            held,
-            positions(labels, classes),
-            first_class=int((classes < first).sum()),
-            own=rows,
-            **OPTIONS,
-        )
+    shard = ClassShard(rows=rows_of_this_rank(N // world), first=int((classes < first).sum()))
+    loss = cluster(own, teacher[rows], held, positions(labels, classes), **OPTIONS, shard=shard).total
     (5 * loss).backward()
     assert own.grad is not None
     assert held.grad is not None
@@ -71,10 +62,3 @@ def test_classes_on_several_ranks_give_the_loss_and_gradients_of_one(world: int)
         torch.testing.assert_close(torch.stack([part[0] for part in parts]).sum(), loss, rtol=1e-12, atol=0)
         torch.testing.assert_close(torch.cat([part[1] for part in parts]), by_student, rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(torch.cat([part[2] for part in parts]), by_centers, rtol=1e-10, atol=1e-14)
-
-
-def test_ranges_of_ranks_cover_every_class_once_and_evenly() -> None:
-    ranges = [class_range(K, rank, 3) for rank in range(3)]
-    assert [c for first, stop in ranges for c in range(first, stop)] == list(range(K))
-    assert {stop - first for first, stop in ranges} == {3, 4}
-    assert [class_range(2, rank, 3) for rank in range(3)] == [(0, 0), (0, 1), (1, 2)]

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from distilclip.errors import InputError
 from distilclip.plan.costs import head_memory
-from distilclip.train.class_head import ClassHead
-from distilclip.train.sharding import class_range
+from distilclip.train.class_head import ClassHead, class_range
+from distilclip.train.optimizer import Optimization
 
 K, DIM, RATE = 10, 4, 1e-2
+OPTIMIZATION = Optimization(centers_learning_rate=RATE)
 VISITS = [[0, 3, 9], [3, 4], [0, 1, 3, 9], [3], list(range(K))]
 
 
@@ -24,8 +25,8 @@ def start() -> Tensor:
     return torch.randn(K, DIM, generator=torch.Generator().manual_seed(0))
 
 
-def head(centers: Tensor | None = None, **values: object) -> ClassHead:
-    return ClassHead(start() if centers is None else centers, learning_rate=RATE, **values)
+def head(centers: Tensor | None = None, optimization: Optimization = OPTIMIZATION, **values: object) -> ClassHead:
+    return ClassHead(start() if centers is None else centers, optimization, **values)
 
 
 def train(trained: ClassHead, steps: range) -> None:
@@ -48,6 +49,27 @@ def test_classes_of_a_step_are_this_ranks_and_labels_count_among_all() -> None:
     assert (everything.rows, everything.first, everything.labels.tolist()) == (None, 4, [9, 5])
     with pytest.raises(ValueError, match="same `cluster` run"):
         shard.of_step(torch.tensor([K]), None)
+
+
+def test_the_optimizers_constants_reach_the_centers() -> None:
+    other = Optimization(centers_learning_rate=RATE, centers_weight_decay=0.3, beta1=0.5, beta2=0.9, eps=1e-2)
+    trained = head(optimization=other)
+    expected = torch.nn.Parameter(start())
+    optimizer = torch.optim.AdamW([expected], lr=RATE, betas=(0.5, 0.9), eps=1e-2, weight_decay=0.3)
+    for seed in range(3):
+        taken = trained.of_step(torch.tensor([0]), None)
+        gradient = torch.randn(K, DIM, generator=torch.Generator().manual_seed(seed))
+        taken.centers.grad, expected.grad = gradient, gradient.clone()
+        trained.update(taken, share=1.0)
+        optimizer.step()
+    torch.testing.assert_close(trained.centers, expected.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_ranges_of_ranks_cover_every_class_once_and_evenly() -> None:
+    ranges = [class_range(K, rank, 3) for rank in range(3)]
+    assert [c for first, stop in ranges for c in range(first, stop)] == list(range(K))
+    assert {stop - first for first, stop in ranges} == {3, 4}
+    assert [class_range(2, rank, 3) for rank in range(3)] == [(0, 0), (0, 1), (1, 2)]
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (3, 2), (4, 4)])

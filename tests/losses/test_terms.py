@@ -1,0 +1,32 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from distilclip.losses.terms import TERMS, find_term, register
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("name", "needs", "message"),
+    [
+        ("task", (), "already"),
+        ("alpha", (), "already"),
+        ("toy", ("tutor",), "choose from"),
+        ("toy", ("scale",), "only a term that needs a teacher"),
+    ],
+)
+def test_a_term_that_cannot_be_registered_is_named(name: str, needs: Any, message: str) -> None:
+    before = dict(TERMS)
+    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+        register(name, "a toy", needs=needs)
+    assert before == TERMS
+
+
+def test_every_term_has_words_and_can_be_found_by_its_name() -> None:
+    assert len(TERMS) == 9
+    for name, term in TERMS.items():
+        assert find_term(name) is term
+        assert term.name == name
+        assert term.words
