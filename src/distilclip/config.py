@@ -1,7 +1,7 @@
-"""Recipes and flags to a stage's Config: the only file that knows tyro.
+"""Turn recipes and flags into a stage's Config.
 
-A recipe is nothing but saved flags: TOML (or a finished folder's config.json) is turned into flags, the user's own
-flags come after them, and tyro parses the lot. So both are checked by the same code and flags win.
+A recipe is nothing but saved flags. TOML, or a folder's config.json, becomes flags; the user's own flags follow; tyro
+parses them all. So recipes and flags are checked by the same code, and flags win. Only this file knows tyro.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ C = TypeVar("C")
 
 
 def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description: str = "") -> C:
-    """A stage's Config from `[RECIPE[#STEP]] [--flag value ...]`.
+    """Parse `[RECIPE[#STEP]] [--flag value ...]` into a stage's Config.
 
-    `RECIPE` is a TOML file whose `[stage]` table (with `#name`, its `[stage.name]` table) holds the flags, or a
-    config.json. A Config with a field `recipe` gets the path itself, and any further ones as `other_recipes`; one with
-    fields marked `positional` gets these in their order: `distilclip search MODEL PICTURES QUERY`. Raises `InputError`
-    for a recipe with an unknown key or stage; tyro exits with its own message for a bad flag.
+    `RECIPE` is a config.json, or a TOML file whose `[stage]` table holds the flags (with `#name`, its `[stage.name]`
+    table). A Config with a field `recipe` gets the path itself, and further paths as `other_recipes`. A Config with
+    fields marked `positional` gets them in their order: `distilclip search MODEL PICTURES QUERY`.
+
+    Raises `InputError` for a recipe with an unknown key or stage. For a bad flag, tyro prints a message and exits.
     """
     import tyro
 
@@ -60,7 +61,7 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
 
 
 def _with_values(argv: Sequence[str], config_type: Any) -> list[str]:
-    """`--list` alone means `--list True`: switches take a value like every flag, so that a recipe can set them."""
+    """Replace `--list` alone by `--list True`: a switch takes a value as every flag does, so a recipe can set it."""
     switches = {f"--{f.name}".replace("_", "-") for f in option_fields(config_type) if f.type in ("bool", bool)}
     found: list[str] = []
     for place, word in enumerate(argv):
@@ -71,12 +72,12 @@ def _with_values(argv: Sequence[str], config_type: Any) -> list[str]:
 
 
 def build(config_type: type[C], values: dict[str, Any], *, stage: str) -> C:
-    """A Config from plain values, parsed as the same flags would be."""
+    """Parse plain values into a Config, as the same flags would be."""
     return parse(config_type, as_flags(values), stage=stage)
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """A recipe file's tables; a config.json counts as a recipe with one stage."""
+    """Read a recipe file's tables; a config.json is a recipe with one stage."""
     if not files.exists(path):
         raise InputError(f"The recipe {path!r} does not exist.")
     content = files.read_bytes(path).decode()
@@ -90,17 +91,17 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 def field_names(config_type: Any) -> set[str]:
-    """The options of a Config class, those of its groups among them."""
+    """Return the names of a Config class's options, with those of its groups."""
     return {field.name for field in option_fields(config_type)}
 
 
 def positional_names(config_type: Any) -> list[str]:
-    """The options that may be given without their flags, before all others."""
+    """Return the options that may be given without their flags, before all others."""
     return [field.name for field in option_fields(config_type) if field.metadata.get("positional")]
 
 
 def step_names(table: dict[str, Any], config_type: type) -> list[str]:
-    """Names of a stage's steps: sub-tables that are no field; `[train.teacher]` and `[train.student]` are two."""
+    """Return the names of a stage's steps: a sub-table that is no option is a step, such as `[train.teacher]`."""
     fields = field_names(config_type)
     return [key for key, value in table.items() if isinstance(value, dict) and key not in fields]
 
@@ -108,7 +109,7 @@ def step_names(table: dict[str, Any], config_type: type) -> list[str]:
 def recipe_values(
     recipe: dict[str, Any], config_type: type, *, stage: str, name: str = "", source: str = "recipe"
 ) -> dict[str, Any]:
-    """One step's values: the stage's table, overlaid with the step's own table. Unknown keys are errors."""
+    """Return one step's values: the stage's table, then the step's own table over it. Unknown keys are errors."""
     if stage not in recipe:
         tables = [key for key, value in recipe.items() if isinstance(value, dict)]
         raise InputError(f"{source} has no [{stage}] table. {did_you_mean(stage, tables)}")
@@ -130,7 +131,7 @@ def recipe_values(
 
 
 def as_flags(values: dict[str, Any]) -> list[str]:
-    """Values as command-line flags; a `None` is left to the default."""
+    """Return values as command-line flags; `None` is left to the default."""
     flags: list[str] = []
     for key, value in values.items():
         if value is None:

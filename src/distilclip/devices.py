@@ -1,4 +1,4 @@
-"""The one meaning of `device = auto`."""
+"""Choose the device that `--device` names."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from distilclip.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then CPU; anything else is a torch device. `InputError` where it is not there."""
+    """Return a torch device; `auto` takes CUDA, then MPS, then the CPU. `InputError` where it cannot be used."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

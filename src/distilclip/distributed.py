@@ -1,7 +1,7 @@
-"""Processes that train together: rank and world, gathers with gradients, sums. Alone, every function is the identity.
+"""Exchange tensors between the processes that train together. For one process alone, every function does nothing.
 
-`torchrun` starts the processes and tells each its place by environment variables; `job` turns these into a process
-group. Nothing below stages and train knows that there are other processes.
+`torchrun` starts the processes and tells each its place by environment variables; `job` makes a process group of them.
+Only stages and train know that there are other processes.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ T = TypeVar("T")
 
 @contextlib.contextmanager
 def job(device: str = "auto") -> Iterator[torch.device]:
-    """This process's device; for the length of the block it belongs to the process group that torchrun asks for.
+    """Join the process group that torchrun asks for, for the length of the block; yields this process's device.
 
-    Each process takes the CUDA device of its local rank, and touches no other. Without torchrun there is no group.
-    Raises `InputError` where a machine has fewer CUDA devices than processes, and for devices that cannot exchange
-    tensors.
+    Each process takes the CUDA device of its local rank and touches no other. Without torchrun there is no group.
+
+    Raises:
+        InputError: the machine has fewer CUDA devices than processes, or the device cannot exchange tensors.
     """
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and torch.cuda.is_available() and device.partition(":")[0] in ("auto", "cuda"):
@@ -60,26 +61,25 @@ def _own_cuda_device(local_rank: int) -> str:
 
 
 def rank() -> int:
-    """Number of this process, from 0."""
+    """Return the number of this process, from 0."""
     return dist.get_rank() if _in_group() else 0
 
 
 def world() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if _in_group() else 1
 
 
 def gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
-    """The rows of all processes in the order of ranks, m = world x n; every process must bring as many.
+    """Return the rows of all processes in the order of ranks, m = world x n; each must bring the same number.
 
-    Differentiable: each process's rows get the sum of what all processes' losses say about them, so that the processes'
-    losses may be parts of one sum.
+    The gradient of a process's rows is the sum over all processes' losses, so these losses may be parts of one sum.
     """
     return _Gather.apply(rows) if world() > 1 else rows
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every process's value (picklable), in the order of ranks."""
+    """Return every process's value (picklable), in the order of ranks."""
     if world() == 1:
         return [value]
     values: list[Any] = [None] * world()
@@ -102,7 +102,7 @@ def broadcast_(values: Tensor) -> Tensor:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """What `function` returns on rank 0, on every process; its `InputError` is raised on every process too."""
+    """Call `function` on rank 0 and return its value on every process; its `InputError` is raised on all, too."""
     if world() == 1:
         return function()
     outcome: list[Any] = [None, None]

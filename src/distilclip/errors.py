@@ -1,4 +1,4 @@
-"""The one exception that means "the input is wrong": the command line prints it without a traceback."""
+"""Define the one exception for wrong input. The command line prints it in one line, without a traceback."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ MOST_SHOWN = 40  # names in one message
 
 
 class InputError(ValueError):
-    """Bad input. The message names the offending value, where it came from, and the remedy."""
+    """Wrong input. The message names the wrong value, where it came from, and what to do."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence naming the nearest known names, or the known ones (of many the first) when none is near."""
+    """Return a sentence with the known names that look similar, or else with the first of all known names."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3)
     if near:

@@ -1,6 +1,7 @@
-"""Groups of options: a field of a Config may be a dataclass, whose fields are flags of the stage like any other.
+"""List the options of a Config, with those of its groups.
 
-Recipes, flags and config.json know the fields by their own names alone, so moving one into a group breaks nothing.
+A field of a Config may be a dataclass, a group: its fields are flags of the stage as any other. Recipes, flags and
+config.json know an option by its own name alone, so moving one into a group breaks nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 
 
 def option_fields(config_type: Any) -> list[dataclasses.Field[Any]]:
-    """The fields of a Config class in order, each group replaced by its own fields."""
+    """Return the fields of a Config class in order, each group replaced by its own fields."""
     types = typing.get_type_hints(config_type)
     found: list[dataclasses.Field[Any]] = []
     for field in dataclasses.fields(config_type):
@@ -21,7 +22,7 @@ def option_fields(config_type: Any) -> list[dataclasses.Field[Any]]:
 
 
 def option_values(config: Any) -> dict[str, Any]:
-    """The values of a Config by option, groups dissolved."""
+    """Return the values of a Config by option, with those of its groups."""
     values: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)

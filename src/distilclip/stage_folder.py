@@ -1,7 +1,7 @@
-"""The folder contract of every stage: config.json, env.json, parts, metrics.jsonl, and result.json last.
+"""Write and read the folder of a stage: config.json and env.json first, then its parts, and result.json last.
 
-A folder with `result.json` is finished: the same config finds it done, another config is an error that says what
-differs. Nothing is ever overwritten silently.
+A folder with `result.json` is finished. The same config finds it done; another config is an error that says what
+differs. Nothing is overwritten silently.
 """
 
 from __future__ import annotations
@@ -197,12 +197,12 @@ def write_made_from(path: str, place: str, now: Mapping[str, str]) -> None:
 
 
 def config_values(config: Any) -> dict[str, Any]:
-    """A config as plain JSON values."""
+    """Return a config as plain JSON values."""
     return json.loads(json.dumps(option_values(config)))
 
 
 def environment() -> dict[str, Any]:
-    """Where and with what this runs: versions, git commit, device, command, time."""
+    """Describe where and with what this runs: versions, git commit, device, command, time."""
     versions = {}
     for name in ("distilclip", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "numba", "pyarrow"):
         try:
@@ -222,7 +222,7 @@ def environment() -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """The commit of the checkout that this package runs from; None where it is installed, or git is not."""
+    """Return the commit of the checkout that this package runs from; None where there is none, or no git."""
     package = os.path.dirname(os.path.abspath(__file__))
     if not os.path.exists(os.path.join(package, "..", "..", ".git")) or shutil.which("git") is None:
         return None
@@ -269,7 +269,7 @@ def _read_object(path: str) -> dict[str, Any]:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """A JSON object; `InputError` names the file that does not parse."""
+    """Read a JSON object; `InputError` names a file that is not valid JSON."""
     try:
         return json.loads(files.read_bytes(path))
     except json.JSONDecodeError as error:
@@ -282,7 +282,7 @@ def write_json(path: str, value: Any) -> None:
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, appended; on resume, lines from `step` on are dropped first."""
+    """Appends to metrics.jsonl, one JSON object a line. On resume, lines from step `resume_at` on are dropped first."""
 
     def __init__(self, path: str, *, resume_at: int = 0) -> None:
         self.path = path
@@ -300,7 +300,7 @@ class Metrics:
 
 
 def read_metrics(path: str) -> Iterator[dict[str, Any]]:
-    """The lines of a metrics.jsonl; a last line cut by a kill is left out."""
+    """Yield the lines of a metrics.jsonl; a last line that a kill cut short is left out."""
     for line in files.read_bytes(path).decode().splitlines():
         try:
             yield json.loads(line)

@@ -1,4 +1,4 @@
-"""The cost of every stage from sizes and constants: arithmetic, memory of one GPU, disk, images and bytes to read."""
+"""Compute the cost of every stage from sizes and constants: GPU time, GPU memory, disk, and what is read."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from distilclip.plan.hardware import Gpu, constant
 
 BYTES_PER_EDGE = 20  # of a forest, before compression
 GROUP_BYTES = 25  # of a row of the groups, before compression
-FORWARD_AND_BACKWARD = 3  # passes' worth of arithmetic; the backward pass costs two forward passes
+FORWARD_AND_BACKWARD = 3  # forward passes that cost as much arithmetic; the backward pass costs two
 ADAM_BYTES = 16  # of a parameter in training: weight, gradient, two moments in float32
 CLUSTER_PRODUCTS = 6  # n x k x d products of the cluster term: student's and teacher's logits, twice, and two gradients
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """What there is to read."""
+    """The pairs to read."""
 
     num_pairs: int
     bytes_per_pair: int
@@ -31,7 +31,7 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
-    """GPUs of one kind, and what an hour of one costs; None where nobody asked."""
+    """GPUs of one kind. `price` is that of one GPU's hour; None leaves the cost out."""
 
     gpu: Gpu
     num_gpus: int
@@ -40,9 +40,9 @@ class Machines:
 
 @dataclass(frozen=True, kw_only=True)
 class StageCost:
-    """One line of a plan. `because` says how the seconds came about.
+    """One line of a plan. `because` explains the seconds.
 
-    `gpu_bytes` is what must lie in each GPU whatever the batch; activations come on top.
+    `gpu_bytes` is the memory of each GPU that does not depend on the batch; activations need more.
     """
 
     stage: str
@@ -54,20 +54,20 @@ class StageCost:
     because: str
 
     def seconds(self, machines: Machines) -> float:
-        """On all GPUs at once."""
+        """Return the time on all GPUs together."""
         return self.gpu_seconds / machines.num_gpus
 
     def price(self, machines: Machines) -> float | None:
-        """In the currency of an hour's price."""
+        """Return the cost, in the currency of an hour's price."""
         return None if machines.price is None else self.gpu_seconds / 3600 * machines.price
 
     def fits(self, machines: Machines) -> bool:
-        """Whether one GPU's memory is enough."""
+        """Return whether one GPU's memory is enough."""
         return self.gpu_bytes <= machines.gpu.memory_bytes
 
 
 def embed(data: Data, gpu: Gpu, teacher: Cost) -> StageCost:
-    """The teacher's forward pass over every pair; two embeddings in half precision and a row each."""
+    """Cost the teacher's forward pass over every pair; disk holds two embeddings in half precision and a row."""
     rate = gpu.peak_flops * constant("embed_utilisation") / teacher.flops
     return StageCost(
         stage="embed",
@@ -81,7 +81,7 @@ def embed(data: Data, gpu: Gpu, teacher: Cost) -> StageCost:
 
 
 def balance(data: Data, gpu: Gpu, *, dim: int, block_rows: int) -> StageCost:
-    """Every pair of rows once, in tiles; each pair of blocks is read from the store by the worker that compares it."""
+    """Cost the comparison of every two rows, once, in tiles. A worker reads the two blocks that it compares."""
     products = data.num_pairs**2 / 2 * constant("rounds_of_search")
     rate = gpu.peak_flops * constant("tile_utilisation")
     num_blocks = data.num_pairs / block_rows
@@ -99,7 +99,7 @@ def balance(data: Data, gpu: Gpu, *, dim: int, block_rows: int) -> StageCost:
 def cluster(
     data: Data, gpu: Gpu, *, dim: int, num_centers: int, num_iterations: int, points_per_center: int | None
 ) -> StageCost:
-    """Assignment of the fitted points in every round, and of every kept row at the end."""
+    """Cost the assignment of the fitted points in every round, and of every kept row at the end."""
     fitted = data.num_kept if points_per_center is None else min(data.num_kept, points_per_center * num_centers)
     products = (num_iterations * fitted + data.num_kept) * num_centers
     rate = gpu.peak_flops * constant("tile_utilisation")
@@ -126,7 +126,7 @@ def train(
     sample_rate: float,
     centers_state: Literal["device", "host"] = "device",
 ) -> StageCost:
-    """The student forward and backward, and the cluster term over its share of the classes."""
+    """Cost the student's forward and backward pass, and the cluster term over a share of the classes."""
     samples = epochs * data.num_kept
     towers = FORWARD_AND_BACKWARD * student.flops
     head = CLUSTER_PRODUCTS * 2 * teacher_dim * num_centers * sample_rate
@@ -152,7 +152,7 @@ def train(
 
 @dataclass(frozen=True, kw_only=True)
 class HeadMemory:
-    """Bytes that one rank's part of a class head takes while training."""
+    """Bytes that one rank's part of the class head needs while training, on its device and on its host."""
 
     device: int
     host: int
@@ -166,10 +166,10 @@ def head_memory(
     sample_rate: float = 1.0,
     state: Literal["device", "host"] = "device",
 ) -> HeadMemory:
-    """Memory on each of `world` ranks: float32 centers, the rows of a step and their gradient, AdamW's state.
+    """Return the memory of each of `world` ranks: float32 centers, a step's rows and gradient, AdamW's state.
 
-    `state` is `device` or `host`, where the moments live. The classes present in a batch may exceed `sample_rate`; the
-    cluster loss needs O(n dim + 256 k) beside (ops.clusterloss).
+    `state` says where AdamW's moments are. The classes of a batch may be more than `sample_rate` allows for. The
+    cluster loss needs O(n dim + 256 k) more (losses.cluster).
     """
     rows = -(-num_classes // world)
     sampled = round(sample_rate * rows)

@@ -1,4 +1,4 @@
-"""Arithmetic of a model's towers, counted on a model without weights."""
+"""Count the arithmetic of a model's towers, on a model without weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distilclip.errors import InputError, did_you_mean
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """Of one pair through a model: multiplications and additions of a forward pass, and what the model holds."""
+    """The multiplications and additions of a pair's forward pass, and the size of the model."""
 
     image_flops: float
     text_flops: float
@@ -24,7 +24,7 @@ class Cost:
 
     @property
     def flops(self) -> float:
-        """Both towers."""
+        """Return the arithmetic of both towers."""
         return self.image_flops + self.text_flops
 
 
@@ -37,7 +37,7 @@ def cost_of(architecture: str) -> Cost:
     known = open_clip.list_models()
     if architecture not in known:
         raise InputError(f"open_clip knows no architecture {architecture!r}. {did_you_mean(architecture, known)}")
-    logging.disable(logging.WARNING)  # open_clip's word that there are no weights
+    logging.disable(logging.WARNING)  # open_clip warns that there are no weights
     try:
         model = _without_weights(architecture)
     finally:

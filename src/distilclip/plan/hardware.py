@@ -1,4 +1,4 @@
-"""The constants of a plan, each with its source. What was published or measured is so marked; the rest is assumed."""
+"""List the constants of a plan, each with its source: published, measured or assumed."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ CONSTANTS = {
     "rounds_of_search": Constant(
         value=1.0,
         meaning="share of all pairs of tiles that the search multiplies on an accelerator (cells save none there)",
-        source="the code: ops/neighbours.py compares all tiles on CUDA, each pair once",
+        source="the code: grouping/search_gpu.py compares all tiles on CUDA, each pair once",
     ),
 }
 
 
 def constant(name: str) -> float:
-    """The value of a constant."""
+    """Return the value of a constant."""
     return CONSTANTS[name].value

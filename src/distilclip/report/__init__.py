@@ -1,1 +1,1 @@
-"""Result folders in, one self-contained page out. Imports no torch."""
+"""Make one self-contained page from the folders of stages. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The charts of the page: which lines and points go into each figure, and what it says in words."""
+"""Choose the lines and points of each chart of the page, and describe it in words."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distilclip.sets.score import title
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A figure: the stem of its file, its SVG, and what it shows in words."""
+    """A figure: its SVG, the name of its file without suffix, and what it shows in words."""
 
     name: str
     svg: str
@@ -24,15 +24,15 @@ class Chart:
 
     @property
     def inline(self) -> Markup:
-        """The SVG as an element of the page."""
+        """Return the SVG as an element of the page."""
         return figures.inline(self.svg, label=self.label)
 
 
 def training_charts(models: Sequence[Model]) -> list[Chart]:
-    """A chart per logged quantity, a line per training: the loss, the terms, then the cosines and agreements."""
+    """Draw a chart for each logged quantity with a line for each training: loss, terms, cosines, agreements."""
     trained = [(model, model.training) for model in models if model.training is not None and model.training.logged]
     words = {name: text for _, training in trained for name, text in training.words.items()}
-    terms = [name for name in words if any(name in training.logged for _, training in trained)]
+    terms = dict.fromkeys(name for _, training in trained for name in training.terms)
     loss = ["loss"] if any("loss" in training.logged for _, training in trained) else []
     diagnostics = dict.fromkeys(name for _, training in trained for name in training.diagnostics)
     charts = []
@@ -56,7 +56,7 @@ def training_charts(models: Sequence[Model]) -> list[Chart]:
 
 
 def standings_chart(table: Table) -> Chart | None:
-    """Where the models stand on every set of the table, between chance and the teacher."""
+    """Draw the scores of all models on every set of the table, or return None for a single model."""
     rows = []
     for place, column in enumerate(table.columns):
         values = {r.model.name: v for r in table.rows if (v := r.cells[place].value) is not None}
@@ -76,7 +76,7 @@ def standings_chart(table: Table) -> Chart | None:
 
 
 def threshold_chart(curve: Sequence[figures.CurvePoint], metric: str, threshold: float, number: int) -> Chart:
-    """The threshold curve of the balance folder that is `number`-th in the report."""
+    """Draw the threshold curve of a balance folder, the `number`-th of the report."""
     return Chart(
         name="threshold" + (f"-{number + 1}" if number else ""),
         svg=figures.threshold_curve(curve, metric=metric, threshold=threshold),
@@ -85,7 +85,7 @@ def threshold_chart(curve: Sequence[figures.CurvePoint], metric: str, threshold:
 
 
 def cluster_chart(result: dict[str, Any], number: int) -> Chart:
-    """The sizes of the cluster folder that is `number`-th in the report, before and after balance."""
+    """Draw the cluster sizes of a cluster folder, the `number`-th of the report, before and after balance."""
     sizes, before = result["sizes"], result.get("sizes_before_balance")
     label = f"Cluster sizes, from {sizes['smallest']} to {sizes['largest']} images"
     if before:

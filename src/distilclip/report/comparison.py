@@ -1,4 +1,4 @@
-"""The comparison: who is teacher, baseline and student, and every headline score of each, with its gain."""
+"""Compare the models: who is teacher, baseline and student, each one's headline scores, and the gains."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distilclip.sets.score import AVERAGED, TASKS, Score, means, title
 
 Role = Literal["teacher", "baseline", "student", "other"]
 
-MAX_COLUMNS = 12  # more than this in one table no longer fits a page, so each task gets its own
+MAX_COLUMNS = 12  # a wider table does not fit a page, so each task gets a table of its own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +29,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class Column:
-    """What one column of scores holds. A mean has `members`, the sets that it is over, and neither metric nor size."""
+    """What one column of scores holds. A mean has `members`, the sets it is taken over, and no metric or size."""
 
     task: str
     set: str
@@ -65,37 +65,37 @@ class Table:
 
     @property
     def tasks(self) -> list[tuple[str, int]]:
-        """Each task's title and how many columns it spans, for the upper header row."""
+        """Return each task's title and its number of columns, for the upper header row."""
         return [(title(task), len(list(columns))) for task, columns in groupby(self.columns, lambda c: c.task)]
 
     @property
     def has_chance(self) -> bool:
-        """Whether the chance level of any column is known."""
+        """Return whether the chance level of any column is known."""
         return any(column.chance is not None for column in self.columns)
 
     def select(self, columns: Iterable[Column]) -> Table:
-        """The same models in some of the columns."""
+        """Return the same models with only some of the columns."""
         places = [self.columns.index(column) for column in columns]
         rows = [Row(model=row.model, cells=[row.cells[i] for i in places]) for row in self.rows]
         return Table(columns=[self.columns[i] for i in places], rows=rows)
 
     def of_task(self, task: str) -> Table:
-        """The columns of one task."""
+        """Return the table of one task."""
         return self.select([column for column in self.columns if column.task == task])
 
     def split(self) -> list[Table]:
-        """One table where it fits, else one per task."""
+        """Return one table where it fits a page, else one for each task."""
         if len(self.columns) <= MAX_COLUMNS:
             return [self] if self.columns else []
         return [self.of_task(task) for task, _ in groupby(column.task for column in self.columns)]
 
 
 def models(results: Results) -> list[Model]:
-    """Every model that was scored or trained: the teacher first, then baseline, students and others.
+    """Return every model that was scored or trained: the teacher first, then baseline, students and others.
 
-    Scores and trainings are joined by the digest of the weights. A teacher is what an embed, train or evaluate folder
-    names as its teacher; the baseline is the first student whose objective has the task term alone. Models without a
-    train folder that are no teacher are `other`.
+    Scores and trainings are joined by the digest of the weights. A teacher is a model that an embed, train or evaluate
+    folder names as its teacher. The baseline is the first student that was trained with the task term alone. Any other
+    model without a train folder is `other`.
     """
     teachers = _teachers(results)
     by_digest = {training.digest: training for training in reversed(results.trainings)}
@@ -133,7 +133,7 @@ def models(results: Results) -> list[Model]:
 
 
 def compare(scores: Sequence[Score], compared: Sequence[Model]) -> Table:
-    """The headline scores of all models, and what they gain over the baseline."""
+    """Return the headline scores of all models, and their gains over the baseline."""
     columns = _headline_columns(scores)
     values = {(s.model, s.task, s.set, s.metric): s.value for s in scores}
     scored = [model for model in compared if any(score.model == model.name for score in scores)]
@@ -156,14 +156,14 @@ def compare(scores: Sequence[Score], compared: Sequence[Model]) -> Table:
 
 
 def _ties(value: float, best: float | None) -> bool:
-    """Equal as printed, to a tenth of a point."""
+    """Return whether a value equals the best one as printed, to a tenth of a point."""
     return best is not None and round(100 * value, 1) == round(100 * best, 1)
 
 
 def _headline_columns(scores: Sequence[Score]) -> list[Column]:
-    """Columns by task in the order of `TASKS`, sets as found; means lead where a task has several sets.
+    """Return the columns by task, in the order of `TASKS`; means come first where a task has several sets.
 
-    A set on which no model has a score is left out, and a mean says so.
+    A set on which no model has a score is left out, and the name of a mean says so.
     """
     columns: list[Column] = []
     for task in dict.fromkeys([*TASKS, *(score.task for score in scores)]):
@@ -181,7 +181,7 @@ def _headline_columns(scores: Sequence[Score]) -> list[Column]:
 
 
 def _mean_columns(task: str, columns: Sequence[Column], sets: Sequence[str]) -> list[Column]:
-    """The means over `columns`; `sets` are all of the task, those without a score too."""
+    """Return the means over `columns`; `sets` are all sets of the task, also those without a score."""
     found = []
     for mean in means(sets, scored={column.set for column in columns}):
         chances = [column.chance for column in columns if column.set in mean.sets]
@@ -194,7 +194,7 @@ def _mean_columns(task: str, columns: Sequence[Column], sets: Sequence[str]) -> 
 def _value(
     values: dict[tuple[str, str, str, str], float | None], model: str, column: Column, columns: Sequence[Column]
 ) -> float | None:
-    """One cell; a mean is given only for a model that has every set of it."""
+    """Return the value of one cell; only a model with a score on every set has a mean."""
     if not column.members:
         return values.get((model, column.task, column.set, column.metric))
     averaged = [c for c in columns if c.task == column.task and c.metric and c.set in column.members]
@@ -204,7 +204,7 @@ def _value(
 
 
 def _teachers(results: Results) -> set[str]:
-    """Every name, path or digest by which a stage says who its teacher is."""
+    """Return every name, path and digest by which a stage names its teacher."""
     found = [folder.config.get("teacher") for folder in results.finished("train")]
     for folder in results.finished("evaluate"):
         found += (folder.config.get("teacher") or "").split("=", 1)  # MODEL, or NAME=MODEL

@@ -1,7 +1,7 @@
-"""Figures as SVG text: the same numbers give the same bytes, and inline they follow the page's light or dark colours.
+"""Draw the figures as SVG text; the same numbers give the same bytes.
 
-Colours are drawn as the hexadecimal values of `PALETTE`; `inline` replaces each by the CSS variable of the same name,
-so a figure saved as a file looks like the light page.
+Colours are drawn as the values of `PALETTE`. `inline` replaces each by the CSS variable of its name, so that inside the
+page a figure follows its light or dark colours, and a saved file looks as on the light page.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ PALETTE = {
     "--series-7": "#0b7680",
 }
 NUM_SERIES = 8
-MAX_POINTS = 250  # per line: more is invisible at the width of a page and only makes it heavy
+MAX_POINTS = 250  # of a line: more cannot be seen at the width of a page
 
 WIDTH = 10.9  # inches of a figure as wide as the text; one inch is 96 px on the page
 
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a chart. `series` is its model's place in the palette; places beyond it repeat, dashed."""
+    """One line of a chart. `series` is its model's place in the palette; beyond the palette, lines are dashed."""
 
     label: str
     series: int
@@ -55,7 +55,7 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """Where every model stands on one set: values as fractions by model name, chance where known."""
+    """The scores of all models on one set: fractions by model name, and chance where it is known."""
 
     label: str
     values: dict[str, float]
@@ -73,7 +73,7 @@ class CurvePoint:
 
 
 def training_curve(name: str, lines: Sequence[Line]) -> str:
-    """One logged quantity of every run against the step; long logs are averaged in buckets (`thin`)."""
+    """Draw one logged quantity of every training against the step; long logs are averaged (`thin`)."""
     with _style(f"training {name}"):
         figure, (axes,) = _panels([name], width=3.6, height=2.35, left=0.5)
         for line in lines:
@@ -88,7 +88,7 @@ def training_curve(name: str, lines: Sequence[Line]) -> str:
 
 
 def thin(series: Series, num_points: int = MAX_POINTS) -> Series:
-    """At most `num_points` points: means over equal runs of the log, so that noise does not turn into aliasing."""
+    """Return at most `num_points` points, each the mean of an equal part of the log; mere skipping would show noise."""
     if len(series.step) <= num_points:
         return series
     bounds = np.linspace(0, len(series.step), num_points + 1).astype(int)
@@ -97,9 +97,9 @@ def thin(series: Series, num_points: int = MAX_POINTS) -> Series:
 
 
 def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: float) -> str:
-    """Removed share, number of groups and largest group against the threshold, in all three metrics at once.
+    """Draw removed share, number of groups and largest group against the threshold, in all three metrics.
 
-    The dashed line is the chosen `threshold`, in `metric` as those of the points.
+    The dashed line is the chosen `threshold`; it and the points are in `metric`.
     """
     x = [point.threshold for point in points]
     rows: dict[str, tuple[Sequence[float], str]] = {
@@ -130,7 +130,7 @@ def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: flo
 
 
 def cluster_sizes(after: Sequence[int], before: Sequence[int] | None) -> str:
-    """How many clusters have 0, 1, 2 to 3, 4 to 7, ... images, and had before balance where that is known."""
+    """Draw how many clusters have 0, 1, 2 to 3, 4 to 7, ... images, after balance and before it."""
     names = ["0", "1", *(f"{2**i} to {2 ** (i + 1) - 1}" for i in range(1, 64))][: max(len(after), len(before or ()))]
     with _style("cluster sizes"):
         figure, (axes,) = _panels(["number of clusters"], width=WIDTH, height=2.5, left=0.6, bottom=0.5)
@@ -152,7 +152,7 @@ def cluster_sizes(after: Sequence[int], before: Sequence[int] | None) -> str:
 
 
 def standings(rows: Sequence[Standing], series: dict[str, int]) -> str:
-    """A dot per model and set, the teacher hollow, chance a tick; `series` holds each model's place in the palette."""
+    """Draw a dot for each model and set: the teacher hollow, chance a tick. `series` are places in the palette."""
     longest = max(len(row.label) for row in rows)
     heights = np.arange(len(rows))[::-1]
     with _style("standings"):
@@ -191,9 +191,9 @@ def standings(rows: Sequence[Standing], series: dict[str, int]) -> str:
 
 
 def inline(svg: str, *, label: str) -> Markup:
-    """An SVG file as an element of the page: named for screen readers, in the page's colours and font, without ids.
+    """Return an SVG file as an element of the page: named for screen readers, in the page's colours and font.
 
-    The ids of matplotlib's groups would repeat from figure to figure; nothing refers to them.
+    The ids of matplotlib's groups are left out: they would repeat from figure to figure, and nothing refers to them.
     """
     body = svg[svg.index("<svg") :]
     body = re.sub(r"\s*<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
@@ -211,7 +211,7 @@ def inline(svg: str, *, label: str) -> Markup:
 
 
 def _style(salt: str) -> Any:
-    """matplotlib's settings for one figure; `salt` makes the ids inside it differ from those of other figures."""
+    """Set up matplotlib for one figure; `salt` makes its ids differ from those of other figures."""
     return mpl.rc_context(
         {
             "svg.fonttype": "none",
@@ -240,9 +240,9 @@ def _panels(
     bottom: float = 0.42,
     top: float = 0.28,
 ) -> tuple[Figure, list[Axes]]:
-    """Panels one below the other, each with its name over the left corner, a light grid and no box.
+    """Make panels one below the other, each with its name over the left corner, a light grid and no box.
 
-    Sizes and margins are in inches and fixed, so that panels beside each other line up whatever their labels.
+    Sizes and margins are fixed, in inches, so that figures beside each other line up whatever their labels.
     """
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0].tolist()
@@ -264,7 +264,7 @@ def _line_style(series: int) -> dict[str, Any]:
 
 
 def _metric_axis(axes: Axes, metric: str) -> None:
-    """Tick labels in three rows: the balance's own metric first, then what it says in the other two."""
+    """Label the threshold's axis in three rows: the metric of balance first, then the same in the other two."""
     others = [name for name in equivalents(1.0, metric) if name != metric]
 
     def label(value: float, _: int | None = None) -> str:
@@ -289,7 +289,7 @@ def _metric_axis(axes: Axes, metric: str) -> None:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure as SVG text without date and version."""
+    """Return the figure as SVG text without date and version."""
     buffer = io.StringIO()
     with warnings.catch_warnings():
         # Text is written as text: the reader's fonts have what DejaVu lacks.

@@ -1,7 +1,6 @@
-"""Result folders read into dataclasses: what each stage was told, where it ran, what it found.
+"""Read the folders of stages: their configs, where they ran, scores, and logs of training.
 
-Reads the files that docs/formats.md describes and nothing else, so a page can be made on a machine that has neither
-the models nor the tars.
+Only files that docs/formats.md describes are read, so a page can be made on a machine without the models and tars.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from distilclip.stage_folder import StageRecord
 
 @dataclass(frozen=True, kw_only=True)
 class Series:
-    """One logged quantity over the steps of a training run."""
+    """One logged quantity over the steps of a training."""
 
     step: Int[np.ndarray, " n"]
     value: Float[np.ndarray, " n"]
@@ -48,17 +47,17 @@ class TrainRun:
 
     @property
     def num_steps(self) -> int:
-        """The last step logged, 0 for an empty log."""
+        """Return the last step of the log, 0 for an empty log."""
         return max((int(series.step[-1]) for series in self.logged.values()), default=0)
 
     @property
     def samples_per_second(self) -> float | None:
-        """The median over the log, without its first line, which holds the warm-up; None where nothing was logged."""
+        """Return the median over the log without its first line, which has the warm-up; None for no log."""
         return self._median("samples_per_second")
 
     @property
     def data_share(self) -> float | None:
-        """The share of the time spent waiting for data, as `samples_per_second`."""
+        """Return the share of the time spent waiting for data, a median as `samples_per_second`."""
         return self._median("data_share")
 
     @property
@@ -68,7 +67,7 @@ class TrainRun:
 
     @property
     def distilled(self) -> bool:
-        """Whether any term compared with a teacher."""
+        """Return whether any term compared the student with a teacher."""
         return any(weight for name, weight in self.weights.items() if name != "task")
 
     def _median(self, name: str) -> float | None:
@@ -79,15 +78,15 @@ class TrainRun:
 
     @property
     def diagnostics(self) -> list[str]:
-        """The logged cosines and agreements with the teacher."""
+        """Return the names of the logged cosines and agreements with the teacher."""
         return [name for name in self.logged if "cosine" in name or "agreement" in name]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """All that one page tells about: the stage folders, and what the evaluate and train folders among them hold.
+    """The content of one page: the stage folders, and the scores and trainings in them.
 
-    `num_parameters` is that of the evaluated models, by the digest of their weights.
+    `num_parameters` is that of each evaluated model, by the digest of its weights.
     """
 
     folders: list[StageRecord]
@@ -96,17 +95,17 @@ class Results:
     num_parameters: dict[str, int]
 
     def finished(self, stage: str) -> list[StageRecord]:
-        """The finished folders of one stage, in the order found."""
+        """Return the finished folders of one stage, in the order found."""
         return _finished(self.folders, stage)
 
     @property
     def unfinished(self) -> list[StageRecord]:
-        """Folders that were begun and have no result."""
+        """Return the folders that were begun and have no result."""
         return [folder for folder in self.folders if not folder.result]
 
 
 def load(paths: Sequence[str]) -> Results:
-    """Every stage folder under `paths` (folders or URLs, searched recursively), save pages and the runs' own summaries.
+    """Read every stage folder under `paths`, folders or URLs, at any depth; pages and summaries of runs are left out.
 
     Raises `InputError` for a path that is not there, and when none of them holds a finished stage.
     """
@@ -138,7 +137,7 @@ def _finished(folders: Sequence[StageRecord], stage: str) -> list[StageRecord]:
 
 
 def _folders_with(path: str, names: tuple[str, ...]) -> list[str]:
-    """The folders under `path`, itself included, that hold one of the named files; sorted by depth, then name."""
+    """Return the folders under `path`, with itself, that hold one of the named files; sorted by depth, then name."""
     if files.is_url(path):
         fs, inner = files.filesystem(path)
         matches = [fs.unstrip_protocol(p) for p in fs.find(inner) if p.rsplit("/", 1)[-1] in names]
@@ -150,9 +149,9 @@ def _folders_with(path: str, names: tuple[str, ...]) -> list[str]:
 
 
 def _scores(folders: Sequence[StageRecord]) -> list[Score]:
-    """Every evaluation row. One that two folders repeat counts once: the later folder's value stands.
+    """Return every score. Where two folders have the same one, the later folder's value counts.
 
-    Two models of one name (three seeds of a student, say) are told apart by the beginning of their digests.
+    Different models of one name (three seeds of a student, say) get the beginning of their digests in the name.
     """
     rows = [Score.from_row(row) for folder in folders for row in folder.result["rows"]]
     scores = {(s.model, s.model_digest, s.set, s.task, s.metric): s for s in rows}.values()
@@ -184,7 +183,7 @@ def _training(folder: StageRecord) -> TrainRun:
 
 
 def _read_log(path: str) -> dict[str, Series]:
-    """Every numeric column of a metrics.jsonl over its steps; none where there is no such file."""
+    """Read every numeric column of a metrics.jsonl over its steps; none where there is no such file."""
     columns: dict[str, list[tuple[int, float]]] = {}
     for line in stage_folder.read_metrics(path) if files.exists(path) else ():
         for name, value in line.items():

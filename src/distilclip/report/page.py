@@ -1,4 +1,4 @@
-"""The page: sections rendered by one template into one self-contained HTML file."""
+"""Render the page: all sections by one template into one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate")
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """The HTML, the figures in it by file name, and each section that is absent with the stage that would fill it."""
+    """The HTML, its figures by file name, and the sections without content, each with the stage that would fill it."""
 
     html: str
     figures: dict[str, str]
@@ -70,7 +70,7 @@ def build(results: Results, *, heading: str, size: GallerySize) -> Page:
 
 
 def story(table: Table, results: Results) -> str:
-    """What came out, in two sentences: the best student, its gain and share of the teacher; what balance removed."""
+    """Tell the results in two sentences: the best student with its gain, and what balance removed."""
     sentences = [_best_student(table)] if table.columns else []
     for folder in results.finished("balance")[:1]:
         kept, valid = phrases.count(folder.result["num_kept"]), phrases.count(folder.result["num_valid"])
@@ -80,7 +80,7 @@ def story(table: Table, results: Results) -> str:
 
 
 def _best_student(table: Table) -> str:
-    """The sentence on the best student of the first column; empty where no student has a score there."""
+    """Return the sentence about the best student of the first column; empty where no student has a score."""
     found = [(row.cells[0].value, row) for row in table.rows if row.model.role in ("baseline", "student")]
     scored = [(value, row) for value, row in found if value is not None]
     if not scored:
@@ -104,7 +104,7 @@ def _number(value: int, noun: str) -> str:
 
 
 def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict[str, Any]]:
-    """Every metric of every set, a row each, with a score per model (None where there is none)."""
+    """Return a row for every metric of every set, with each model's score or None."""
     found = {(s.model, s.task, s.set, s.metric): s for s in scores}
     rows = {(s.task, s.set, s.metric): s.num_test for s in scores}
     names = [model.name for model in compared if any(s.model == model.name for s in scores)]
@@ -122,7 +122,7 @@ def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict
 
 
 def _remarks(scores: Sequence[Score]) -> list[str]:
-    """What a reader of the table must know: one model under several names, scores and pictures that are not there."""
+    """Return what a reader must know: one model under several names, missing scores, unreadable pictures."""
     names: dict[str, dict[str, None]] = {}
     for score in scores:
         names.setdefault(score.model_digest, {})[score.model] = None
@@ -138,7 +138,7 @@ def _remarks(scores: Sequence[Score]) -> list[str]:
 
 
 def _absent(results: Results, *, has_diagnostics: bool) -> list[tuple[str, str]]:
-    """The sections that have nothing to show, each with the stage that would fill it."""
+    """Return the sections that have nothing to show, each with the stage that would fill it."""
     sections = [
         ("The comparison table", "evaluate"),
         ("Training curves and speed", "train"),

@@ -1,4 +1,4 @@
-"""Numbers and sentences as the page prints them."""
+"""Format numbers and values for the page."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def count(value: int | float | None) -> str:
-    """1234567 as `1,234,567`; a dash where there is none."""
+    """Return 1234567 as `1,234,567`; a dash where there is none."""
     return DASH if value is None else f"{int(value):,}"
 
 
 def magnitude(value: int | float | None) -> str:
-    """1234567 as `1.2 M`: a size to compare, not to copy."""
+    """Return 1234567 as `1.23 M`."""
     if value is None:
         return DASH
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
@@ -25,7 +25,7 @@ def magnitude(value: int | float | None) -> str:
 
 
 def significant(value: int | float | None) -> str:
-    """Three significant digits, at most six decimals, never in exponent form: 0.00245, 0.07, 2000."""
+    """Return three significant digits, at most six decimals, never in exponent form: 0.00245, 0.07, 2000."""
     if value is None:
         return DASH
     text = f"{value:.3g}"
@@ -33,12 +33,12 @@ def significant(value: int | float | None) -> str:
 
 
 def percent(fraction: int | float | None) -> str:
-    """0.4373 as `43.7`, the unit being in the heading; a dash where there is none."""
+    """Return 0.4373 as `43.7`; the unit is in the heading. A dash where there is none."""
     return DASH if fraction is None else f"{100 * fraction:.1f}"
 
 
 def gain(fraction: int | float | None) -> str:
-    """A difference of fractions in points, signed: `+3.2`, `-0.4`, `±0.0`."""
+    """Return a difference of fractions in points, signed: `+3.2`, `-0.4`, `±0.0`."""
     if fraction is None:
         return ""
     points = round(100 * fraction, 1)
@@ -48,12 +48,12 @@ def gain(fraction: int | float | None) -> str:
 
 
 def shorten(text: str, length: int = 300) -> str:
-    """At most `length` characters, an ellipsis where any were cut: a caption can be as long as a web page."""
+    """Cut a text to `length` characters with an ellipsis: a caption can be as long as a web page."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
 
 
 def plain(value: Any) -> str:
-    """A JSON value in words: lists and objects with commas, a dash for null."""
+    """Return a JSON value in words: lists and objects with commas, a dash for null."""
     if value is None:
         return DASH
     if isinstance(value, list):

@@ -66,7 +66,7 @@ def balance_sections(results: Results, size: GallerySize) -> list[Section]:
             CurvePoint(**{name: point[name] for name in CurvePoint.__dataclass_fields__}) for point in result["curve"]
         ]
         nearest = min(range(len(curve)), key=lambda i: abs(curve[i].threshold - threshold), default=0)
-        strips, problem = _read_or_explain(lambda record=record: _balance_strips(record, results, size))
+        strips, problem = _read_or_explain(_balance_strips, record, results, size)
         found.append(
             Section(
                 record=record,
@@ -84,21 +84,29 @@ def cluster_sections(results: Results, size: GallerySize) -> list[Section]:
     """Return a section for every finished cluster folder."""
     found = []
     for number, record in enumerate(results.finished("cluster")):
-        strips, problem = _read_or_explain(lambda record=record: _cluster_strips(record, results, size))
+        strips, problem = _read_or_explain(_cluster_strips, record, results, size)
         chart = cluster_chart(record.result, number)
         found.append(Section(record=record, chart=chart, strips=strips, problem=problem))
     return found
 
 
-def _read_or_explain(read: Callable[[], dict[str, list[Strip]]]) -> tuple[dict[str, list[Strip]], str]:
+Strips = dict[str, list[Strip]]  # by the heading over them
+
+
+def _read_or_explain(
+    read: Callable[[StageRecord, Results, GallerySize], Strips],
+    record: StageRecord,
+    results: Results,
+    size: GallerySize,
+) -> tuple[Strips, str]:
     """Return the strips, or why there are none: a page without its pictures is still worth having."""
     try:
-        return read(), ""
+        return read(record, results, size), ""
     except InputError as error:
         return {}, str(error)
 
 
-def _balance_strips(record: StageRecord, results: Results, size: GallerySize) -> dict[str, list[Strip]]:
+def _balance_strips(record: StageRecord, results: Results, size: GallerySize) -> Strips:
     """Pairs next to the threshold, then groups, by their headings."""
     store = _open_store(record, results)
     result = record.result
@@ -116,7 +124,7 @@ def _balance_strips(record: StageRecord, results: Results, size: GallerySize) ->
     return read_strips(chosen, store, size=size.thumbnail)
 
 
-def _cluster_strips(record: StageRecord, results: Results, size: GallerySize) -> dict[str, list[Strip]]:
+def _cluster_strips(record: StageRecord, results: Results, size: GallerySize) -> Strips:
     """The largest and the smallest clusters, by their headings."""
     store = _open_store(record, results)
     chosen = choose_clusters(

@@ -21,15 +21,15 @@ class Config:
     num_pairs: int = 12_000
     """pairs to train on; about 41 % of them are copies of others"""
     seed: int = 0
-    """another seed gives another corpus; the same gives the same bytes"""
+    """seed of the corpus: the same seed gives the same bytes"""
     image_size: int = 64
-    """side of the pictures in pixels"""
+    """width and height of the pictures, in pixels"""
     shard_size: int = 1000
     """pairs per tar"""
     num_eval: int = 1000
-    """pictures of each evaluation set, and as many again to fit its linear probe"""
+    """pictures of each evaluation set, and the same number again to train its linear probe"""
     num_workers: int = stage_folder.execution(2)
-    """processes that draw; 0 draws in the main one"""
+    """processes that draw pictures (0: draw in the main process)"""
 
     def __post_init__(self) -> None:
         if self.num_workers < 0:

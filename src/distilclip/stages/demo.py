@@ -1,4 +1,4 @@
-"""The whole story on a made-up corpus: a teacher, three students, one table, one page; minutes on two CPU cores."""
+"""Run the whole pipeline on a made-up corpus, in minutes on two CPU cores: a teacher, three students, one page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from distilclip.errors import InputError
 from distilclip.progress import say
 from distilclip.stages import run
 
-# Column: evaluation set and task. `unseen` are shape + colour pairs never trained on, `sketch` is the shifted set.
+# Column of the table: evaluation set and task. `unseen` holds pairs of shape and colour that were never trained on.
 COLUMNS = {
     "shape": ("shape", "zero-shot"),
     "colour": ("colour", "zero-shot"),
@@ -33,11 +33,11 @@ class Config:
     out: str = "runs/demo"
     """folder for everything"""
     seed: int = 0
-    """of the corpus and of all trainings"""
+    """seed of the corpus and of all trainings"""
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Run the recipe, print the students side by side, say where the page is."""
+    """Run the recipe, print one table of all models, and say where the page is."""
     overrides: tuple[str, ...] = ()
     if not has_fast_bf16():
         say("demo: training in fp32, since this CPU has no bfloat16 arithmetic and would emulate it 7 times slower")
@@ -59,7 +59,7 @@ def has_fast_bf16() -> bool:
 
 
 def recipe_path() -> str:
-    """The demo's recipe: in an installed package beside the code, in a checkout in `recipes/`."""
+    """Return the path of the demo's recipe: beside the code in an installed package, in `recipes/` in a checkout."""
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     for folder in (os.path.join(package, "recipes"), os.path.join(package, "..", "..", "recipes")):
         path = os.path.join(folder, "demo.toml")
@@ -69,7 +69,7 @@ def recipe_path() -> str:
 
 
 def comparison(out: str) -> Table:
-    """One row a model: its headline scores in percent, and how fast it trained."""
+    """Build a table with a row for each model: its headline scores in percent, and how fast it trained."""
     rows = stage_folder.read_json(files.join(out, "evaluate/result.json"))["rows"]
     scores = {(r["model"], r["set"], r["task"]): r["value"] for r in reversed(rows) if r["headline"]}
     title = "Zero-shot accuracy, linear probe (shape) and retrieval in percent; training speed"

@@ -1,4 +1,4 @@
-"""What a run would take on a cluster: time, memory, disk and cost of every stage, before anything runs."""
+"""Estimate the time, memory, disk and cost of every stage on a cluster, before anything runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Config:
     num_pairs: int = 400_000_000
     """image-text pairs"""
     bytes_per_pair: int = 25_000
-    """of the tars (LAION-400M at 256 pixels: 10 TB)"""
+    """mean size of a pair in the tars (LAION-400M at 256 pixels: 10 TB in all)"""
     teacher: str = "ViT-bigG-14"
     """open_clip architecture"""
     student: str = "ViT-B-32"
@@ -34,23 +34,23 @@ class Config:
     removed_ratio: float = 0.437
     """share of the pairs that balance removes"""
     block_rows: int = 2_000_000
-    """rows of a block that a worker of balance compares with another"""
+    """rows of each of the two blocks that a worker of balance compares"""
     num_centers: int = 1_000_000
     """clusters"""
     num_iterations: int = 20
     """rounds of k-means"""
     points_per_center: int | None = 64
-    """fit on this many rows a center (default 64; all of them with a number that is large enough)"""
+    """rows to fit on, for each center (None: all of them)"""
     epochs: float = 32.0
     """passes over the kept pairs"""
     global_batch: int = 32_768
-    """pairs of a step"""
+    """pairs of a step, over all GPUs"""
     sample_rate: float = 0.1
-    """share of the classes in the cluster term at a step"""
+    """share of the classes that the cluster term uses in a step"""
     centers_state: Literal["device", "host"] = "device"
-    """where AdamW's moments of the class centers live"""
+    """where AdamW's moments of the class centers are kept"""
     out: str | None = None
-    """write the plan as JSON to this file too"""
+    """JSON file to write the plan to, as well"""
 
     def __post_init__(self) -> None:
         for name in ("num_gpus", "num_pairs", "bytes_per_pair", "block_rows", "num_centers", "num_iterations"):
@@ -65,7 +65,7 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Print the plan; what `--out` holds."""
+    """Print the plan and return what `--out` holds."""
     machines = costs.Machines(gpu=GPUS[config.gpu], num_gpus=config.num_gpus, price=config.price_per_gpu_hour)
     data = costs.Data(
         num_pairs=config.num_pairs, bytes_per_pair=config.bytes_per_pair, removed_ratio=config.removed_ratio

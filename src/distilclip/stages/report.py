@@ -1,4 +1,4 @@
-"""One self-contained HTML page from the folders of other stages; no stage knows that it exists."""
+"""Write one self-contained HTML page from the folders of other stages."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ class Config:
     title: str = "Distillation report"
     """heading of the page"""
     num_groups: int = 4
-    """groups in the gallery, of each kind: the largest, random ones, those nearest to the threshold"""
+    """groups of each kind in the gallery: the largest, random ones, and those nearest to the threshold"""
     num_clusters: int = 6
-    """picture strips of the largest clusters, and as many of the smallest"""
+    """number of largest clusters to show pictures of, and of smallest clusters"""
     num_pictures: int = 8
-    """removed pictures shown of each group; pictures of each cluster"""
+    """number of removed pictures to show of each group, and of pictures of each cluster"""
     thumbnail_size: int = 112
     """longer side of a picture, in pixels"""
     seed: int = 0
-    """of the random groups"""
+    """seed for the choice of random groups"""
 
     def __post_init__(self) -> None:
         for package in ("jinja2", "matplotlib"):
@@ -46,9 +46,9 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Write the page; the folder's result.
+    """Write the page and return the folder's result.
 
-    A finished page is left as it is. Raises `InputError` where it was made from results that have changed since.
+    A finished page is left as it is. Raises `InputError` where the results it was made from have changed since.
     """
     from distilclip.report.page import build  # needs the extra `report`, which Config has asked for
     from distilclip.report.sections import GallerySize

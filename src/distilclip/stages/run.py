@@ -1,10 +1,10 @@
-"""Every step of one recipe in one folder, each after those it uses; finished steps are skipped.
+"""Run every step of a recipe in one folder, each after the steps that it uses. Finished steps are skipped.
 
-`[train.teacher]` is the step `train/teacher` and writes `OUT/train/teacher`; elsewhere in the recipe
-`@train/teacher` stands for that folder, and a bare `@` for the run's own.
+`[train.teacher]` is the step `train/teacher` and writes `OUT/train/teacher`. Elsewhere in the recipe `@train/teacher`
+stands for that folder, and `@` alone for the folder of the run.
 
-Several recipes have a folder each, `OUT/RECIPE`, and one report over all of them, `OUT/report`. A step that equals one
-of an earlier recipe, down to the folders it reads, is that step: computed once, and `@` stands for where it lies.
+Several recipes have a folder each, `OUT/RECIPE`, and one report over all of them, `OUT/report`. A step that equals a
+step of an earlier recipe, with equal inputs, is computed once; `@` then stands for the folder where it was.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class Config:
     """Flags of `distilclip run`."""
 
     recipe: str
-    """TOML file whose tables are the steps"""
+    """TOML file; each table is a step"""
     other_recipes: tuple[str, ...] = ()
-    """further recipes (`distilclip run A.toml B.toml --out OUT`): every recipe has a folder in OUT named as its file,
-    equal steps are computed once, and one report over all takes the place of the [report] tables"""
+    """more recipes (`distilclip run A.toml B.toml --out OUT`): each has a folder in OUT named as its file, equal
+    steps are computed once, and one report over all replaces the [report] tables"""
     out: str | None = None
-    """folder for all steps (default: the recipe's own `out`; several recipes need one)"""
+    """folder for all steps (default: the recipe's own `out`; required for several recipes)"""
     seed: int | None = None
     """replaces the seed of every step that has one"""
     overrides: tuple[str, ...] = ()
@@ -47,9 +47,9 @@ class Config:
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One step of a run: `path` is `train/teacher`, and of several recipes `RECIPE/train/teacher`.
+    """One step of a run. `path` is `train/teacher`, or `RECIPE/train/teacher` with several recipes.
 
-    Its folder is `config.out`: the path below the run's, or where the step of an earlier recipe lies that it equals.
+    Its folder is `config.out`: `path` below the folder of the run, or the folder of the earlier step that it equals.
     """
 
     stage: str
@@ -79,7 +79,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _one(config: Config) -> tuple[str, list[Step], dict[str, Any]]:
-    """Folder, steps and result of a run of one recipe."""
+    """Return the folder, the steps and the result of a run of one recipe."""
     tables = override(read_recipe(config.recipe), config.overrides)
     out = config.out or tables.get("out")
     if not out:
@@ -89,7 +89,7 @@ def _one(config: Config) -> tuple[str, list[Step], dict[str, Any]]:
 
 
 def _several(config: Config) -> tuple[str, list[Step], dict[str, Any]]:
-    """Folder, steps and result of a run of several recipes."""
+    """Return the folder, the steps and the result of a run of several recipes."""
     if not config.out:
         raise InputError("Several recipes need --out, the folder for theirs and for the report over all.")
     paths = (config.recipe, *config.other_recipes)
@@ -123,14 +123,14 @@ def override(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
 
 
 def _shared(steps: Sequence[Step], out: str) -> dict[str, str]:
-    """Of each step that is one of an earlier recipe, the path of that."""
+    """Return, for each step that equals a step of an earlier recipe, the path of that step."""
     below = files.join(out, "")
     places = {step.path: step.config.out.removeprefix(below) for step in steps}
     return {path: place for path, place in places.items() if path != place}
 
 
 def read_all_steps(tables: Mapping[str, dict[str, Any]], *, out: str, seed: int | None) -> list[Step]:
-    """The steps of several recipes, by name, and the report over all of them.
+    """Return the steps of several recipes, which are given by name, and the report over all of them.
 
     Raises `InputError` as `read_steps` does.
     """
@@ -151,10 +151,12 @@ def read_all_steps(tables: Mapping[str, dict[str, Any]], *, out: str, seed: int 
 def read_steps(
     tables: dict[str, Any], *, out: str, seed: int | None, source: str, earlier: Sequence[Step] = ()
 ) -> list[Step]:
-    """The recipe's steps with their configs, `@` references replaced by folders of this run, each after those it uses.
+    """Return the recipe's steps, each after the steps it uses; `@` references become folders of this run.
 
-    A step that equals one of `earlier` has that one's config, folder included. Raises `InputError` for an unknown
-    stage, an unknown reference, and steps that wait for one another.
+    A step that equals one of `earlier` gets that step's config, with its folder.
+
+    Raises:
+        InputError: an unknown stage, an unknown reference, or steps that wait for one another.
     """
     values = _step_values(tables, source=source)
     if not values:
@@ -176,17 +178,17 @@ def read_steps(
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Whether two steps' configs say the same but for the folder."""
+    """Return whether two steps' configs are the same except for the folder."""
     return type(one) is type(other) and dataclasses.replace(one, out=other.out) == other
 
 
 def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, Any]]:
-    """Path and values of every step, in the order of the file."""
+    """Return the path and the values of every step, in the order of the file."""
     values = {}
     for stage, table in tables.items():
         if not isinstance(table, dict):
             if stage != "out":
-                raise InputError(f"{source}: {stage!r} stands outside a table; only `out` may.")
+                raise InputError(f"{source}: {stage!r} stands outside a table; only `out` may do that.")
             continue
         if stage not in STEP_STAGES:
             raise InputError(f"{source}: no stage [{stage}]. {did_you_mean(stage, STEP_STAGES)}")
@@ -200,7 +202,7 @@ def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, 
 
 
 def _in_order(values: dict[str, dict[str, Any]], *, source: str) -> list[str]:
-    """Steps in the order of the file, but each after the steps it refers to."""
+    """Return the steps in the order of the file, but each after the steps it refers to."""
     waiting = {path: _references(list(v.values()), path, list(values), source) for path, v in values.items()}
     order: list[str] = []
     while waiting:
@@ -213,7 +215,7 @@ def _in_order(values: dict[str, dict[str, Any]], *, source: str) -> list[str]:
 
 
 def _references(values: list[Any], path: str, paths: list[str], source: str) -> set[str]:
-    """The steps that a step's values name; a bare `@`, the run's folder, names all others."""
+    """Return the steps that a step's values name; `@` alone, the folder of the run, names all others."""
     found: set[str] = set()
     for value in values:
         if isinstance(value, list):
@@ -227,12 +229,12 @@ def _references(values: list[Any], path: str, paths: list[str], source: str) -> 
 
 
 def _step_of(reference: str, paths: Iterable[str]) -> str | None:
-    """The step whose folder, or something in it, a reference names."""
+    """Return the step whose folder, or a file in it, is named by a reference."""
     return next((path for path in paths if reference == path or reference.startswith(f"{path}/")), None)
 
 
 def _resolve(value: Any, folders: Mapping[str, str]) -> Any:
-    """A value with its references replaced: a step's name by its folder, nothing by the run's."""
+    """Replace the references in a value: a step's name by its folder, `@` alone by the folder of the run."""
     if isinstance(value, list):
         return [_resolve(item, folders) for item in value]
     if not isinstance(value, str):
