@@ -17,7 +17,7 @@ from distilclip.config import parse
 from distilclip.data.samples import decode_image
 from distilclip.errors import InputError
 from distilclip.models.clip import load_clip
-from distilclip.stages.search import Config, main
+from distilclip.stages.search import Config, contact_sheet, main
 from tests.conftest import encoded, picture, write_tar
 
 pytest.importorskip("onnxruntime")
@@ -138,3 +138,30 @@ def test_nothing_to_find_is_an_error(model: str, tmp_path: Path, capsys: pytest.
     for flag, value in (("num_matches", 0), ("columns", 0), ("thumbnail_size", 8)):
         with pytest.raises(InputError, match=flag):
             Config(model=model, pictures="p", query="a", **{flag: value})  # type: ignore[arg-type]
+
+
+def test_a_sheet_shows_every_picture_in_its_cell() -> None:
+    colours = [(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 128, 0), (128, 0, 128)]
+    pictures = [Image.new("RGB", (200, 100), colour) for colour in colours]
+    png = contact_sheet(pictures, [f"line {i}" for i in range(5)], heading="q" * 500, size=40, columns=3)
+    sheet = Image.open(io.BytesIO(png))
+    assert sheet.size == (8 + 3 * 48, 16 + 16 + 2 * 64)
+    for i, colour in enumerate(colours):
+        left, top = 8 + i % 3 * 48, 32 + i // 3 * 64
+        cell = np.asarray(sheet.crop((left, top, left + 40, top + 40)))
+        assert (cell == colour).all(axis=2).sum() == 40 * 20  # reduced to 40 x 20, nothing drawn over it
+
+
+def test_any_line_fits_its_cell() -> None:
+    lines = ["a\nb", "日本 🙂.jpg", "“it’s” [red]x[/red]", "bad\udcff.jpg"]  # noqa: RUF001
+    pictures = [Image.new("RGB", (40, 40), (1, 2, 3))] * 4
+    sheet = np.asarray(Image.open(io.BytesIO(contact_sheet(pictures, lines, heading="c\nd", size=40, columns=1))))
+    for i in range(4):
+        top = 32 + i * 64
+        assert (sheet[top : top + 40, 8:48] == (1, 2, 3)).all()  # no line runs into the next picture
+        assert (sheet[top + 40 : top + 58, 8:] < 128).any()
+
+
+def test_small_pictures_are_not_enlarged() -> None:
+    png = contact_sheet([Image.new("RGB", (10, 10), (1, 2, 3))], ["x"], heading="h", size=40, columns=4)
+    assert (np.asarray(Image.open(io.BytesIO(png))) == (1, 2, 3)).all(axis=2).sum() == 100

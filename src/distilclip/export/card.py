@@ -1,14 +1,19 @@
-"""A model card, written from the run's own records. What only a person can say is marked to be filled in."""
+"""Write a model card from the records of the run that made the model.
+
+What only a person can say is marked to be filled in.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from distilclip.export.run_records import Records, Stage
+from distilclip.errors import InputError
 from distilclip.models import towers
+from distilclip.stage_folder import StageRecord, read_finished, require
 
 Form = Literal["open_clip", "huggingface", "onnx"]
 FILL_IN = "**to be filled in**"
@@ -45,6 +50,56 @@ similarity = image @ text.T""",
 }
 
 
+@dataclass(frozen=True, kw_only=True)
+class Records:
+    """The finished folders behind a model; None or empty where there is no such record, or its folder is gone."""
+
+    train: StageRecord | None = None
+    embed: StageRecord | None = None
+    balance: StageRecord | None = None
+    cluster: StageRecord | None = None
+    scores: list[dict[str, Any]] = field(default_factory=list)
+
+
+def find_records(model: str, *, digest: str, evaluation: str | None = None) -> Records:
+    """Find the records behind `model` (a train folder, or a checkpoint in one), through its inputs.
+
+    Args:
+        model: the model as the user named it.
+        digest: that of its weights; of `evaluation`, only rows of these weights count.
+        evaluation: a folder of `evaluate`.
+
+    Raises:
+        InputError: `evaluation` has no row of these weights.
+    """
+    scores = []
+    if evaluation is not None:
+        rows = require(evaluation, stage="evaluate")["rows"]
+        scores = [row for row in rows if row["model_digest"] == digest]
+        if not scores:
+            others = {row["model_digest"]: row["model"] for row in rows}
+            raise InputError(
+                f"{evaluation} (from --evaluation) has no score of {model}, whose weights have SHA-256 {digest}, but "
+                f"of {', '.join(f'{name} ({found})' for found, name in others.items()) or 'no model'}. "
+                "Evaluate the model that is exported."
+            )
+    folders = (model, os.path.dirname(os.path.dirname(model.rstrip("/"))))
+    train = next((found for path in folders if (found := read_finished(path, stage="train"))), None)
+    if train is None:
+        return Records(scores=scores)
+    found = {
+        stage: read_finished(path, stage=stage)
+        for stage, option in (("embed", "store"), ("balance", "groups"), ("cluster", "clusters"))
+        if (path := _first(train.config.get(option)))
+    }
+    return Records(train=train, scores=scores, **found)
+
+
+def _first(value: str | list[str] | None) -> str | None:
+    """Return the first of several stores: groups and clusters are of that one."""
+    return next(iter(value), None) if isinstance(value, list) else value
+
+
 def model_card(
     name: str,
     form: Form,
@@ -56,7 +111,7 @@ def model_card(
     exported: dict[str, Any],
     records: Records,
 ) -> str:
-    """README.md of an exported model.
+    """Return the README.md of an exported model.
 
     Args:
         name: of the model.
@@ -143,7 +198,7 @@ def _teacher(records: Records) -> str:
     return f"None recorded: if there was one, name it here ({FILL_IN})."
 
 
-def _recipe(train: Stage | None) -> str:
+def _recipe(train: StageRecord | None) -> str:
     if train is None:
         return f"Not recorded: the model is no train folder of distilclip. {FILL_IN}"
     weights = {name: value for name, value in train.result["objective"].items() if value}

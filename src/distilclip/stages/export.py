@@ -8,21 +8,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, cast
 
-import numpy as np
-
 from distilclip import files, stage_folder
-from distilclip.data.store import stem
 from distilclip.engine import Engine, map_parts
 from distilclip.errors import InputError
-from distilclip.export.clip_retrieval import PartitionWriter
 from distilclip.export.curated_tars import TarWriter, plan_tars
-from distilclip.export.keys import write_keys
+from distilclip.export.row_lists import PartitionWriter, UidWriter, join_uids, write_keys
 from distilclip.export.selection import Selection, open_selection
-from distilclip.export.uids import UidKind, read_uids, write_subset
+from distilclip.export.uids import UidKind
 from distilclip.options import option_fields, option_values
 from distilclip.progress import progress
 
@@ -127,7 +124,9 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
     if config.groups:
         stage_folder.require(config.groups, stage="balance", store=config.store)
     if config.subset:
-        _remember_subset(config.subset, folder)
+        digest = {"sha256": files.sha256(config.subset)}
+        place = f"{folder}, whose rows {os.path.basename(config.subset)} chooses,"
+        stage_folder.write_made_from(files.join(folder, "subset.json"), place, digest)
     selection = open_selection(
         config.store,
         groups=config.groups,
@@ -142,19 +141,11 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
     elif config.what == "keys":
         found = dataclasses.asdict(write_keys(selection, folder))
     elif config.what == "subset":
-        found = _write_subset(selection, folder, engine=engine)
+        num_samples = sum(_all(UidWriter(selection, folder), shards, engine=engine))
+        found = {"num_samples": num_samples, "num_uids": join_uids(folder, len(shards))}
     else:
         found = {"num_samples": sum(_all(PartitionWriter(selection, folder), shards, engine=engine))}
     return {"num_rows": selection.store.num_rows, **found}
-
-
-def _remember_subset(subset: str, folder: str) -> None:
-    """Write down which subset file this is. Raises `InputError` where parts were made from another one."""
-    path, digest = files.join(folder, "subset.json"), {"sha256": files.sha256(subset)}
-    if not files.exists(path):
-        stage_folder.write_json(path, digest)
-    elif stage_folder.read_json(path) != digest:
-        raise InputError(f"{subset} has changed since {folder} was begun: choose another --out, or remove that folder.")
 
 
 def _write_tars(selection: Selection, folder: str, *, samples_per_tar: int | None, engine: Engine) -> dict[str, Any]:
@@ -166,41 +157,6 @@ def _write_tars(selection: Selection, folder: str, *, samples_per_tar: int | Non
         "num_bytes": sum(tar.num_bytes for tar in written),
         "num_renamed": sum(tar.num_renamed for tar in written),
     }
-
-
-def _write_subset(selection: Selection, folder: str, *, engine: Engine) -> dict[str, Any]:
-    shards = range(selection.store.num_shards)
-    counts = _all(_UidWriter(selection, folder), shards, engine=engine)
-    uids = np.concatenate([_read_uids_part(folder, shard) for shard in shards])
-    num_uids = write_subset(files.join(folder, "subset.npy"), uids)
-    return {"num_samples": sum(counts), "num_uids": num_uids}
-
-
-@dataclass(frozen=True)
-class _UidWriter:
-    """Writes the uids of a shard's selected rows beside the subset, where a later run finds them."""
-
-    selection: Selection
-    folder: str
-
-    def __call__(self, shard: int) -> int:
-        path = _uids_path(self.folder, shard)
-        if not files.exists(path):
-            rows = self.selection.rows(shard)
-            uids = read_uids(rows.uri, rows.key, rows.offset, rows.size, kind=self.selection.uid)
-            with files.atomic_write(path) as file:
-                np.save(file, uids)
-            return len(uids)
-        return len(_read_uids_part(self.folder, shard))
-
-
-def _read_uids_part(folder: str, shard: int) -> np.ndarray:
-    with files.open_read(_uids_path(folder, shard)) as file:
-        return np.load(file)
-
-
-def _uids_path(folder: str, shard: int) -> str:
-    return files.join(folder, "uids", f"{stem(shard)}.npy")
 
 
 def _all(function: Callable[[Part], Result], parts: Sequence[Part], *, engine: Engine) -> list[Result]:
@@ -219,8 +175,7 @@ def _itself(function: Callable[[Part], Result]) -> Callable[[Part], Result]:
 
 
 def _write_model(config: Config, folder: str) -> dict[str, Any]:
-    from distilclip.export.card import Form, model_card
-    from distilclip.export.run_records import find_records
+    from distilclip.export.card import Form, find_records, model_card
     from distilclip.models.clip import load_clip
 
     assert config.model is not None  # `_check_fields` asked for it

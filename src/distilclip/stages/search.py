@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import io
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from rich.console import Console
 from rich.table import Table
 
@@ -19,7 +21,8 @@ from distilclip import files, stage_folder
 from distilclip.data.samples import IMAGE_EXTENSIONS, BadSample, Entry, decode_image
 from distilclip.data.shards import Shard, open_shard
 from distilclip.errors import InputError
-from distilclip.export.contact_sheet import contact_sheet
+
+MARGIN, LINE = 8, 16  # of the sheet, in pixels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,3 +149,38 @@ def _print(result: dict[str, Any]) -> None:
     console.print(table)
     if result["unreadable"]:
         console.print(f"{len(result['unreadable'])} pictures could not be read.")
+
+
+def contact_sheet(
+    pictures: Sequence[Image.Image], lines: Sequence[str], *, heading: str, size: int, columns: int
+) -> bytes:
+    """A PNG of the pictures, each reduced to fit a square of `size` pixels, never enlarged, its line of text below.
+
+    Text that does not fit is cut. `columns` pictures stand beside each other.
+    """
+    columns = min(columns, len(pictures))
+    cell = (size + MARGIN, size + LINE + MARGIN)
+    rows = math.ceil(len(pictures) / columns)
+    width, height = MARGIN + columns * cell[0], 2 * MARGIN + LINE + rows * cell[1]
+    sheet = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=12)
+    draw.text((MARGIN, MARGIN), _fit(heading, width - 2 * MARGIN, font), "black", font)
+    for i, (picture, line) in enumerate(zip(pictures, lines, strict=True)):
+        left, top = MARGIN + i % columns * cell[0], 2 * MARGIN + LINE + i // columns * cell[1]
+        small = picture.copy()
+        small.thumbnail((size, size), Image.Resampling.LANCZOS)
+        sheet.paste(small, (left + (size - small.width) // 2, top + (size - small.height) // 2))
+        draw.text((left, top + size + 1), _fit(line, size, font), "black", font)
+    buffer = io.BytesIO()
+    sheet.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def _fit(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+    text = " ".join(text.split())  # a file's name may hold line breaks
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(f"{text}...") > width:
+        text = text[:-1]
+    return f"{text}..."
