@@ -67,10 +67,9 @@ def test_a_killed_export_goes_on_to_the_same_bytes(made: Made, tmp_path: Path) -
     main(Config(what="tars", store=made.store, groups=made.groups, out=str(whole)))
     code = (
         "import sys, time\n"
-        "from distilclip.export import tars\n"
-        "from distilclip.options import option_fields
-from distilclip.stages.export import Config, main\n"
-        "check = tars._check\n"
+        "from distilclip.export import curated_tars\n"
+        "from distilclip.stages.export import Config, main\n"
+        "check = curated_tars._check\n"
         "def slow(span, key, digest, *, uri, row):\n"
         "    check(span, key, digest, uri=uri, row=row)\n"
         "    if uri.endswith('1.tar') and row == 5:\n"
