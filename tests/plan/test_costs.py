@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,17 +35,18 @@ def test_every_stage_by_hand() -> None:
     fit = costs.cluster(DATA, GPU, dim=512, num_centers=1000, num_iterations=10, points_per_center=100)
     assert fit.gpu_seconds == pytest.approx((10 * 1e5 + 7.5e5) * 1000 * 1024 / (1e15 * constant("tile_utilisation")))
     machines = costs.Machines(gpu=GPU, num_gpus=4, price=2.0)
-    options = {"teacher_dim": 512, "epochs": 2.0, "global_batch": 1024, "num_centers": 1000}
-    train = costs.train(DATA, machines, TOWERS, sample_rate=0.5, **options)  # type: ignore[arg-type]
-    whole = costs.train(DATA, machines, TOWERS, sample_rate=1.0, **options)  # type: ignore[arg-type]
+    head = costs.HeadSize(num_centers=1000, dim=512)
+    train, whole, on_host = (
+        costs.train(DATA, machines, TOWERS, replace(head, **changes), epochs=2.0, global_batch=1024)  # type: ignore[arg-type]
+        for changes in ({"sample_rate": 0.5}, {"sample_rate": 1.0}, {"sample_rate": 0.5, "state": "host"})
+    )
     towers = 1.5e6 * 30e9 / (1e15 * constant("train_utilisation"))
     assert train.gpu_seconds - towers == pytest.approx((whole.gpu_seconds - towers) / 2)
     assert train.seconds(machines) == train.gpu_seconds / 4
     assert train.price(machines) == pytest.approx(train.gpu_seconds / 1800)
-    on_host = costs.train(DATA, machines, TOWERS, sample_rate=0.5, centers_state="host", **options)  # type: ignore[arg-type]
     assert train.gpu_bytes - on_host.gpu_bytes == 250 * (2 * 4 * 512 + 8)  # a quarter of the rows on each of four
     # Weight, two moments, the sampled rows and their gradient; a count of every row.
-    assert costs.head_memory(1000, 512, sample_rate=0.1).device == 1000 * 512 * 4 * 3.2 + 8 * 1000
+    assert replace(head, sample_rate=0.1).memory().device == 1000 * 512 * 4 * 3.2 + 8 * 1000
 
 
 def test_laion_on_h100_takes_the_published_gpu_hours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

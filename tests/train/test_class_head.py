@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from distilclip.errors import InputError
-from distilclip.plan.costs import head_memory
+from distilclip.plan.costs import HeadSize
 from distilclip.train.class_head import ClassHead, class_range
 from distilclip.train.optimizer import Optimization
 
@@ -107,6 +108,7 @@ def test_memory_is_what_the_tensors_take() -> None:
     state = sum(t.nbytes for t in vars(shard.state).values())
     step.centers.grad = torch.zeros_like(step.centers)
     tensors = shard.centers.nbytes + step.centers.nbytes + step.centers.grad.nbytes
-    assert vars(head_memory(K, DIM, world=2, sample_rate=0.4)) == {"device": tensors + state, "host": 0}
-    assert vars(head_memory(K, DIM, world=2, sample_rate=0.4, state="host")) == {"device": tensors, "host": state}
-    assert head_memory(1_000_000, 1280).device == 4 * 1280 * 10**6 * 4 + 8 * 10**6
+    size = HeadSize(num_centers=K, dim=DIM, sample_rate=0.4)
+    assert vars(size.memory(world=2)) == {"device": tensors + state, "host": 0}
+    assert vars(replace(size, state="host").memory(world=2)) == {"device": tensors, "host": state}
+    assert HeadSize(num_centers=1_000_000, dim=1280).memory().device == 4 * 1280 * 10**6 * 4 + 8 * 10**6

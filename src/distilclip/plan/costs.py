@@ -114,42 +114,6 @@ def cluster(
     )
 
 
-def train(
-    data: Data,
-    machines: Machines,
-    student: Cost,
-    *,
-    teacher_dim: int,
-    epochs: float,
-    global_batch: int,
-    num_centers: int,
-    sample_rate: float,
-    centers_state: Literal["device", "host"] = "device",
-) -> StageCost:
-    """Cost the student's forward and backward pass, and the cluster term over a share of the classes."""
-    samples = epochs * data.num_kept
-    towers = FORWARD_AND_BACKWARD * student.flops
-    head = CLUSTER_PRODUCTS * 2 * teacher_dim * num_centers * sample_rate
-    gpu = machines.gpu
-    seconds = towers / (gpu.peak_flops * constant("train_utilisation"))
-    head_seconds = head / (gpu.peak_flops * constant("head_utilisation"))
-    memory = head_memory(
-        num_centers, teacher_dim, world=machines.num_gpus, sample_rate=sample_rate, state=centers_state
-    )
-    return StageCost(
-        stage="train",
-        gpu_seconds=samples * (seconds + head_seconds),
-        gpu_bytes=float(
-            ADAM_BYTES * student.num_parameters + memory.device + global_batch * (student.dim + teacher_dim) * 2 * 4
-        ),
-        disk_bytes=12.0 * (student.num_parameters + num_centers * teacher_dim),
-        read_bytes=samples * (data.bytes_per_pair + 4 * teacher_dim),
-        decoded=samples,
-        because=f"{samples:.3g} samples of {towers / 1e9:,.0f} GFLOP, the cluster term {head / 1e9:,.0f} GFLOP more; "
-        f"class head {memory.device / 1e9:,.1f} GB of each GPU, {memory.host / 1e9:,.1f} GB of its host",
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class HeadMemory:
     """Bytes that one rank's part of the class head needs while training, on its device and on its host."""
@@ -158,23 +122,51 @@ class HeadMemory:
     host: int
 
 
-def head_memory(
-    num_classes: int,
-    dim: int,
-    *,
-    world: int = 1,
-    sample_rate: float = 1.0,
-    state: Literal["device", "host"] = "device",
-) -> HeadMemory:
-    """Return the memory of each of `world` ranks: float32 centers, a step's rows and gradient, AdamW's state.
+@dataclass(frozen=True, kw_only=True)
+class HeadSize:
+    """A class head: its centers, the share of them that a step uses, and where AdamW's moments are kept."""
 
-    `state` says where AdamW's moments are. The classes of a batch may be more than `sample_rate` allows for. The
-    cluster loss needs O(n dim + 256 k) more (losses.cluster).
-    """
-    rows = -(-num_classes // world)
-    sampled = round(sample_rate * rows)
-    moments = rows * (2 * 4 * dim + 8)
-    of_a_step = sampled if sample_rate == 1 else 2 * sampled  # the gradient; and a copy of the rows, unless it is all
-    values = 4 * dim * (rows + of_a_step)
-    on_host = state == "host"
-    return HeadMemory(device=values + (0 if on_host else moments), host=moments if on_host else 0)
+    num_centers: int
+    dim: int
+    sample_rate: float = 1.0
+    state: Literal["device", "host"] = "device"
+
+    def memory(self, *, world: int = 1) -> HeadMemory:
+        """Return the memory of each of `world` ranks: float32 centers, a step's rows and gradient, AdamW's state.
+
+        The classes of a batch may be more than `sample_rate` allows for. The cluster loss needs O(n dim + 256 k) more
+        (losses.cluster).
+        """
+        rows = -(-self.num_centers // world)
+        sampled = round(self.sample_rate * rows)
+        moments = rows * (2 * 4 * self.dim + 8)
+        # Of a step: the gradient, and a copy of the rows unless it uses all of them.
+        of_a_step = sampled if self.sample_rate == 1 else 2 * sampled
+        values = 4 * self.dim * (rows + of_a_step)
+        on_host = self.state == "host"
+        return HeadMemory(device=values + (0 if on_host else moments), host=moments if on_host else 0)
+
+
+def train(
+    data: Data, machines: Machines, student: Cost, head: HeadSize, *, epochs: float, global_batch: int
+) -> StageCost:
+    """Cost the student's forward and backward pass, and the cluster term over a share of the classes."""
+    samples = epochs * data.num_kept
+    towers = FORWARD_AND_BACKWARD * student.flops
+    products = CLUSTER_PRODUCTS * 2 * head.dim * head.num_centers * head.sample_rate
+    gpu = machines.gpu
+    seconds = towers / (gpu.peak_flops * constant("train_utilisation"))
+    head_seconds = products / (gpu.peak_flops * constant("head_utilisation"))
+    memory = head.memory(world=machines.num_gpus)
+    return StageCost(
+        stage="train",
+        gpu_seconds=samples * (seconds + head_seconds),
+        gpu_bytes=float(
+            ADAM_BYTES * student.num_parameters + memory.device + global_batch * (student.dim + head.dim) * 2 * 4
+        ),
+        disk_bytes=12.0 * (student.num_parameters + head.num_centers * head.dim),
+        read_bytes=samples * (data.bytes_per_pair + 4 * head.dim),
+        decoded=samples,
+        because=f"{samples:.3g} samples of {towers / 1e9:,.0f} GFLOP, the cluster term {products / 1e9:,.0f} GFLOP "
+        f"more; class head {memory.device / 1e9:,.1f} GB of each GPU, {memory.host / 1e9:,.1f} GB of its host",
+    )

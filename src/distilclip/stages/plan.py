@@ -71,6 +71,12 @@ def main(config: Config) -> dict[str, Any]:
         num_pairs=config.num_pairs, bytes_per_pair=config.bytes_per_pair, removed_ratio=config.removed_ratio
     )
     teacher, student = cost_of(config.teacher), cost_of(config.student)
+    head = costs.HeadSize(
+        num_centers=config.num_centers,
+        dim=teacher.dim,
+        sample_rate=config.sample_rate,
+        state=config.centers_state,
+    )
     stages = [
         costs.embed(data, machines.gpu, teacher),
         costs.balance(data, machines.gpu, dim=teacher.dim, block_rows=config.block_rows),
@@ -82,17 +88,7 @@ def main(config: Config) -> dict[str, Any]:
             num_iterations=config.num_iterations,
             points_per_center=config.points_per_center,
         ),
-        costs.train(
-            data,
-            machines,
-            student,
-            teacher_dim=teacher.dim,
-            epochs=config.epochs,
-            global_batch=config.global_batch,
-            num_centers=config.num_centers,
-            sample_rate=config.sample_rate,
-            centers_state=config.centers_state,
-        ),
+        costs.train(data, machines, student, head, epochs=config.epochs, global_batch=config.global_batch),
     ]
     result = {
         "gpu": machines.gpu.name,
