@@ -1,7 +1,7 @@
 """What is wrong with sets and models is said before or instead of a number: what, where, and what to do.
 
 More of the same lies with what it is about: class names and folders in test_sets, archives in test_known_sets, names in
-test_wording, images in test_encode and test_protocol, weights in models/test_clip.
+test_prompts, images in test_encode and test_protocol, weights in models/test_clip.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import torchvision.datasets as torchvision
 from torch.nn import functional as F
 
 from distilclip.errors import InputError
-from distilclip.evaluate.agreement import agreement
 from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.embedders import open_embedder
 from distilclip.evaluate.encode import Encoding
-from distilclip.evaluate.scores import Score, agreement_scores
+from distilclip.evaluate.scores import agreement_scores
+from distilclip.measures.agreement import agreement
 from distilclip.models.clip import CONFIG_FILE, create_clip
 from distilclip.sets.catalogue import CATALOGUE
 from distilclip.sets.open import load_known_set, load_set
+from distilclip.sets.score import Score
 from distilclip.stages.evaluate import Config, main
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 from tests.sets import made_sets

@@ -51,6 +51,7 @@ def as_labels(y: Labels, *, name: str, num_rows: int, limit: int | None = None) 
     if len(tensor) != num_rows:
         raise InputError(f"{name} has {len(tensor)} entries for {num_rows} rows of features; give one for each row.")
     tensor = tensor.long()
+    # Negative labels would count from the end, or break bincount far from here.
     outside = (tensor < 0) | (tensor >= limit) if limit is not None else tensor < 0
     if outside.any():
         first = int(outside.nonzero()[0])

@@ -52,6 +52,7 @@ def target_rank(scores: Float[Tensor, "n k"], target: Int[Tensor, " n"]) -> Int[
 
 def mean_per_class(correct: Bool[Tensor, " n"], labels: Int[Tensor, " n"]) -> float:
     """Average each class's share of correct rows over the classes that occur in `labels`."""
+    # [k] rows and hits of each class; classes without a row have no share.
     total = torch.bincount(labels)
     hits = torch.bincount(labels[correct], minlength=len(total))
     present = total > 0

@@ -83,12 +83,14 @@ def linear_probe(
         for block in (fitted, checked)
         if block is not None
     ]
+    # Choose the penalty on rows that take no part in the fits of the sweep.
     start, sweep = None, {}
     if l2 is None:
         to_fit, to_check = blocks if checked is not None else hold_out(blocks[0], share=HELD_OUT, seed=seed)
         sweep = _sweep(to_fit, to_check, num_classes=len(classes))
         l2 = max(sweep, key=lambda value: sweep[value].rank)
         start = sweep[l2].fit
+    # The last fit has every row, and starts at the sweep's solution for the same penalty.
     fit = fit_logistic(LogisticProblem(blocks, num_classes=len(classes)), l2=l2, start=start, tolerance=tolerance)
     predictions = classes[_logits(fit, tested.features).argmax(dim=1)]
     correct = predictions == tested.labels
