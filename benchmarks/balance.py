@@ -21,7 +21,7 @@ from distilclip.data.images import ImageMatrix
 from distilclip.data.store import Store
 from distilclip.grouping.balance import Balance, balance
 from distilclip.grouping.near_pairs import pairs_within
-from distilclip.vectors.metric import squared_threshold
+from distilclip.vectors.metric import Tolerance
 
 THRESHOLD = 0.07
 METRICS = ("euclidean", "sqeuclidean", "cosine")
@@ -34,7 +34,7 @@ def peer(x: np.ndarray, metric: str) -> tuple[np.ndarray, np.ndarray]:
     rows = x.astype(np.float32)
     if metric == "cosine":
         faiss.normalize_L2(rows)
-    limit = squared_threshold(THRESHOLD, metric)
+    limit = Tolerance(THRESHOLD, metric).squared
     near = pairs_near(rows, limit + MARGIN)
     return groups_and_representatives(rows, *decided(x, *near, metric, margin=MARGIN))
 
@@ -66,7 +66,7 @@ def decided(
     x: np.ndarray, left: np.ndarray, right: np.ndarray, squared: np.ndarray, metric: str, *, margin: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Those of the pairs that lie below the threshold; near to it, float64 decides."""
-    limit = squared_threshold(THRESHOLD, metric)
+    limit = Tolerance(THRESHOLD, metric).squared
     unsure = np.flatnonzero(np.abs(squared - limit) < margin)
     keep = squared < limit
     for start in range(0, len(unsure), QUERIES):
@@ -137,10 +137,10 @@ def recall_within_clusters(num_rows: int) -> list[str]:
 def one_search(num_rows: int, dim: int) -> list[str]:
     """The groups of the three metrics from one search of the peer; its half-precision rows have norms of 1 +- 1e-3."""
     x = clip_like(num_rows, dim)
-    margin = 0.01 * squared_threshold(THRESHOLD, "cosine")
+    margin = 0.01 * Tolerance(THRESHOLD, "cosine").squared
     rows = x.astype(np.float32)
     start = time.perf_counter()
-    near = pairs_near(rows, squared_threshold(THRESHOLD, "cosine") + margin, incremental=True)
+    near = pairs_near(rows, Tolerance(THRESHOLD, "cosine").squared + margin, incremental=True)
     searched = time.perf_counter() - start
     balance(x[:10_000], threshold=THRESHOLD, metric="euclidean")  # compiled
     lines = []

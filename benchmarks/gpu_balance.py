@@ -16,6 +16,7 @@ from _harness import is_quick
 from distilclip.grouping.forest import ForestBuilder
 from distilclip.grouping.near_pairs import tile_rows
 from distilclip.grouping.search_gpu import compare_all
+from distilclip.vectors.metric import Tolerance
 from distilclip.vectors.points import Points, distinct
 
 
@@ -48,9 +49,8 @@ def main() -> None:
         forest = ForestBuilder(len(x))
         torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        compare_all(
-            points, rows, threshold=threshold, metric=metric, into=forest, size=size, device=torch.device("cuda")
-        )
+        tolerance = Tolerance(threshold, metric)
+        compare_all(points, rows, tolerance, into=forest, size=size, device=torch.device("cuda"))
         edges = len(forest.forest())
         seconds = time.perf_counter() - start
         reached = len(rows) ** 2 / 2 * 2 * dim / seconds

@@ -1,10 +1,14 @@
+import subprocess
+import sys
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from scipy.sparse.csgraph import connected_components
 
 from distilclip.errors import InputError
+from distilclip.grouping import search_cpu
 from distilclip.grouping.balance import Balance, balance
 from distilclip.vectors.metric import equivalents
 
@@ -81,8 +85,8 @@ def test_at_answers_what_another_run_would() -> None:
 def test_groups_survive_any_chunking_and_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
     x = copies_of_scenes()
     whole = balance(x, threshold=0.3, metric="euclidean")
-    monkeypatch.setattr(search, "HEIGHT", 29)
-    monkeypatch.setattr(search, "default_num_cells", lambda num_points: 7)
+    monkeypatch.setattr(search_cpu, "HEIGHT", 29)
+    monkeypatch.setattr(search_cpu, "default_num_cells", lambda num_points: 7)
     assert same(balance(x, threshold=0.3, metric="euclidean"), whole)
     order = np.random.default_rng(1).permutation(len(x))
     shuffled = balance(x[order], threshold=0.3, metric="euclidean")
@@ -149,6 +153,14 @@ def test_top_k_mode_joins_by_each_rows_nearest_and_reports_saturation() -> None:
         ({"threshold": 0.1, "target_removed": 0.3}, "not both"),
         ({"target_removed": 0.3}, "needs max_threshold"),
         ({"threshold": 0.3, "max_threshold": 0.2}, "is below threshold"),
+        ({"target_removed": 1.0, "max_threshold": 0.2}, "between 0 and 1"),
+        ({"threshold": 0.3, "max_radius": 0.0}, "max_radius=0.0"),
+        ({"threshold": 0.3, "mode": "topk", "top_k": 0}, "positive whole top_k"),
+        ({"threshold": float("nan")}, "positive"),
+        ({"threshold": 0.3, "valid": np.ones(39, bool)}, r"each of the 40 rows, not bool \(39,\)"),
+        ({"threshold": 0.3, "valid": np.ones(40)}, "not float64"),
+        ({"threshold": 0.3, "device": "tpu9"}, "'tpu9' cannot be used"),
+        ({"threshold": 0.3, "mode": "topk", "top_k": 3, "memory_gb": -1.0}, "positive number"),
         ({"threshold": 0.3, "mode": "topk"}, "top_k"),
         ({"threshold": 0.3, "top_k": 3}, "top_k"),
         ({"threshold": 0.3, "mode": "top-k"}, "Did you mean 'topk'"),
@@ -158,6 +170,41 @@ def test_top_k_mode_joins_by_each_rows_nearest_and_reports_saturation() -> None:
 def test_contradictions_are_named(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         balance(copies_of_scenes(40), metric="euclidean", **arguments)
+
+
+def test_values_of_the_wrong_type_are_named() -> None:
+    """In a process of its own: here, the types themselves are checked before the function is called."""
+    code = """
+import distilclip as dc
+rows = [[0.0, 1.0], [1.0, 0.0]]
+for change in (
+    {"x": [[0.0, 1.0], [1.0]]}, {"x": "rows"}, {"x": [0.0, 1.0]}, {"top_k": 2.5, "mode": "topk"},
+    {"threshold": "0.3"}, {"metric": None}, {"target_removed": "half", "max_threshold": 0.3, "threshold": None},
+    {"valid": [True]}, {"mode": 3},
+):
+    try:
+        dc.balance(**{"x": rows, "threshold": 0.3, "metric": "euclidean", **change})
+    except dc.InputError as error:
+        print(error)
+    else:
+        print("accepted", change)
+print(dc.balance(rows, threshold=0.3, metric="euclidean", valid=[True, False]).group.tolist())
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    *messages, group = done.stdout.splitlines()
+    expected = ["rows of equal length", "Expected rows", "shape (2,)", "top_k=2.5"]
+    expected += ["threshold='0.3'", "metric=None", "target_removed='half'", "each of the 2 rows", "mode=3"]
+    for part, message in zip(expected, messages, strict=True):
+        assert part in message
+    assert group == "[0, -1]"
+
+
+def test_lists_and_tensors_are_taken_as_arrays_are() -> None:
+    x = copies_of_scenes(60)
+    valid = np.arange(60) % 7 > 0
+    expected = balance(x, threshold=0.3, metric="cosine", valid=valid)
+    assert same(balance(x.tolist(), threshold=0.3, metric="cosine", valid=valid.tolist()), expected)
+    assert same(balance(torch.from_numpy(x), threshold=0.3, metric="cosine", valid=torch.from_numpy(valid)), expected)
 
 
 def test_empty_and_all_invalid_input() -> None:

@@ -39,17 +39,16 @@ def test_no_pair_within_the_distance_is_out_of_reach() -> None:
     points = bunches()
     for num_cells in (2, 9, 64):
         cells = partition(points, num_cells=num_cells, radius=20.0)
-        everyone = cells.start[:-1], cells.start[1:]
         z = cells.z[:, :-4].double().numpy()
         distances = np.linalg.norm(z[:, None] - z[None], axis=2)
         reached = pairs = 0
         for cell in range(num_cells):
             members = np.arange(cells.start[cell], cells.start[cell + 1])
             later = np.arange(cells.start[cell + 1], len(z))
-            found, image = np.empty(37, np.int64), np.empty((37, cells.z.shape[1]), np.int16)
+            found, rows = np.empty(37, np.int64), np.empty((37, cells.z.shape[1]), np.int16)
             reach: list[int] = []
-            for count in cells.within_reach(cell, 0.9, among=everyone, found=found, image=image):
-                np.testing.assert_array_equal(image[:count], as_bits(cells.z)[found[:count]])
+            for count in cells.reach(cell, 0.9, among=cells.everyone(), found=found, rows=rows):
+                np.testing.assert_array_equal(rows[:count], as_bits(cells.z)[found[:count]])
                 reach += found[:count].tolist()
             needed = later[(distances[np.ix_(members, later)] < 0.9).any(axis=0)]
             assert len(set(reach)) == len(reach)

@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from distilclip.errors import InputError
-from distilclip.grouping import near_pairs
+from distilclip.grouping import near_pairs, search_gpu
 from distilclip.grouping.forest import ForestBuilder
 from distilclip.grouping.near_pairs import nearest, pairs_within
 from distilclip.grouping.search_cpu import AllPairs, search
 from distilclip.grouping.search_gpu import compare_all
-from distilclip.vectors.metric import equivalents
+from distilclip.vectors.metric import Tolerance, equivalents
 from distilclip.vectors.points import Points, distinct
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
@@ -36,10 +36,7 @@ def all_distances(x: np.ndarray, metric: str) -> np.ndarray:
 
 
 def as_dict(pairs: near_pairs.Pairs) -> dict[tuple[int, int], float]:
-    return {
-        (int(i), int(j)): float(d)
-        for i, j, d in zip(pairs.left, pairs.right, pairs.distance, strict=True)
-    }
+    return {(int(i), int(j)): float(d) for i, j, d in zip(pairs.left, pairs.right, pairs.distance, strict=True)}
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -89,8 +86,8 @@ def test_an_accelerator_compares_all_tiles_to_the_same_pairs(
     metric: str, length: float, resident: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unit rows go through half precision, long ones do not; either way, and whatever fits the device."""
-    monkeypatch.setattr(alltiles, "_free_bytes", lambda device: 10**9 if resident else 0)
-    monkeypatch.setattr(alltiles, "CANDIDATES", 1 << 10)
+    monkeypatch.setattr(search_gpu, "_free_bytes", lambda device: 10**9 if resident else 0)
+    monkeypatch.setattr(search_gpu, "CANDIDATES", 1 << 10)
     x = clustered(500, 32)
     x = x if length == 1 else (length * x.astype(np.float32)).astype(np.float16)
     threshold = equivalents(0.1 * length, "euclidean")[metric] if metric != "cosine" else 0.005
@@ -98,14 +95,14 @@ def test_an_accelerator_compares_all_tiles_to_the_same_pairs(
     rows = distinct(points.values, np.arange(len(x))).first
     for split in (None, 170):
         both = AllPairs(), AllPairs()
-        options = {"threshold": threshold, "metric": metric, "split": split}
-        search(points, rows, into=both[0], **options)  # type: ignore[arg-type]
-        compare_all(points, rows, into=both[1], size=64, device=torch.device("cpu"), **options)  # type: ignore[arg-type]
+        tolerance, cpu = Tolerance(threshold, metric), torch.device("cpu")
+        search(points, rows, tolerance, into=both[0], split=split)
+        compare_all(points, rows, tolerance, into=both[1], size=64, device=cpu, split=split)
         ours, all_tiles = (sorted(zip(*(c.tolist() for c in pairs.joined()), strict=True)) for pairs in both)
         assert len(all_tiles) > 50
         assert sorted((min(i, j), max(i, j), d) for i, j, d in ours) == all_tiles
         forests = ForestBuilder(len(x), batch=100), ForestBuilder(len(x))
-        compare_all(points, rows, into=forests[0], size=64, device=torch.device("cpu"), **options)  # type: ignore[arg-type]
+        compare_all(points, rows, tolerance, into=forests[0], size=64, device=cpu, split=split)
         forests[1].add(*both[1].joined())
         assert (forests[0].forest().left == forests[1].forest().left).all()
         assert (forests[0].forest().distance == forests[1].forest().distance).all()
@@ -125,13 +122,14 @@ def test_distinct_points_to_the_smallest_equal_row() -> None:
     assert same.position.tolist() == [-1, 0, 1, 0, 2]
 
 
-def test_torch_tensors_and_memory_maps_are_read_alike(tmp_path: object) -> None:
+def test_torch_tensors_lists_and_memory_maps_are_read_alike(tmp_path: object) -> None:
     x = clustered(300, 16)
     path = f"{tmp_path}/rows.npy"
     np.save(path, x)
     expected = as_dict(pairs_within(x, threshold=0.1, metric="euclidean"))
     assert as_dict(pairs_within(np.load(path, mmap_mode="r"), threshold=0.1, metric="euclidean")) == expected
-    assert as_dict(pairs_within(torch.from_numpy(x), threshold=0.1, metric="euclidean")) == expected
+    for rows in (torch.from_numpy(x), torch.from_numpy(x).requires_grad_(), x.tolist()):
+        assert as_dict(pairs_within(rows, threshold=0.1, metric="euclidean")) == expected
 
 
 def test_no_rows_and_one_row_have_no_pairs() -> None:
@@ -141,18 +139,21 @@ def test_no_rows_and_one_row_have_no_pairs() -> None:
 
 @pytest.mark.parametrize("size", [23, 4096])
 def test_nearest_equals_sorting_all_distances(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
-    monkeypatch.setattr(neighbours, "tile_rows", lambda dim, memory_gb: size)
+    monkeypatch.setattr(near_pairs, "tile_rows", lambda dim, memory_gb: size)
     x = np.random.default_rng(0).standard_normal((120, 12))
-    found = nearest(Points.of(x, metric="euclidean"), np.arange(120), k=5, metric="euclidean")
+    found = nearest(Points.of(x, metric="euclidean"), np.arange(120), Tolerance(100.0, "euclidean"), k=5)
     distances = all_distances(x, "euclidean")
     np.fill_diagonal(distances, np.inf)
     np.testing.assert_array_equal(found.row, distances.argsort(axis=1)[:, :5])
     np.testing.assert_allclose(found.distance, np.sort(distances, axis=1)[:, :5], rtol=1e-6)
+    near = nearest(Points.of(x, metric="euclidean"), np.arange(120), Tolerance(3.0, "euclidean"), k=5)
+    np.testing.assert_array_equal(near.row, np.where(found.distance < 3.0, found.row, -1))
+    assert 0 < (near.row < 0).mean() < 1
 
 
 def test_nearest_fills_up_with_minus_one() -> None:
     x = np.eye(3)
-    found = nearest(Points.of(x, metric="cosine"), np.arange(3), k=4, metric="cosine")
+    found = nearest(Points.of(x, metric="cosine"), np.arange(3), Tolerance(2.0, "cosine"), k=4)
     assert found.row[0].tolist() == [1, 2, -1, -1]
     assert np.isinf(found.distance[:, 2:]).all()
 

@@ -8,6 +8,7 @@ from distilclip.grouping import search_cpu as module
 from distilclip.grouping._tiles import product_in_bfloat16, product_in_float32
 from distilclip.grouping.forest import Forest, ForestBuilder, spanning_forest
 from distilclip.grouping.search_cpu import AllPairs, search
+from distilclip.vectors.metric import Tolerance
 from distilclip.vectors.points import Points
 
 METRICS = {"euclidean": 0.3, "sqeuclidean": 0.09, "cosine": 0.045}
@@ -45,7 +46,7 @@ def naive(x: np.ndarray, threshold: float, metric: str) -> tuple[np.ndarray, np.
 def found(x: np.ndarray, *, threshold: float, metric: str, num_cells: int) -> dict[tuple[int, int], float]:
     pairs = AllPairs()
     points = Points.of(x, metric=metric)
-    search(points, np.arange(len(x)), threshold=threshold, metric=metric, into=pairs, num_cells=num_cells)
+    search(points, np.arange(len(x)), Tolerance(threshold, metric), into=pairs, num_cells=num_cells)
     left, right, distance = pairs.joined()
     both = np.sort(np.stack([left, right]), axis=0)
     assert len(np.unique(both, axis=1).T) == len(left)
@@ -55,7 +56,7 @@ def found(x: np.ndarray, *, threshold: float, metric: str, num_cells: int) -> di
 def forest_of(x: np.ndarray, *, threshold: float, metric: str, num_cells: int) -> Forest:
     builder = ForestBuilder(len(x), batch=500)
     points = Points.of(x, metric=metric)
-    search(points, np.arange(len(x)), threshold=threshold, metric=metric, into=builder, num_cells=num_cells)
+    search(points, np.arange(len(x)), Tolerance(threshold, metric), into=builder, num_cells=num_cells)
     return builder.forest()
 
 
@@ -101,8 +102,7 @@ def test_a_split_finds_the_pairs_across_it(kind: str, num_cells: int, split: int
     search(
         Points.of(x, metric="euclidean"),
         np.arange(len(x)),
-        threshold=0.3,
-        metric="euclidean",
+        Tolerance(0.3, "euclidean"),
         into=pairs,
         num_cells=num_cells,
         split=split,
@@ -149,4 +149,4 @@ def test_a_budget_that_is_too_small_is_an_error() -> None:
     x = rows_of("sphere")
     points = Points.of(x, metric="cosine")
     with pytest.raises(module.InputError, match="memory_gb=1e-06"):
-        search(points, np.arange(len(x)), threshold=0.1, metric="cosine", into=AllPairs(), memory_gb=1e-6)
+        search(points, np.arange(len(x)), Tolerance(0.1, "cosine"), into=AllPairs(), memory_gb=1e-6)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from distilclip.engine import Engine
-from distilclip.grouping.search_parts import parts_of, rows_of_budget
+from distilclip.grouping.search_parts import pair_blocks, rows_of_budget
 from distilclip.stages.balance import Config, main
 from tests.stages.conftest import contents, write_store
 
@@ -23,12 +23,12 @@ def run(store: str, out: Path, **options: object) -> dict[str, bytes]:
 
 
 def test_every_pair_of_rows_is_in_one_part() -> None:
-    parts = parts_of(10, block_rows=3)
+    parts = pair_blocks(10, block_rows=3)
     seen = np.zeros((10, 10), int)
     for part in parts:
         seen[slice(*part.left), slice(*part.right)] += 1
     assert (np.triu(seen) == np.triu(np.ones((10, 10)))).all()
-    assert len(parts_of(10, block_rows=10)) == 1
+    assert len(pair_blocks(10, block_rows=10)) == 1
     assert len({str(part) for part in parts}) == len(parts) == 10
     assert rows_of_budget(1000, 1.0) == 1000
     assert 2 * rows_of_budget(10**9, 1.0) * 512 <= 2**30

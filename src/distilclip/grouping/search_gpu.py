@@ -1,7 +1,10 @@
-"""The search for near pairs on an accelerator: products of all tiles, in half precision, and no cells.
+"""Search for near pairs on an accelerator: products of all tiles in half precision, without cells.
 
 A tile is compared with one number, so that it is read once after it is written; what passes is decided in float64. Of
 pairs that the forest already joins at a smaller distance, most are dropped undecided, as on the CPU.
+
+A pair is near when |x - y|^2 < limit, that is xy > (|x|^2 + |y|^2 - limit) / 2. The bound of a tile takes the shortest
+row of either side, so that it holds for every pair of the tile: for unit rows and limit 0.0049, xy > 0.99755.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from torch import Tensor
 from distilclip.grouping.forest import ForestBuilder
 from distilclip.grouping.search_cpu import Collector
 from distilclip.vectors.kernels import ROUNDING, float32_sums
-from distilclip.vectors.metric import distance, squared, squared_threshold
+from distilclip.vectors.metric import Tolerance
 from distilclip.vectors.points import Points
 
 HALF_ROUNDING = 2.0**-11  # of one float16 number, relative
@@ -29,22 +32,20 @@ CANDIDATES = 1 << 24  # pairs listed at a time
 def compare_all(
     points: Points,
     rows: Int[np.ndarray, " m"],
+    tolerance: Tolerance,
     *,
-    threshold: float,
-    metric: str,
     into: Collector,
     size: int,
     device: torch.device,
     split: int | None = None,
 ) -> None:
-    """Hand every pair of `rows` closer than the threshold to `into`, save those that its links rule out.
+    """Hand every near pair of `rows` to `into`, save those that its links rule out.
 
     Tiles have `size` rows on either side. With `split`, only pairs of one of `rows[:split]` and one of `rows[split:]`.
     """
     radius = float(points.norm[rows].max(initial=0.0))
     kind = torch.float16 if radius <= LONGEST else torch.float32
-    error = product_error(points.dim, radius, kind)
-    limit = squared_threshold(threshold, metric)
+    error = inner_product_error(points.dim, radius, kind)
     blocks = _Blocks(points, rows, kind=kind, device=device)
     end = len(rows) if split is None else split
     with float32_sums():
@@ -52,15 +53,17 @@ def compare_all(
             left, left_block = blocks.at(a, min(a + size, end))
             for b in range(a if split is None else split, len(rows), size):
                 right, right_block = blocks.at(b, min(b + size, len(rows)))
+                # 1. The tile [a, b] of inner products, and the bound below which none of its pairs is near.
                 product = left_block @ right_block.T
                 shortest = float(points.norm[left].min() ** 2 + points.norm[right].min() ** 2)
-                bound = (shortest - limit) / 2 - error
+                bound = (shortest - tolerance.squared) / 2 - error
                 near = product >= bound - 2 * HALF_ROUNDING * abs(bound)  # the number itself is rounded to the tile's
                 if split is None and a == b:
                     near.triu_(diagonal=1)
-                for i, j in _listed(near):
+                # 2. What passes the bound is decided from the rows themselves.
+                for i, j in _list_places(near):
                     pairs = left[i.cpu().numpy()], right[j.cpu().numpy()]
-                    _decide(points, *pairs, product[i, j].float().cpu().numpy(), error, threshold, metric, into)
+                    _decide(points, *pairs, product[i, j].float().cpu().numpy(), error, tolerance, into)
 
 
 class _Blocks:
@@ -75,7 +78,7 @@ class _Blocks:
                 self._all[start : start + BLOCK] = points.block(rows[start : start + BLOCK], device=device)
 
     def at(self, start: int, stop: int) -> tuple[Int[np.ndarray, " b"], Float[Tensor, "b dim"]]:
-        """Rows by position: their numbers and their points."""
+        """Return the numbers and the points of the rows at some positions."""
         rows = self._rows[start:stop]
         if self._all is not None:
             return rows, self._all[start:stop]
@@ -83,12 +86,12 @@ class _Blocks:
 
 
 def _free_bytes(device: torch.device) -> int:
-    """Of an accelerator's memory; of others nothing is known, so nothing is taken."""
+    """Return the free memory of a CUDA device; of others nothing is known, so nothing is taken."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def product_error(dim: int, radius: float, kind: torch.dtype) -> float:
-    """How far a tile's inner product of points no longer than `radius` may be from theirs.
+def inner_product_error(dim: int, radius: float, kind: torch.dtype) -> float:
+    """Bound the error of a tile's inner product of points no longer than `radius`.
 
     Both factors and the product are rounded to `kind`, the sum is accumulated in float32.
     """
@@ -97,8 +100,8 @@ def product_error(dim: int, radius: float, kind: torch.dtype) -> float:
     return (3.01 * one + 2 * dim * ROUNDING) * radius**2 + 2.01 * dim**0.5 * least * (radius + 1)
 
 
-def _listed(near: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Places of a mask, so many rows at a time that the list stays short."""
+def _list_places(near: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the places of a mask, so many rows at a time that the list stays short."""
     height = max(1, CANDIDATES // max(1, near.shape[1]))
     dense = int(near.count_nonzero()) > CANDIDATES
     for start in range(0, len(near), height if dense else len(near)):
@@ -112,18 +115,19 @@ def _decide(
     right: Int[np.ndarray, " p"],
     product: Float[np.ndarray, " p"],
     error: float,
-    threshold: float,
-    metric: str,
+    tolerance: Tolerance,
     into: Collector,
 ) -> None:
-    links = into.links if isinstance(into, ForestBuilder) else None
-    if links is not None:
+    """Hand on the pairs [p] that are near, by their distance in float64."""
+    links = into.links
+    if len(links.root):
+        # Drop pairs of one group whose distance is surely no less than the one at which the forest joins them.
         least = points.norm[left] ** 2 + points.norm[right] ** 2 - 2 * (product + error)
-        top = squared(np.maximum(links.top[left], links.top[right]).astype(np.float64), metric) * (1 + 1e-6)
+        top = tolerance.squared_of(np.maximum(links.top[left], links.top[right]).astype(np.float64)) * (1 + 1e-6)
         useful = (links.root[left] != links.root[right]) | (least < top)
         left, right = left[useful], right[useful]
-    dist = distance(points.squared(left, right), metric)
-    keep = dist < np.float32(threshold)
-    into.add(left[keep], right[keep], dist[keep])
+    distance = tolerance.distance_of(points.squared(left, right))
+    near = tolerance.includes(distance)
+    into.add(left[near], right[near], distance[near])
     if isinstance(into, ForestBuilder) and len(left) > CANDIDATES // 16:
         into.reduce()

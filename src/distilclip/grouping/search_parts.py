@@ -1,4 +1,4 @@
-"""The search in parts: each compares two blocks of a store's rows and writes the forest of the near pairs it finds.
+"""Search a store in parts: each compares two blocks of rows and writes the forest of the near pairs it finds.
 
 The forests of all parts merge to that of all pairs, so it does not matter how the rows are divided, who computes a
 part, or in what order; only names and counts travel between processes.
@@ -15,11 +15,13 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from distilclip import files
-from distilclip.data import side_files as tables
+from distilclip.data import side_files
 from distilclip.data.images import ImageMatrix
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
-from distilclip.grouping.balance import similarity_forest
+from distilclip.grouping.forest import Forest
+from distilclip.grouping.rule import Rule
+from distilclip.grouping.search_forest import Finding, search_forest
 from distilclip.vectors.points import Points
 
 ROW_BYTES = 512  # of working memory that a search needs for a row
@@ -28,7 +30,7 @@ Block = tuple[int, int]  # the first row, and that after the last
 
 
 @dataclass(frozen=True)
-class Part:
+class BlockPair:
     """Two blocks whose rows are compared; or one, named twice, whose rows are compared with each other."""
 
     left: Block
@@ -37,82 +39,105 @@ class Part:
     def __str__(self) -> str:
         return "-".join(f"{row:012d}" for row in (*self.left, *self.right))
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The blocks whose rows are read."""
+        return [self.left] if self.left == self.right else [self.left, self.right]
 
-def parts_of(num_rows: int, *, block_rows: int) -> list[Part]:
-    """All pairs of blocks of nearly equal size, none larger than `block_rows`; those that take longest come first."""
+    @property
+    def num_rows(self) -> list[int]:
+        """Rows of each of the blocks."""
+        return [stop - start for start, stop in self.blocks]
+
+
+def pair_blocks(num_rows: int, *, block_rows: int) -> list[BlockPair]:
+    """Return all pairs of blocks of nearly equal size, none larger than `block_rows`; the slowest pairs come first."""
     num_blocks = max(1, -(-num_rows // block_rows))
     bounds = np.linspace(0, num_rows, num_blocks + 1).astype(int).tolist()
     blocks = list(itertools.pairwise(bounds))
-    across = [Part(a, b) for i, a in enumerate(blocks) for b in blocks[i + 1 :]]
-    return across + [Part(block, block) for block in blocks]
+    across = [BlockPair(a, b) for i, a in enumerate(blocks) for b in blocks[i + 1 :]]
+    return across + [BlockPair(block, block) for block in blocks]
 
 
 def rows_of_budget(num_rows: int, memory_gb: float) -> int:
-    """How many rows a block may have so that two of them fit the budget; all of them if that many fit it together."""
+    """Return how many rows a block may have so that two fit the budget; all rows if that many fit together."""
     fit = max(1, int(memory_gb * 2**30 / ROW_BYTES))
     return max(1, num_rows) if num_rows <= fit else max(1, fit // 2)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Search:
+class StoreSearch:
     """What every part of a search needs to know."""
 
     store: str
     folder: str
     """of `balance`: holds the forests of the parts, and the copies that no part looks at"""
-    threshold: float
-    metric: str
+    rule: Rule
     memory_gb: float
     device: str
 
-    def prepare(self) -> Callable[[Part], None]:
-        """In a worker: read what all parts share."""
+    def prepare(self) -> Callable[[BlockPair], None]:
+        """Read, in a worker, what all parts share, and return what computes a part."""
         images = ImageMatrix(Store.open(self.store))
-        copied = np.zeros(len(images), bool)
-        copied[images.rows(self.copies().right)] = True
-        return partial(self._compute, images, copied)
+        return partial(self._compute, images, self._is_copy(images))
 
-    def _compute(self, images: ImageMatrix, copied: Bool[np.ndarray, " n"], part: Part) -> None:
-        """Write the forest of the part's pairs, unless that is done already."""
-        if files.exists(self.path(part)):
-            return
-        blocks = [part.left] if part.left == part.right else [part.left, part.right]
-        rows = np.concatenate([np.arange(*block) for block in blocks])
-        searched = np.concatenate([images.valid(*block) for block in blocks]) & ~copied[rows]
-        values = [images.read(*block) for block in blocks]
-        forest = similarity_forest(
-            Points.of(values[0] if len(values) == 1 else np.concatenate(values), metric=self.metric, valid=searched),
+    def _compute(self, images: ImageMatrix, copied: Bool[np.ndarray, " n"], pair: BlockPair) -> None:
+        """Write the forest of the part, unless that is done already."""
+        if not files.exists(self._path(pair)):
+            save_forest(self._path(pair), self._search(images, copied, pair).forest, images)
+
+    def search_lists(self, images: ImageMatrix) -> Finding:
+        """Search all rows as one part, here; for topk mode, where a part's lists would not be the lists of all rows."""
+        return self._search(images, self._is_copy(images), BlockPair((0, len(images)), (0, len(images))))
+
+    def _search(self, images: ImageMatrix, copied: Bool[np.ndarray, " n"], pair: BlockPair) -> Finding:
+        rows = np.concatenate([np.arange(*block) for block in pair.blocks])
+        searched = np.concatenate([images.valid(*block) for block in pair.blocks]) & ~copied[rows]
+        values = [images.read(*block) for block in pair.blocks]
+        points = Points.of(
+            values[0] if len(values) == 1 else np.concatenate(values), metric=self.rule.metric, valid=searched
+        )
+        found = search_forest(
+            points,
             searched,
-            threshold=self.threshold,
-            metric=self.metric,
+            self.rule,
             split=len(values[0]) if len(values) == 2 else None,
             memory_gb=self.memory_gb,
             device=resolve_device(self.device),
         )
-        edges = tables.ForestEdges(images.ids(rows[forest.left]), images.ids(rows[forest.right]), forest.distance)
-        tables.write_edges(self.path(part), edges)
+        left, right = rows[found.forest.left], rows[found.forest.right]
+        forest = Forest(left=left, right=right, distance=found.forest.distance, num_rows=len(images))
+        return Finding(forest=forest, saturated=found.saturated)
 
-    def path(self, part: Part) -> str:
-        """Where the forest of a part lies."""
-        return files.join(self.folder, "search", f"{part}.parquet")
-
-    def forest(self, part: Part) -> tables.ForestEdges:
-        """The forest of a finished part."""
-        return tables.read_edges(self.path(part))
+    def forest(self, pair: BlockPair, images: ImageMatrix) -> Forest:
+        """Return the forest of a finished part."""
+        return load_forest(self._path(pair), images)
 
     def write_copies(self, images: ImageMatrix) -> None:
         """Find the rows whose image file is equal to the byte to that of an earlier row; no part looks at them."""
-        path = files.join(self.folder, "search", "copies.parquet")
-        if files.exists(path):
+        if files.exists(self._copies_path):
             return
         original = _originals(images)
         copies = np.flatnonzero(original != np.arange(len(images)))
         nothing = np.zeros(len(copies), np.float32)
-        tables.write_edges(path, tables.ForestEdges(images.ids(original[copies]), images.ids(copies), nothing))
+        forest = Forest(left=original[copies], right=copies, distance=nothing, num_rows=len(images))
+        save_forest(self._copies_path, forest, images)
 
-    def copies(self) -> tables.ForestEdges:
-        """Edges of length 0 from the first row of an image file to each of its copies."""
-        return tables.read_edges(files.join(self.folder, "search", "copies.parquet"))
+    def copies(self, images: ImageMatrix) -> Forest:
+        """Return edges of length 0 from the first row of an image file to each of its copies."""
+        return load_forest(self._copies_path, images)
+
+    def _is_copy(self, images: ImageMatrix) -> Bool[np.ndarray, " n"]:
+        copied = np.zeros(len(images), bool)
+        copied[self.copies(images).right] = True
+        return copied
+
+    def _path(self, pair: BlockPair) -> str:
+        return files.join(self.folder, "search", f"{pair}.parquet")
+
+    @property
+    def _copies_path(self) -> str:
+        return files.join(self.folder, "search", "copies.parquet")
 
 
 def remove_parts(folder: str) -> None:
@@ -120,8 +145,21 @@ def remove_parts(folder: str) -> None:
     files.remove_folder(files.join(folder, "search"))
 
 
+def save_forest(path: str, forest: Forest, images: ImageMatrix) -> None:
+    """Write a forest with the ids of its rows."""
+    edges = side_files.ForestEdges(images.ids(forest.left), images.ids(forest.right), forest.distance)
+    side_files.write_edges(path, edges)
+
+
+def load_forest(path: str, images: ImageMatrix) -> Forest:
+    """Return a forest that `save_forest` wrote, with rows counted through all shards."""
+    edges = side_files.read_edges(path)
+    left, right = images.rows(edges.left), images.rows(edges.right)
+    return Forest(left=left, right=right, distance=edges.distance, num_rows=len(images))
+
+
 def _originals(images: ImageMatrix) -> Int[np.ndarray, " n"]:
-    """Of every row, the first valid row with the same image file; the row itself where that is not known."""
+    """Return of every row the first valid row with the same image file; the row itself where that is not known."""
     digests = images.digests()
     original = np.arange(len(images))
     known = np.flatnonzero(images.valid() & digests.any(axis=1))

@@ -1,58 +1,87 @@
-"""The three distances a threshold can be given in, and what each says in terms of the others.
+"""Say how near two rows must be: a threshold together with the metric whose unit it has.
 
-Everything is searched in one space: the rows themselves for the Euclidean metrics, the rows scaled to unit length for
-`cosine`. There, squared Euclidean distance s gives euclidean = sqrt(s), sqeuclidean = s, cosine = s / 2.
+Everything is searched in one space: the rows as they are for the Euclidean metrics, the rows scaled to unit length for
+`cosine`. There, a squared Euclidean distance s is euclidean = sqrt(s), sqeuclidean = s, cosine = s / 2.
+
+>>> near = Tolerance(0.5, "cosine")
+>>> near.squared
+1.0
+>>> near.distance_of(np.array([0.5, 1.0])).tolist()
+[0.25, 0.5]
+>>> near.includes(np.array([0.25, 0.5], np.float32)).tolist()
+[True, False]
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
+import numbers
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 
 from distilclip.errors import InputError, did_you_mean
 
 Metric = Literal["euclidean", "sqeuclidean", "cosine"]
 
 
-def squared_threshold(threshold: float, metric: str) -> float:
-    """The squared Euclidean distance that a threshold stands for; `InputError` for a threshold no distance can have."""
-    check_metric(metric)
-    if not (math.isfinite(threshold) and threshold > 0):
-        raise InputError(f"threshold={threshold!r}: a distance threshold is a positive, finite number.")
-    if metric == "euclidean":
-        return threshold * threshold
-    return threshold if metric == "sqeuclidean" else 2 * threshold
+@dataclass(frozen=True)
+class Tolerance:
+    """Two rows are near when their distance in `metric` is less than `threshold`, both rounded to float32.
 
+    Raises:
+        InputError: an unknown metric, or a threshold that no distance can have.
+    """
 
-def distance(squared: Float[np.ndarray, " n"], metric: str) -> Float[np.ndarray, " n"]:
-    """Squared Euclidean distances in the metric's own unit, rounded to float32: the value compared with thresholds."""
-    check_metric(metric)
-    if metric == "euclidean":
-        squared = np.sqrt(squared)
-    elif metric == "cosine":
-        squared = squared / 2
-    return squared.astype(np.float32)
+    threshold: float
+    metric: str
 
+    def __post_init__(self) -> None:
+        check_metric(self.metric)
+        check_distance("threshold", self.threshold)
 
-def squared(distance: Float[np.ndarray, " n"], metric: str) -> Float[np.ndarray, " n"]:
-    """The squared Euclidean distances that distances in the metric's unit stand for."""
-    check_metric(metric)
-    if metric == "euclidean":
-        return distance * distance
-    return distance if metric == "sqeuclidean" else 2 * distance
+    @property
+    def squared(self) -> float:
+        """The squared Euclidean distance that the threshold stands for."""
+        if self.metric == "euclidean":
+            return self.threshold * self.threshold
+        return self.threshold if self.metric == "sqeuclidean" else 2 * self.threshold
+
+    def distance_of(self, squared: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+        """Squared Euclidean distances in the metric's unit, as float32: what is compared with the threshold."""
+        if self.metric == "euclidean":
+            squared = np.sqrt(squared)
+        elif self.metric == "cosine":
+            squared = squared / 2
+        return squared.astype(np.float32)
+
+    def squared_of(self, distance: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
+        """The squared Euclidean distances that distances in the metric's unit stand for."""
+        if self.metric == "euclidean":
+            return distance * distance
+        return distance if self.metric == "sqeuclidean" else 2 * distance
+
+    def includes(self, distance: Float[np.ndarray, "*shape"]) -> Bool[np.ndarray, "*shape"]:
+        """Whether distances in the metric's unit are below the threshold."""
+        return distance < np.float32(self.threshold)
 
 
 def equivalents(threshold: float, metric: str) -> dict[str, float]:
     """The same threshold between unit vectors in every metric: euclidean 0.07 is sqeuclidean 0.0049, cosine 0.00245."""
-    squared = squared_threshold(threshold, metric)
+    squared = Tolerance(threshold, metric).squared
     return {"euclidean": math.sqrt(squared), "sqeuclidean": squared, "cosine": squared / 2}
 
 
 def check_metric(metric: str) -> None:
-    """`InputError` naming the known metrics unless `metric` is one of them."""
+    """Raise `InputError` naming the known metrics unless `metric` is one of them."""
     known = get_args(Metric)
     if metric not in known:
-        raise InputError(f"metric={metric!r} is unknown. {did_you_mean(metric, known)}")
+        raise InputError(f"metric={metric!r} is unknown. {did_you_mean(str(metric), known)}")
+
+
+def check_distance(name: str, value: Any) -> None:
+    """Raise `InputError` unless the argument `name` is a positive, finite number."""
+    if not (isinstance(value, numbers.Real) and math.isfinite(value) and float(value) > 0):
+        raise InputError(f"{name}={value!r}: a distance threshold is a positive, finite number.")

@@ -1,0 +1,15 @@
+import doctest
+from types import ModuleType
+
+import pytest
+
+from distilclip.grouping import _tiles, balance, cells, forecast, forest, near_pairs, representatives
+from distilclip.vectors import metric
+
+MODULES = (_tiles, balance, cells, forecast, forest, near_pairs, representatives, metric)
+
+
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
+def test_the_example_of_a_module_is_true(module: ModuleType) -> None:
+    found = doctest.testmod(module, raise_on_error=True)
+    assert found.attempted > 1
