@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,9 +28,9 @@ from torch import Tensor
 from distilclip.losses._tiling import blocks, no_autocast, scaled_exp
 
 _SMALLEST_NORM = 1e-12  # as torch.nn.functional.normalize
-_KEPT_ENTRIES = 1 << 22
+_KEPT_ENTRIES = 1 << 22  # cosines of one block with all classes, while they are few
 _BLOCK_ROWS = {"cpu": 128, "cuda": 512}
-_TILE_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 25}
+_TILE_ENTRIES = {"cpu": 1 << 21, "cuda": 1 << 25}  # cosines of one tile, both models' together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,44 +61,28 @@ class ClusterInputs:
     first_class: int = 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class PartialSums:
+class PartialSums(NamedTuple):
     """What one set of classes adds to the three softmaxes of n rows."""
 
-    maximum: Float[Tensor, "3 n"]
-    """Largest logit of each softmax."""
-    total: Float[Tensor, "3 n"]
-    """sum_j exp(logit_j - maximum)"""
-    gap: Float[Tensor, " n"]
-    """sum_j exp(x_j - maximum of x) (x_j - y_j), for the student's logits x and the teacher's y"""
-    own: Float[Tensor, " n"]
-    """The label softmax's logit of the row's own class; 0 where another rank has that class."""
+    maximum: Float[Tensor, "3 n"]  # largest logit of each softmax
+    total: Float[Tensor, "3 n"]  # sum_j exp(logit_j - maximum)
+    gap: Float[Tensor, " n"]  # sum_j exp(x_j - maximum of x) (x_j - y_j), x the student's logits, y the teacher's
+    own: Float[Tensor, " n"]  # label softmax's logit of the row's own class; 0 where another rank has that class
 
     @classmethod
     def of_no_class(cls, num_rows: int, like: Tensor) -> PartialSums:
         """Return the sums over no class at all, which `combine` starts from."""
-        return cls(
-            maximum=like.new_full((3, num_rows), -torch.inf),
-            total=like.new_zeros(3, num_rows),
-            gap=like.new_zeros(num_rows),
-            own=like.new_zeros(num_rows),
-        )
+        zeros = like.new_zeros(5, num_rows)
+        return cls(like.new_full((3, num_rows), -torch.inf), zeros[:3], zeros[3], zeros[4])
 
     @classmethod
     def of_rows(cls, blocks: Sequence[PartialSums]) -> PartialSums:
         """Join the sums of consecutive blocks of rows."""
-        return cls(
-            maximum=torch.cat([block.maximum for block in blocks], 1),
-            total=torch.cat([block.total for block in blocks], 1),
-            gap=torch.cat([block.gap for block in blocks]),
-            own=torch.cat([block.own for block in blocks]),
-        )
+        return cls(*(torch.cat(values, -1) for values in zip(*blocks, strict=True)))
 
     def rows(self, rows: slice) -> PartialSums:
         """Return the sums of some of the rows."""
-        return PartialSums(
-            maximum=self.maximum[:, rows], total=self.total[:, rows], gap=self.gap[rows], own=self.own[rows]
-        )
+        return PartialSums(*(values[..., rows] for values in self))
 
     @property
     def log_normaliser(self) -> Float[Tensor, "3 n"]:
@@ -120,20 +105,15 @@ class PartialSums:
 
     def raised(self, maximum: Float[Tensor, "3 n"]) -> PartialSums:
         """Return the same sums relative to a larger maximum: after it, sums of several sets may be added up."""
-        factor = torch.exp(self.maximum - maximum)
-        return PartialSums(maximum=maximum, total=self.total * factor, gap=self.gap * factor[1], own=self.own)
+        factor = torch.exp(self.maximum - maximum)  # [3, n]
+        return PartialSums(maximum, self.total * factor, self.gap * factor[1], self.own)
 
 
 def combine(parts: Sequence[PartialSums]) -> PartialSums:
     """Return the sums over the union of the parts' classes."""
-    maximum = torch.stack([part.maximum for part in parts]).amax(0)
-    raised = [part.raised(maximum) for part in parts]
-    return PartialSums(
-        maximum=maximum,
-        total=torch.stack([part.total for part in raised]).sum(0),
-        gap=torch.stack([part.gap for part in raised]).sum(0),
-        own=torch.stack([part.own for part in raised]).sum(0),
-    )
+    maximum = torch.stack([part.maximum for part in parts]).amax(0)  # [3, n]
+    _, *sums = zip(*(part.raised(maximum) for part in parts), strict=True)
+    return PartialSums(maximum, *(torch.stack(values).sum(0) for values in sums))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,8 +124,7 @@ class RowWeights:
     distribution: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class ClusterGradients:
+class ClusterGradients(NamedTuple):
     """Gradients of the weighted loss with respect to embeddings and centers; None where none is wanted."""
 
     student: Float[Tensor, "n dim"] | None
@@ -155,13 +134,8 @@ class ClusterGradients:
     @classmethod
     def zeros(cls, inputs: ClusterInputs, needed: Sequence[bool]) -> ClusterGradients:
         """Return buffers to add to, for those of student, teacher and centers that are needed."""
-        tensors = inputs.student, inputs.teacher, inputs.centers
-        return cls(
-            **{
-                name: torch.zeros_like(tensor) if need else None
-                for name, tensor, need in zip(("student", "teacher", "centers"), tensors, needed, strict=True)
-            }
-        )
+        pairs = zip((inputs.student, inputs.teacher, inputs.centers), needed, strict=True)
+        return cls(*(torch.zeros_like(tensor) if need else None for tensor, need in pairs))
 
 
 class CenterTiles:
@@ -193,6 +167,7 @@ class CenterTiles:
         pair, scale = self._pair[:, rows], self._inputs.softmaxes.class_scale
         sums = PartialSums.of_no_class(pair.shape[1], like=pair)
         for index in range(len(self._columns)):
+            # One tile [2, r, c] after the other: its cosines, its sums, joined with those so far.
             cosines = self._multiply(pair, index)
             sums = combine([sums, _tile_sums(cosines, self._inputs.softmaxes, self._working(cosines))])
         # The logit of the row's own class, where this rank has it.
@@ -212,7 +187,7 @@ class CenterTiles:
                 gradients.student[rows].addmm_(by_cosine[0], unit)
             if gradients.teacher is not None:
                 gradients.teacher[rows].addmm_(by_cosine[1], unit)
-            if gradients.centers is not None:
+            if gradients.centers is not None:  # from both models' rows at once: [c, 2 r] @ [2 r, dim]
                 gradients.centers[columns].addmm_(by_cosine.flatten(0, 1).T, pair.flatten(0, 1))
         # The label's own class: the -1 in the gradient (softmax - 1) of a cross-entropy.
         here, classes, centers = self._own(rows)
@@ -237,7 +212,7 @@ class CenterTiles:
 
     def _own(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Rows of the block whose class is here, that class counted from this rank's first, and its unit center."""
-        local = self._inputs.labels[rows] - self._inputs.first_class
+        local = self._inputs.labels[rows] - self._inputs.first_class  # below 0 or past the end: another rank's
         here = ((local >= 0) & (local < len(self._inputs.centers))).nonzero().squeeze(1)
         local = local[here]
         return here, local, self._inputs.centers[local] * self._inverse_norm[local]
@@ -279,6 +254,7 @@ def partial_gradients(
         tiles = CenterTiles(inputs, keep=sums is None)
         gradients = ClusterGradients.zeros(inputs, needed)
         found = []
+        # A block's own softmaxes must be complete before its gradients can be found.
         for rows in tiles.rows:
             found.append(tiles.sums(rows) if sums is None else sums.rows(rows))
             tiles.add_gradients(rows, found[-1], weights, gradients)
@@ -308,7 +284,7 @@ def _tile_sums(cosines: Tensor, softmaxes: Softmaxes, working: Tensor) -> Partia
     # sum_j exp(x_j - max) (x_j - y_j), while the student's exponentials are at hand.
     gap = torch.sub(student, teacher, out=working[1]).mul_(exponentials).sum(1).mul_(inverse)
     total = torch.stack([label_total, exponentials.sum(1), teacher_total])
-    return PartialSums(maximum=maximum, total=total, gap=gap, own=torch.zeros_like(gap))
+    return PartialSums(maximum, total, gap, torch.zeros_like(gap))
 
 
 def _tile_gradients(

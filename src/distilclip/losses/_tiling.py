@@ -39,6 +39,7 @@ def full_precision(first: Tensor, *others: Tensor | float) -> list[Tensor]:
     own type. Scalars follow the matrices, as in torch's own promotion.
     """
     values = [first, *others]
+    # Scalars do not decide: a float64 scale beside float32 rows is made float32.
     double = any(isinstance(value, Tensor) and value.ndim and value.dtype == torch.float64 for value in values)
     dtype = torch.float64 if double else torch.float32
     return [
@@ -62,6 +63,7 @@ def scaled_exp(
     By powers of two: torch's float32 `exp` on CPUs is MKL's, measured 3.5 x slower than `exp2`, and 150 x slower where
     the result is denormal, which happens in every softmax of large scale.
     """
+    # exp(x) = 2^(x log2 e)
     return torch.add(shift * -_LOG2E, logits, alpha=scale * _LOG2E, out=out).exp2_()
 
 
@@ -69,7 +71,7 @@ def add_exponentials_(
     logits: Float[Tensor, "r c"], dim: int, maximum: Tensor, total: Tensor, scratch: Float[Tensor, "r c"]
 ) -> None:
     """Add a tile to the running `maximum` and `total` of its rows (dim 1) or columns (dim 0), both in place."""
-    raised = torch.maximum(maximum, logits.amax(dim))
+    raised = torch.maximum(maximum, logits.amax(dim))  # [r] or [c]
     total.mul_(torch.exp(maximum - raised))  # the sum so far, relative to the raised maximum
     total.add_(scaled_exp(logits, 1.0, raised.unsqueeze(dim), out=scratch).sum(dim))
     maximum.copy_(raised)
@@ -132,7 +134,7 @@ def sum_over_rows(
     key_gradient = torch.zeros_like(keys) if need_keys else None
     scale_gradient = None
     with torch.no_grad(), no_autocast(queries):
-        scaled = queries * scale
+        scaled = queries * scale  # [n, dim]
         value = scaled.new_zeros(())
         buffer = scaled.new_empty(min(block, len(scaled)) * len(keys))
         for rows in blocks(len(scaled), block):
@@ -141,7 +143,7 @@ def sum_over_rows(
             value += loss_(logits, rows)
             if query_gradient is not None:
                 query_gradient[rows] = logits @ keys  # with respect to the scaled queries
-            if key_gradient is not None:
+            if key_gradient is not None:  # every block adds to all keys
                 key_gradient.addmm_(logits.T, scaled[rows], alpha=1 / count)
         if query_gradient is not None:
             # scaled = scale * queries: the chain rule for both factors.

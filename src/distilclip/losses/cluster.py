@@ -92,6 +92,7 @@ def cluster(
             f"labels lie in {int(labels.min())}..{int(labels.max())}, but there are {len(centers)} centers: "
             "labels and centers must come from the same `cluster` run."
         )
+    # Rows of all ranks against this rank's classes; nothing below is recorded by autograd (see _Cluster).
     softmaxes = Softmaxes(class_scale=class_scale, temperature=temperature)
     student, teacher, centers = full_precision(shard.rows.all(student), shard.rows.all(teacher), centers)
     needed = wanted(student, teacher, centers)
@@ -120,6 +121,7 @@ def sample_classes(
     score = torch.rand(num_centers, generator=generator, device=device).to(labels.device)
     present = labels.unique()
     score[present] = 2.0  # above every draw
+    # The highest scores: every class that occurs, then others at random.
     num_classes = max(round(sample_rate * num_centers), len(present))
     return score.topk(num_classes, sorted=False).indices.sort().values
 
@@ -129,7 +131,7 @@ def positions(labels: Int[Tensor, " n"], classes: Int[Tensor, " c"]) -> Int[Tens
 
     Example: labels (9, 5, 5) among the classes (1, 5, 6, 9) stand at (3, 1, 1).
     """
-    index = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)
+    index = torch.searchsorted(classes, labels).clamp_(max=len(classes) - 1)  # where each label would stand
     missing = classes[index] != labels
     if missing.any():
         raise ValueError(
@@ -173,10 +175,11 @@ class _Cluster(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # scaled in place: good for one backward pass
         if gradients is not None and by_label is None and by_distribution is None and by_total is not None:
-            for gradient in (gradients.student, gradients.teacher, gradients.centers):
+            for gradient in gradients:
                 if gradient is not None:
                     gradient.mul_(by_total)
         else:
+            # total = alpha label + (1 - alpha) distribution: what arrives at each of the two parts.
             total, label, distribution = (float(g or 0) for g in (by_total, by_label, by_distribution))
             count = len(ctx.inputs.labels)
             weights = RowWeights(
@@ -184,7 +187,7 @@ class _Cluster(torch.autograd.Function):
                 distribution=((1 - ctx.alpha) * total + distribution) / count,
             )
             _, gradients = partial_gradients(ctx.inputs, weights, ctx.needed, ctx.sums)
-        return gradients.student, gradients.teacher, gradients.centers, None, None, None, None
+        return *gradients, None, None, None, None
 
 
 def _reduced(sums: PartialSums, rows: RankRows) -> PartialSums:
@@ -192,6 +195,6 @@ def _reduced(sums: PartialSums, rows: RankRows) -> PartialSums:
     if rows.whole:
         return sums
     maximum = rows.reduce(sums.maximum.clone(), "max")
-    raised = sums.raised(maximum)
+    raised = sums.raised(maximum)  # to the common maximum, so that sums of all ranks may be added up
     packed = rows.reduce(torch.cat([raised.total, raised.gap[None], raised.own[None]]), "sum")  # [5, n]
-    return PartialSums(maximum=maximum, total=packed[:3], gap=packed[3], own=packed[4])
+    return PartialSums(maximum, packed[:3], packed[3], packed[4])

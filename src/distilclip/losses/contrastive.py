@@ -95,12 +95,12 @@ def info_nce(
     count = len(queries) if count is None else count
     if block is None and len(queries) * len(keys) <= PLAIN_ENTRIES:
         with no_autocast(queries):
-            own = torch.arange(offset, offset + len(queries), device=queries.device)
+            own = torch.arange(offset, offset + len(queries), device=queries.device)  # each query's key
             return F.cross_entropy(scale * queries @ keys.T, own, reduction="sum") / count
 
     def cross_entropy_(logits: Tensor, rows: slice) -> Tensor:
         own = logits.diagonal(offset + rows.start)[: len(logits)]  # a view
-        own_sum = own.sum()
+        own_sum = own.sum()  # before the logits are overwritten
         _, normaliser = softmax_(logits)
         own.sub_(1)  # the gradient: softmax minus 1 at the own key
         return normaliser.sum() - own_sum
@@ -124,6 +124,7 @@ def instance(
     """
     check_pairs(student.image, teacher.text, names=("student", "teacher"))
     check_pairs(student.text, teacher.image, names=("student", "teacher"))
+    # Two contrastive losses, each of them both ways.
     by_image = contrastive(student.image, teacher.text, scale=scale, rows=rows)
     by_text = contrastive(student.text, teacher.image, scale=scale, rows=rows)
     return gamma * by_image + (1 - gamma) * by_text
@@ -167,7 +168,7 @@ def _tiled_contrastive(image: Tensor, text: Tensor, scale: Tensor, tile: tuple[i
     need_image, need_text, need_scale = wanted(image, text, scale)
     image_gradient = text_gradient = scale_gradient = None
     with torch.no_grad(), no_autocast(image):
-        scaled = image * scale
+        scaled = image * scale  # [n, dim]
         # First sweep: the normalisers of all rows and columns give the value.
         rows, columns = _log_normalisers(scaled, text, tile)
         value = (rows + columns).sum() / (2 * n) - (scaled * text).sum() / n
@@ -177,7 +178,7 @@ def _tiled_contrastive(image: Tensor, text: Tensor, scale: Tensor, tile: tuple[i
             by_image = (by_image - 2 * text) / (2 * n)  # with respect to the scaled images
             image_gradient = scale * by_image
             scale_gradient = (image * by_image).sum()
-            if by_text is not None:
+            if by_text is not None:  # each pair itself counts -1 in both directions
                 text_gradient = (by_text - 2 * scaled) / (2 * n)
     return with_gradient(value, [image, text, scale], [image_gradient, text_gradient, scale_gradient])
 
@@ -187,11 +188,13 @@ def _log_normalisers(scaled: Tensor, text: Tensor, tile: tuple[int, int]) -> tup
     n, m = len(scaled), len(text)
     row_maximum, column_maximum = (scaled.new_full((length,), -torch.inf) for length in (n, m))
     row_sum, column_sum = scaled.new_zeros(n), scaled.new_zeros(m)
+    # The same memory for every tile: its logits, and their exponentials.
     logits_buffer, exp_buffer = scaled.new_empty(2, min(tile[0], n) * min(tile[1], m))
     for rows in blocks(n, tile[0]):
         for columns in blocks(m, tile[1]):
             logits = matmul(scaled[rows], text[columns].T, logits_buffer)  # [r, c]
             scratch = exp_buffer[: logits.numel()].view_as(logits)
+            # The tile counts in the softmaxes of its rows and in those of its columns.
             add_exponentials_(logits, 1, row_maximum[rows], row_sum[rows], scratch)
             add_exponentials_(logits, 0, column_maximum[columns], column_sum[columns], scratch)
     return row_maximum + row_sum.log(), column_maximum + column_sum.log()

@@ -38,6 +38,7 @@ def relational(
         keys, target_keys = rows.all(other), rows.all(other_target)
         return row_divergence(own, keys, target, target_keys, **scales, count=rows.count, block=block)
 
+    # Rows of the similarities, then columns.
     by_image = one_way(student.image, student.text, teacher.image, teacher.text)
     by_text = one_way(student.text, student.image, teacher.text, teacher.image)
     return (by_image + by_text) / 2
@@ -82,8 +83,8 @@ def row_divergence(
         # KL(q || p) = sum_j q_j (target_j - logit_j) + lse(logits) - lse(targets); its gradient is p - q.
         targets = teacher_scale * teacher_queries[rows] @ teacher_keys.T
         gap = targets - logits
-        p, p_normaliser = softmax_(logits)
-        q, q_normaliser = softmax_(targets)
+        p, p_normaliser = softmax_(logits)  # student; [r, m] and [r]
+        q, q_normaliser = softmax_(targets)  # teacher
         p.sub_(q)
         return gap.mul_(q).sum() + (p_normaliser - q_normaliser).sum()
 
@@ -97,6 +98,7 @@ def feature(student: Features, teacher: Features, *, rows: RankRows | None = Non
     (`hide_patches`) this is the masked term MFD.
     """
     _check_same_space(student, teacher)
+    # A mean over the rows here; the ranks' means are weighted by their numbers of rows.
     image, teacher_image = full_precision(student.image, teacher.image.detach())
     text, teacher_text = full_precision(student.text, teacher.text.detach())
     value = F.mse_loss(image, teacher_image) + F.mse_loss(text, teacher_text)
@@ -118,6 +120,7 @@ def gradient(student: Features, teacher: Features, *, rows: RankRows | None = No
     """
     _check_same_space(student, teacher)
     rows = rows or RankRows.alone(len(student.image))
+    # The teacher's gradients are targets; the student's are differentiated once more.
     with torch.no_grad():
         targets = _contrastive_gradients(teacher, rows)
     own = _contrastive_gradients(student, rows)
@@ -136,6 +139,7 @@ def interactive(
     """
     _check_same_space(student, teacher)
     rows = rows or RankRows.alone(len(student.image))
+    # The teacher's rows of all ranks are the keys.
     image, text = rows.all(teacher.image).detach(), rows.all(teacher.text).detach()
     by_image = info_nce(student.image, text, scale=scale, offset=rows.offset, count=rows.count)
     by_text = info_nce(student.text, image, scale=scale, offset=rows.offset, count=rows.count)
@@ -172,7 +176,7 @@ def draw_masks(
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio={ratio}: the masked share of patches lies in 0..1.")
-    rows, columns = -(-size[0] // patch), -(-size[1] // patch)
+    rows, columns = -(-size[0] // patch), -(-size[1] // patch)  # rounded up
     drawn_on = device if generator is None else generator.device
     # Random numbers, ranked within each image: the lowest ranks are hidden.
     draws = torch.rand(num_images, rows * columns, generator=generator, device=drawn_on)
@@ -188,6 +192,7 @@ def hide_patches(
     Works on pixels, so that any architecture can be the student.
     """
     _, _, height, width = pixels.shape
+    # From squares to pixels: repeat each square's mark, and cut what reaches over the edge.
     hidden = masks[:, None].repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[:, :, :height, :width]
     return torch.where(hidden, pixels.mean(dim=(2, 3), keepdim=True), pixels)
 

@@ -95,11 +95,11 @@ def sigmoid_relational(
 
     if block is None and len(queries) * len(keys) <= PLAIN_ENTRIES:
         with no_autocast(queries):
-            targets = target_scale * target_queries @ target_keys.T + target_bias
+            targets = target_scale * target_queries @ target_keys.T + target_bias  # [n, m]
             return divergence(scale * queries @ keys.T + bias, targets) / rows.count
 
     def divergence_(logits: Tensor, block: slice) -> Tensor:
-        targets = target_scale * target_queries[block] @ target_keys.T + target_bias
+        targets = target_scale * target_queries[block] @ target_keys.T + target_bias  # [r, m]
         value = divergence(logits, targets)
         logits.sigmoid_().sub_(targets.sigmoid_())  # the gradient: the student's answers minus the teacher's
         return value

@@ -157,18 +157,23 @@ def constant_names() -> list[str]:
     return [field.name for field in fields(Constants)]
 
 
+# Every term: which embeddings it compares, its scale, and the rows that are here.
+
+
 @register("task", "contrastive loss of the student's own image and text embeddings", default=1.0)
 def _task(given: TermInputs) -> Tensor:
     """The student's own loss: the sigmoid loss for a model with a bias (SigLIP), else the contrastive loss."""
     student, rows = given.student, given.rows
     if student.bias is None:
         return contrastive(student.image, student.text, scale=student.scale, rows=rows)
+    # The sigmoid loss has one direction: own images against the texts of all ranks.
     keys, scale, bias = rows.all(student.text), student.scale, student.bias
     return sigmoid(student.image, keys, scale=scale, bias=bias, offset=rows.offset, count=rows.count)
 
 
 @register("cluster", "CLIP-CID cluster discrimination", needs=("teacher", "centers"))
 def _cluster(given: TeacherInputs) -> Tensor:
+    # By images only, in the space of the centers; the labels are those of the global batch.
     assert given.classes is not None
     return cluster(
         given.projected.image,
@@ -191,6 +196,7 @@ def _instance(given: TeacherInputs) -> Tensor:
 @register("relational", "CLIP-KD relational distillation (CRD)", needs=("teacher",))
 def _relational(given: TeacherInputs) -> Tensor:
     """Between two models of the sigmoid loss pair by pair; else by softmaxes, which do not see a bias."""
+    # The student's own embeddings, never projected: similarities need no common space.
     both = given.student.bias is not None and given.teacher.bias is not None
     return (sigmoid_relational if both else relational)(given.student, given.teacher, rows=given.rows)
 
@@ -202,6 +208,7 @@ def _feature(given: TeacherInputs) -> Tensor:
 
 @register("masked", "CLIP-KD masked feature distillation (MFD)", needs=("teacher", "masks"))
 def _masked(given: TeacherInputs) -> Tensor:
+    # The feature term on the student's embeddings of masked images.
     assert given.masked_image is not None
     own = Features(image=given.masked_image, text=given.student.text, scale=given.student.scale)
     return feature(given.heads.project(own), given.teacher, rows=given.rows)

@@ -56,9 +56,9 @@ class Config:
     init: tuple[str, ...] = ()
     """what the student begins with: weights:FROM, inherit:TEACHER (also inherit-image:, inherit-text:), timm:FILE"""
     data: tuple[str, ...] = ()
-    """pairs to train on (tars, Parquet, CSV; braces and globs); with --store only where they have moved since"""
+    """pairs to train on: tars, Parquet or CSV files, with braces and globs; with --store only if they have moved"""
     store: str | None = None
-    """folder of `embed`: the teacher's embeddings of the pairs; the pairs are read from where it found them"""
+    """folder of `embed`: the teacher's embeddings of the pairs, and where the pairs are"""
     other_stores: tuple[str, ...] = ()
     """stores of further teachers of the same pairs; FOLDER=0.5 gives one half the weight of the first"""
     groups: str | None = None
@@ -70,43 +70,43 @@ class Config:
     objective: Literal["clip", "clip-cid", "clip-kd"] = "clip"
     """the method: a named set of term weights"""
     terms: dict[str, float] = field(default_factory=dict)
-    """replacements in the objective: weights and constants, such as `feature 1000 alpha 0.9`"""
+    """weights and constants that replace the method's own, such as `feature 1000 alpha 0.9`"""
     batch_size: int = 256
     """pairs per step"""
     micro_batch: int | None = stage_folder.execution(None)
-    """pairs whose activations a process holds at once (default: all of its own); the gradients are the same, but for
-    other draws of dropout where a model has it"""
+    """pairs whose activations a process holds at once (default: all of its own); gradients stay the same, only dropout
+    draws other numbers"""
     num_steps: int = 1000
     """optimisation steps"""
     optimization: Optimization = field(default_factory=Optimization)
     crops: Crops = field(default_factory=Crops)
     seed: int = 0
-    """of initial weights, order, crops, sampled classes and masks"""
+    """seed of the initial weights, the order, the crops, the sampled classes and the masks"""
     max_bad_ratio: float = 0.05
-    """share of samples that may fail; a row drawn by the seed stands in, and is counted. 0 stops at the first"""
+    """share of samples that may be unreadable; each is counted and replaced by another row. 0: stop at the first"""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """of the towers and a live teacher's (autocast); losses are always float32"""
+    """number format of the towers, and of a live teacher's (autocast); losses are always float32"""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     execution: Execution = field(default_factory=Execution)
     centers_state: Literal["device", "host"] = stage_folder.execution("device")
-    """where the class centers' AdamW moments live: 8 of 12 bytes a value"""
+    """where AdamW's state of the class centers is kept: 8 of 12 bytes a value"""
     track: tuple[Tracker, ...] = stage_folder.execution(())
-    """write the metrics to these as well"""
+    """also write the metrics to these"""
     device: str = stage_folder.execution("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device"""
+    """a torch device, or auto: CUDA, else MPS, else CPU"""
     num_workers: int | None = stage_folder.execution(None)
     """processes that read and decode (default: one per core but one, up to 16); 0 reads in the training process"""
 
     def __post_init__(self) -> None:
         method = objective(self.objective, self.terms)
         if not self.data and not self.store:
-            raise InputError("train needs pairs: give --data, or --store, which knows its own.")
+            raise InputError("train needs pairs: give --data, or a --store, which knows where its pairs are.")
         if method.needs_teacher and not (self.store or self.live_teacher):
             raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --live-teacher.")
         if method.needs("centers") and not self.clusters:
             raise InputError("The cluster term needs --clusters, a folder of `distilclip cluster`.")
         if method.needs("centers") and self.live_teacher:
-            raise InputError("The cluster term's centers are the store's teacher's: leave out --live-teacher.")
+            raise InputError("The centers of the cluster term belong to the store's teacher: leave out --live-teacher.")
         if (self.groups or self.clusters) and not self.store:
             raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
         for name in ("batch_size", "num_steps"):
@@ -115,9 +115,9 @@ class Config:
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise InputError(f"micro_batch is {self.micro_batch}; it must be from 1 to batch_size, {self.batch_size}.")
         if (self.other_stores or self.crops.views) and not self.store:
-            raise InputError("--other-stores and --views belong beside a --store.")
+            raise InputError("--other-stores and --views need a --store.")
         if self.live_teacher and (self.other_stores or self.crops.views):
-            raise InputError("--other-stores and --views are stored teachers': leave out --live-teacher.")
+            raise InputError("--other-stores and --views work with stored teachers only: leave out --live-teacher.")
         _other_stores(self)
         if self.optimization.warmup_steps > self.num_steps:
             raise InputError(
@@ -126,11 +126,11 @@ class Config:
         if (self.num_workers or 0) < 0 or self.seed < 0:
             raise InputError("num_workers and seed must be at least 0.")
         if self.checkpoints.keep_best not in ("none", "loss") and not method.needs_teacher:
-            raise InputError(f"keep_best {self.checkpoints.keep_best} compares with a teacher, which this run has not.")
+            raise InputError(f"keep_best {self.checkpoints.keep_best} compares with a teacher, and this run has none.")
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Train, or go on from the last complete checkpoint; the folder's result. With torchrun, every process calls it."""
+    """Train, or go on from the last complete checkpoint; return the result. With torchrun, every process calls it."""
     with distributed.job(config.device) as device:
         return _train(config, device)
 
@@ -235,12 +235,13 @@ def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[
                 f"--compile {config.execution.compile} replays one CUDA graph for all micro-batches, over the "
                 "gradients of those before. Use --compile default, or a --micro-batch of a process's whole share."
             )
-    return Student(
-        clip=clip,
-        heads=heads,
-        towers=build_towers(clip, precision=PRECISIONS[config.precision], execution=config.execution),
-        class_head=_class_head(config, clip.device) if method.needs("centers") else None,
-    )
+    towers = build_towers(clip, precision=PRECISIONS[config.precision], execution=config.execution)
+    if not method.needs("centers"):
+        return Student(clip=clip, heads=heads, towers=towers)
+    centers = read_centers(config.clusters or "")
+    state_device = clip.device if config.centers_state == "device" else "cpu"
+    class_head = ClassHead.of_this_rank(centers, config.optimization, device=clip.device, state_device=state_device)
+    return Student(clip=clip, heads=heads, towers=towers, class_head=class_head)
 
 
 def _training(config: Config, student: Student, stream: PairStream) -> Training:
@@ -257,7 +258,7 @@ def _training(config: Config, student: Student, stream: PairStream) -> Training:
 
 
 def _other_stores(config: Config) -> dict[str, float]:
-    """Folder and weight of each."""
+    """The folder and the weight of each further teacher's store."""
     found = {}
     for spec in config.other_stores:
         folder, separator, weight = spec.rpartition("=")
@@ -271,6 +272,7 @@ def _other_stores(config: Config) -> dict[str, float]:
 
 
 def _open_stores(config: Config) -> list[Store]:
+    """The stores of all teachers; the first must be the one that groups and clusters were made from."""
     if config.store is None:
         return []
     for path, stage in ((config.groups, "balance"), (config.clusters, "cluster")):
@@ -280,6 +282,7 @@ def _open_stores(config: Config) -> list[Store]:
 
 
 def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip | None) -> PairStream:
+    """The batches of this process, as student and teachers need them."""
     max_pixels = (
         stage_folder.read_json(files.join(config.store, "config.json"))["max_pixels"] if config.store else MAX_PIXELS
     )
@@ -306,6 +309,7 @@ def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip
 
 
 def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Heads:
+    """The heads for every teacher's width; their first weights follow from the seed alone."""
     dims = [live.dim] if live is not None else [store.dim for store in stores] or [clip.dim]
     weights = [1.0, *_other_stores(config).values()]
     with torch.random.fork_rng(devices=[]):
@@ -313,17 +317,10 @@ def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[St
         return Heads(clip.dim, dims[0], augmented=method.needs("fusion"), other_dims=dims[1:], weights=weights)
 
 
-def _class_head(config: Config, device: torch.device) -> ClassHead:
-    assert config.clusters is not None
-    state_device = device if config.centers_state == "device" else "cpu"
-    return ClassHead.of_this_rank(
-        read_centers(config.clusters), config.optimization, device=device, state_device=state_device
-    )
-
-
 def _teacher(
     config: Config, method: Objective, stores: Sequence[Store], live: Clip | None, device: torch.device
 ) -> Teacher | None:
+    """Every teacher as one callable; None where no term compares with one."""
     if not method.needs_teacher:
         return None
     if live is None:

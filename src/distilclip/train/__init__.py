@@ -1,1 +1,1 @@
-"""Objective, step, loop, optimizer, checkpoint."""
+"""Train a student: objective, step, loop, optimizer, checkpoint."""

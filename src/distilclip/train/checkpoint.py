@@ -1,8 +1,8 @@
-"""Checkpoints: an open_clip model folder with heads, centers and optimizer state beside it; state.json last.
+"""Write and read checkpoints: an open_clip model folder, with heads, centers and optimizer state; state.json last.
 
-Nothing is pickled: tensors are safetensors, the rest is JSON. What is written does not depend on how many processes
-write it or how they share the weights, but for the class centers: every process writes its range of them, and any
-number of processes reads any ranges.
+Nothing is pickled: tensors are safetensors, the rest is JSON. The files do not depend on the number of processes or on
+how they share the weights, except for the class centers: every process writes its range of them, and any number of
+processes reads any ranges.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ TRAINED_FILE = "trained.safetensors"
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
-    """Everything that a checkpoint holds and a resumed run takes up."""
+    """Everything that a checkpoint holds and a resumed run goes on from."""
 
     student: Student
     optimizer: torch.optim.Optimizer
@@ -51,7 +51,7 @@ class Progress:
 
 
 def folder_name(step: int) -> str:
-    """`checkpoints/step-000100`, relative to the train folder."""
+    """Return a checkpoint's path in the train folder, such as `checkpoints/step-000100`."""
     return f"checkpoints/step-{step:06d}"
 
 
@@ -63,9 +63,9 @@ def save_checkpoint(
     scheduled: bool = True,
     metrics: Mapping[str, float] | None = None,
 ) -> None:
-    """Write all of a checkpoint; `state.json` marks it complete. Every process must call it.
+    """Write a whole checkpoint; `state.json` marks it complete. Every process must call it.
 
-    `scheduled` ones are the same in every run of this configuration, others were asked for by clock or signal.
+    `scheduled` checkpoints are the same in every run of this configuration; others were asked for by clock or signal.
     `metrics` are the values by which checkpoints are compared.
     """
     student = training.student
@@ -91,7 +91,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: str, training: Training) -> Progress:
-    """Restore everything in place, whatever number of processes wrote it. Every process must call it.
+    """Read everything back in place; any number of processes may have written it. Every process must call it.
 
     Raises `InputError` for a checkpoint of a format that this version does not know.
     """
@@ -116,7 +116,7 @@ def load_checkpoint(folder: str, training: Training) -> Progress:
 
 
 def count_unusable(policy: ErrorPolicy) -> dict[str, Any]:
-    """The samples seen and the unusable ones of all processes. Every process must call it."""
+    """Count the samples seen and the unusable ones of all processes. Every process must call it."""
     counts = distributed.gather_objects((policy.num_seen, policy.reasons, policy.first))
     reasons = sum((reasons for _, reasons, _ in counts), Counter[str]())
     return {
@@ -156,7 +156,7 @@ def _read(folder: str, name: str) -> dict[str, Tensor]:
 
 
 def complete_checkpoints(train_folder: str) -> list[int]:
-    """Steps of the complete checkpoints in a train folder, ascending."""
+    """Return the steps of the complete checkpoints in a train folder, ascending."""
     steps = _steps(train_folder)
     return [s for s in steps if files.exists(files.join(train_folder, folder_name(s), "state.json"))]
 
@@ -194,11 +194,11 @@ class Checkpoints:
     checkpoint_every: int = 500
     """steps between checkpoints"""
     checkpoint_minutes: float = stage_folder.execution(0.0)
-    """further checkpoints so many minutes after the last, each until the next is there; 0: none"""
+    """also save every N minutes, keeping only the newest (0: off)"""
     keep_checkpoints: int = stage_folder.execution(2)
-    """how many of the last checkpoints stay on disk"""
+    """number of checkpoints to keep on disk, the last ones"""
     keep_best: Literal["none", "loss", "cosine_image", "cosine_text", "agreement"] = stage_folder.execution("none")
-    """metric of the last training batches whose best checkpoint stays as well: lowest loss, highest of the others"""
+    """also keep the checkpoint that is best by this metric of the last training batches: lowest loss, highest others"""
 
     def __post_init__(self) -> None:
         for name in ("checkpoint_every", "keep_checkpoints"):
@@ -208,16 +208,16 @@ class Checkpoints:
             raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be at least 0.")
 
     def scheduled(self, done: int, *, num_steps: int) -> bool:
-        """Whether there is a checkpoint after `done` steps in every run."""
+        """Say whether every run has a checkpoint after `done` steps."""
         return done % self.checkpoint_every == 0 or done == num_steps
 
     def due(self, seconds: float) -> bool:
-        """Whether the clock asks for a checkpoint, `seconds` after the last."""
+        """Say whether it is time for a checkpoint, `seconds` after the last."""
         return 0 < self.checkpoint_minutes * 60 <= seconds
 
     @staticmethod
     def measures(line: Mapping[str, float]) -> dict[str, float]:
-        """What of a line of metrics.jsonl a checkpoint remembers: nothing that depends on the clock."""
+        """Return what a checkpoint remembers of a line of metrics.jsonl: nothing that depends on the clock."""
         return {name: line[name] for name in MEASURES if name in line}
 
     def prune(self, train_folder: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -111,9 +111,15 @@ class Lines:
         self._trackers = trackers
         first = distributed.rank() == 0
         self._metrics = stage_folder.Metrics(folder.child("metrics.jsonl"), resume_at=start + 1) if first else None
+        self._latest: dict[str, float] = {}
+
+    def describe(self, names: Iterable[str]) -> str:
+        """Return these values of the latest line in words: `loss 2.31, task 1.02`; empty before the first line."""
+        return ", ".join(f"{name} {self._latest[name]:.4g}" for name in names if name in self._latest)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Write one line."""
+        self._latest = values
         if self._metrics is not None:
             self._metrics.write(step=step, **values)
         for tracker in self._trackers:

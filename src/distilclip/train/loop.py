@@ -76,7 +76,7 @@ def fit(
     saving = _Saving(folder, training, plan.checkpoints, log)
     statistics = RunningStatistics(training.student.clip.model)
     with Signals() as signals, contextlib.closing(Lines(folder, trackers, start=progress.step)) as lines:
-        for step in _count_steps(range(progress.step, plan.num_steps), num_samples=plan.batch_size):
+        for step in _count_steps(progress.step, plan, lines):
             scheduled = plan.checkpoints.scheduled(step + 1, num_steps=plan.num_steps)
             counted = copy.deepcopy(training.policy)
             statistics.remember()
@@ -103,9 +103,13 @@ def fit(
     terminate()
 
 
-def _count_steps(steps: range, *, num_samples: int) -> Iterable[int]:
-    """The steps, with a progress bar on the first process."""
-    return track(steps, "train", num_samples=num_samples) if distributed.rank() == 0 else steps
+def _count_steps(start: int, plan: TrainingPlan, lines: Lines) -> Iterable[int]:
+    """Yield the steps; on the first process, show progress with the loss and its terms."""
+    steps = range(start, plan.num_steps)
+    if distributed.rank() > 0:
+        return steps
+    names = ("loss", *plan.objective.weights)
+    return track(steps, "train", num_samples=plan.batch_size, note=lambda: lines.describe(names))
 
 
 @dataclass(frozen=True, kw_only=True)

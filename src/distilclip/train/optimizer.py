@@ -1,4 +1,4 @@
-"""AdamW with the papers' parameter groups, and the learning rate of a step."""
+"""Build AdamW with the papers' parameter groups, and give each step its learning rate."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ POSITIONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """How weights follow gradients: AdamW, linear warm-up, cosine."""
+    """How weights are updated: AdamW, linear warm-up, then a cosine."""
 
     learning_rate: float = 1e-3
     """peak learning rate of AdamW"""
     warmup_steps: int = 100
     """steps of linear warm-up before the cosine"""
     weight_decay: float = 0.2
-    """of matrices; biases, norms, scales and positions have none"""
+    """weight decay of matrices; biases, norms, scales and positions have none"""
     beta1: float = 0.9
     """decay of AdamW's mean of gradients"""
     beta2: float = 0.98
@@ -43,13 +43,13 @@ class Optimization:
     eps: float = 1e-6
     """AdamW's constant in the denominator; CLIP takes 1e-6 for transformers, 1e-8 for ResNets"""
     centers_learning_rate: float = 1e-6
-    """peak learning rate of the class centers (CLIP-CID: more makes training collapse)"""
+    """peak learning rate of the class centers (CLIP-CID: training collapses with more)"""
     centers_weight_decay: float = 0.0
     """weight decay of the class centers"""
     gradient_clip: float = 1.0
-    """largest norm of the gradient; 0 leaves it as it is"""
+    """longer gradients are scaled down to this norm (0: off)"""
     average_decay: float = 0.0
-    """decay of a moving average of the weights, such as 0.999; the average is then what a checkpoint gives. 0: none"""
+    """decay of a moving average of the weights, such as 0.999; checkpoints then give the average (0: off)"""
 
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.centers_learning_rate < 0:
@@ -65,8 +65,8 @@ class Optimization:
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], optimization: Optimization) -> torch.optim.AdamW:
-    """AdamW over named parameters. No decay on biases, norms, scales and positions (anything of fewer than two
-    dimensions). Class centers have an optimizer of their own (train.classhead).
+    """Return AdamW over named parameters. No decay on biases, norms, scales and positions (anything of fewer than two
+    dimensions). Class centers have an optimizer of their own (train.class_head).
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
@@ -86,7 +86,10 @@ def build_optimizer(parameters: Mapping[str, nn.Parameter], optimization: Optimi
 
 
 def schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:
-    """Share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero."""
+    """Return the share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero.
+
+    Example: of 110 steps with 10 of warm-up, step 0 has 0.1, step 9 has 1, step 60 has 0.5.
+    """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
@@ -94,7 +97,7 @@ def schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
-    """Give every group its peak times `share`; returns the student's learning rate."""
+    """Give every group its peak times `share`, and return the student's learning rate."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
     return float(optimizer.param_groups[0]["lr"])

@@ -26,19 +26,19 @@ from distilclip.models.batch_norm import batch_norms, fixed_statistics, synchron
 from distilclip.models.clip import Clip
 
 OWNED = ("logit_scale", "logit_bias")
-"""Parameters of a model that the objective uses directly: they stay outside DDP and FSDP and are summed by us."""
+"""Parameters of a model that the objective uses directly: they stay outside DDP and FSDP, and we sum them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the towers run; what they compute differs by rounding only."""
+    """How the towers run; results differ only by rounding."""
 
     strategy: Literal["ddp", "fsdp"] = stage_folder.execution("ddp")
-    """with several processes: every one has all weights (DDP), or a part (FSDP2)"""
+    """with several processes: each has all weights (DDP) or a part of them (FSDP2)"""
     compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = stage_folder.execution("no")
-    """torch.compile's mode for the towers; under fsdp for each of their blocks"""
+    """mode of torch.compile for the towers; with fsdp for each of their blocks"""
     activations: Literal["keep", "recompute"] = stage_folder.execution("keep")
-    """recompute: each block's activations again in the backward pass, for memory"""
+    """recompute saves memory: each block computes its activations again in the backward pass"""
 
 
 class Towers(nn.Module):
@@ -76,7 +76,7 @@ def rows_of_this_rank(num_rows: int) -> RankRows:
 
 
 def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution) -> nn.Module:
-    """The towers as `execution` asks; FSDP2 replaces the model's parameters, so optimizers are built after it.
+    """Wrap the towers as `execution` asks; FSDP2 replaces the model's parameters, so optimizers are built after it.
 
     Raises `InputError` for a model that cannot recompute activations, and for batch norm on several CPU processes.
     """
@@ -144,7 +144,7 @@ def _recompute_activations(clip: Clip) -> None:
 
 @contextlib.contextmanager
 def gradient_sync(towers: nn.Module, *, now: bool) -> Iterator[None]:
-    """Forward and backward of one micro-batch; gradients are summed over processes in the last of them only."""
+    """Open a block for one micro-batch's passes; gradients are summed over processes where `now`, in the last one."""
     if isinstance(towers, FSDPModule):
         towers.set_requires_gradient_sync(now)
     with towers.no_sync() if isinstance(towers, DistributedDataParallel) and not now else contextlib.nullcontext():
@@ -152,7 +152,7 @@ def gradient_sync(towers: nn.Module, *, now: bool) -> Iterator[None]:
 
 
 def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
-    """Add up over processes the gradients of parameters that every process has, in one message."""
+    """Sum the gradients of parameters that every process has, in one message."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     if distributed.world() == 1 or not gradients:
         return
@@ -162,7 +162,7 @@ def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def clip_gradients_(parameters: Sequence[Tensor], *, sharded: Sequence[Tensor], max_norm: float) -> Float[Tensor, ""]:
-    """Scale all gradients so that their norm is at most `max_norm` (0: leave them); the norm there was.
+    """Scale all gradients so that their norm is at most `max_norm` (0: leave them), and return the norm before.
 
     `parameters` have the same gradient on every process, or are FSDP2's; `sharded` are parameters of this process. A
     norm that is NaN scales nothing, so that what is not finite can still be told from what is.
@@ -183,7 +183,7 @@ def clip_gradients_(parameters: Sequence[Tensor], *, sharded: Sequence[Tensor], 
 
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole copies in host memory, on rank 0; elsewhere nothing. Every process must call it for the same tensors."""
+    """Return whole copies in host memory, on rank 0 only. Every process must call it with the same names."""
     found = {}
     for name, tensor in tensors.items():
         full = tensor.detach()
@@ -200,7 +200,7 @@ def place_(target: Tensor, value: Tensor) -> None:
 
 
 def like(target: Tensor, value: Tensor) -> Tensor:
-    """`value` on the device of `target`, and distributed as it is; no message is sent."""
+    """Bring `value` to the device of `target`, distributed as it is; no message is sent."""
     value = value.to(target.device)
     if isinstance(target, DTensor) and value.ndim:
         return distribute_tensor(value, target.device_mesh, target.placements, src_data_rank=None)
@@ -208,10 +208,10 @@ def like(target: Tensor, value: Tensor) -> Tensor:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds, sharing its memory."""
+    """Return the part of a tensor that this process holds, sharing its memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def non_finite_gradients(parameters: Mapping[str, Tensor]) -> list[str]:
-    """Names of parameters whose gradient on this process holds a NaN or an infinity."""
+    """Return the names of parameters whose gradient on this process holds a NaN or an infinity."""
     return [n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]

@@ -81,7 +81,9 @@ class _Factors:
     eps: float
 
 
-def _update_by_torch(values: Tensor, gradient: Tensor, state: RowMoments, rows: Tensor | None, factors: _Factors) -> None:
+def _update_by_torch(
+    values: Tensor, gradient: Tensor, state: RowMoments, rows: Tensor | None, factors: _Factors
+) -> None:
     """On any device: blocks of rows are taken to the values' device, and put back."""
     betas = factors.betas
     moments = state.exp_avg, state.exp_avg_sq

@@ -1,4 +1,4 @@
-"""Requests from outside to save: SIGUSR1 saves and goes on, SIGTERM (a preemption) saves and ends the process."""
+"""Note signals that ask to save: SIGUSR1 saves and goes on, SIGTERM (a preemption) saves and ends the process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Signals:
         self._before = {}
 
     def take(self) -> bool:
-        """Whether a checkpoint was asked for since this was last called."""
+        """Say whether a checkpoint was asked for since this was last called."""
         num_asked = self._num_asked
         asked = num_asked > self._num_taken
         self._num_taken = num_asked
@@ -51,6 +51,6 @@ class Signals:
 
 
 def terminate() -> NoReturn:
-    """End the process as the SIGTERM would have done that was held back."""
+    """End the process, as the noted SIGTERM would have done."""
     signal.raise_signal(signal.SIGTERM)
     raise SystemExit(128 + signal.SIGTERM)  # where the caller's own handler returns

@@ -64,10 +64,6 @@ class Student:
     towers: nn.Module
     class_head: ClassHead | None = None
 
-    def embed(self, pixels: Tensor, tokens: Tensor, masked: Tensor | None = None) -> list[Float[Tensor, "n dim"]]:
-        """Return unit image and text embeddings with gradient, and those of masked images if there are any; float32."""
-        return self.towers(pixels, tokens, masked)
-
     def limit_scales(self) -> None:
         """Hold every learned scale at 100 or less, in the parameter itself, so that what is saved is what was used.
 
@@ -133,7 +129,7 @@ def compute_gradients(
         torch.manual_seed(((generator.initial_seed() << 24) + rows.offset + part.start) % (1 << 63))
         pixels = normalise_pixels(inputs.pixels[part], student.clip.preprocess_cfg)
         masked = None if masks is None else hide_patches(pixels, masks[part])
-        return student.embed(pixels, inputs.tokens[part], masked)
+        return student.towers(pixels, inputs.tokens[part], masked)
 
     def copied(features: list[Tensor]) -> list[Tensor]:  # a CUDA graph writes the next call's over them
         return [feature.clone() for feature in features]

@@ -1,4 +1,4 @@
-"""Metrics to TensorBoard or Weights & Biases as well, where the user asks for it; neither is needed to train."""
+"""Write the metrics to TensorBoard or Weights & Biases too, if the user asks; neither is needed to train."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Tracker = Literal["tensorboard", "wandb"]
 
 
 class TensorBoard:
-    """Event files in `FOLDER/tensorboard`; on resumption TensorBoard drops what a killed run wrote from `start` on."""
+    """Event files in `FOLDER/tensorboard`; TensorBoard then drops what a killed run wrote after step `start`."""
 
     def __init__(self, folder: str, *, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -33,8 +33,8 @@ class TensorBoard:
 class WeightsAndBiases:
     """A run named after the folder, resumed with it; project and account come from wandb's environment.
 
-    The id is a digest of the folder's env.json, which says when and where the run began, so that folders of one name
-    never share a run. On resumption wandb leaves out steps that it has; their values are the same.
+    The id is a digest of the folder's env.json, which says when and where the run began, so two folders of one name
+    never share a run. On resumption wandb leaves out the steps that it has.
     """
 
     def __init__(self, folder: str, *, config: Mapping[str, Any]) -> None:
@@ -62,7 +62,7 @@ Writer = TensorBoard | WeightsAndBiases
 
 
 def require_packages(names: Sequence[Tracker]) -> None:
-    """`InputError` where the package of a tracker is missing."""
+    """Raise `InputError` where the package of a tracker is missing."""
     for name in names:
         found = importlib.util.find_spec(name)
         if found is None or found.origin is None:  # a folder of that name, such as wandb's own logs, is no package
@@ -70,7 +70,7 @@ def require_packages(names: Sequence[Tracker]) -> None:
 
 
 def open_trackers(names: Sequence[Tracker], folder: str, *, config: Mapping[str, Any], start: int) -> list[Writer]:
-    """Writers for the trackers asked for, in a training folder whose first `start` steps are done."""
+    """Return a writer for each tracker, in a training folder whose first `start` steps are done."""
     return [
         TensorBoard(folder, start=start) if name == "tensorboard" else WeightsAndBiases(folder, config=config)
         for name in names
