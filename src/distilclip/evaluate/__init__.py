@@ -1,1 +1,1 @@
-"""Evaluation sets and protocols: zero-shot, linear probe, retrieval, agreement."""
+"""Evaluate models on sets: features, the protocol, scores and tables."""

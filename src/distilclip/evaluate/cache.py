@@ -86,13 +86,13 @@ class FeatureCache:
         if not files.exists(path):
             return None
         stored = read_metadata(path)
-        if any(stored.get(part) != value for part, value in _stored(key).items()):
+        if any(stored.get(part) != value for part, value in _metadata_of(key).items()):
             return None
         # Copied: a read-only memory map is no tensor that torch may hold.
         return {tensor: np.array(array) for tensor, array in read_tensors(path).items()}, stored
 
     def _write(self, key: dict[str, str], arrays: dict[str, np.ndarray], *, extra: dict[str, str]) -> None:
-        write_tensors(self._path(key), arrays, {**_stored(key), **extra})
+        write_tensors(self._path(key), arrays, {**_metadata_of(key), **extra})
 
 
 def images_digest(images: Sequence[ImageRef]) -> str:
@@ -123,7 +123,7 @@ def _state(uri: str) -> str:
     return f"{os.path.abspath(uri)} {found.st_size} {found.st_mtime_ns}"
 
 
-def _stored(key: dict[str, str]) -> dict[str, str]:
+def _metadata_of(key: dict[str, str]) -> dict[str, str]:
     return {"format": CACHE_FORMAT, **key}
 
 

@@ -92,14 +92,16 @@ class Embedder:
         def compute() -> Tensor:
             return text_classifier(self.clip, names, templates, encoding=self.encoding).weight
 
-        weight = self._cached("classifier", [*templates, "", *names], "weight", compute)
+        weight = self._text_tensor("classifier", [*templates, "", *names], "weight", compute)
         return TextClassifier(weight=weight, scale=float(self.clip.scale.detach()))
 
     def text_features(self, texts: Sequence[str]) -> Float[Tensor, "m dim"]:
         """Return the unit embeddings of some texts."""
-        return self._cached("captions", texts, "text", lambda: encode_texts(self.clip, texts, encoding=self.encoding))
+        return self._text_tensor(
+            "captions", texts, "text", lambda: encode_texts(self.clip, texts, encoding=self.encoding)
+        )
 
-    def _cached(self, kind: str, texts: Sequence[str], name: str, compute: Callable[[], Tensor]) -> Tensor:
+    def _text_tensor(self, kind: str, texts: Sequence[str], name: str, compute: Callable[[], Tensor]) -> Tensor:
         if self.cache is None:
             return compute()
         return self.cache.tensors(texts, lambda: {name: compute()}, key={**self._key, "kind": kind})[name]

@@ -91,7 +91,7 @@ class Protocol:
         policy does not pass over, and for a model whose features are not finite.
         """
         if isinstance(dataset, MissingSet):
-            return self._missing(model, dataset)
+            return self._score_missing_set(model, dataset)
         probed = isinstance(dataset, LabelledSet) and dataset.train is not None and "linear-probe" in self.tasks
         outputs: list[Output] = ["embedding"]
         if probed and self.probe_features == "backbone":
@@ -108,13 +108,13 @@ class Protocol:
             scores += self._agreement(model, dataset, view, teacher)
         return scores
 
-    def _missing(self, model: Embedder, dataset: MissingSet) -> list[Score]:
+    def _score_missing_set(self, model: Embedder, dataset: MissingSet) -> list[Score]:
         tasks: list[Task] = ["retrieval"] if dataset.kind == "pairs" else ["zero-shot"]
         if dataset.has_train:
             tasks.append("linear-probe")
         named: dict[str, Any] = {"model": model.name, "model_digest": model.digest, "set": dataset.name}
         return [
-            Score(**named, task=task, metric=HEADLINE.get(task, "top1"), value=None).missing(dataset.reason)
+            Score(**named, task=task, metric=HEADLINE.get(task, "top1"), value=None).without_value(dataset.reason)
             for task in tasks
             if task in self.tasks
         ]
@@ -122,7 +122,7 @@ class Protocol:
     def _zero_shot(self, model: Embedder, dataset: LabelledSet, view: View) -> list[Score]:
         base = self._base(model, dataset, view.images, "zero-shot")
         if view.classifier is None:
-            return [base.missing("the classes have numbers but no names: add classnames.txt")]
+            return [base.without_value("the classes have numbers but no names: add classnames.txt")]
         templates = self._templates_of(dataset)
         base = base.with_details(
             templates_digest=templates_digest(templates),
@@ -154,14 +154,16 @@ class Protocol:
         kind = model.clip.backbone_kind if self.probe_features == "backbone" else self.probe_features
         base = self._base(model, dataset, images, "linear-probe").with_details(features=kind)
         if dataset.train is None:
-            return [base.missing("the set has no training images")]
+            return [base.without_value("the set has no training images")]
         train, train_labels, readable = self._examples(model, dataset.train, output, name=f"{dataset.name}-train")
         validation = None
         if dataset.validation is not None:
             name = f"{dataset.name}-validation"
             validation = self._examples(model, dataset.validation, output, name=name)[:2]
         if validation is None and self.probe_l2 is None and int(torch.bincount(train_labels).max()) < 2:
-            return [base.missing("one training image a class leaves none to choose the penalty on: give --probe-l2")]
+            return [
+                base.without_value("one training image a class leaves none to choose the penalty on: give --probe-l2")
+            ]
         labels = _labels_of(dataset.test, images)
         test, test_labels = images.features[output].to(model.device), labels.to(model.device)
         folds = [_places_of(readable, fold).to(model.device) for fold in dataset.folds]

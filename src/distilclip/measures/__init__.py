@@ -1,1 +1,1 @@
-"""Measures of features: probes, accuracies, retrieval. Arrays in, numbers out."""
+"""Compute measures of features: probes, accuracies, retrieval. Arrays in, numbers out."""

@@ -91,7 +91,7 @@ def share_interval(
     # The share, and the number of independent rows that would leave it as uncertain.
     share, size = hits.mean(), float(len(hits))
     if strata is not None:
-        share, size = _stratified(hits, strata)
+        share, size = _share_of_strata(hits, strata)
     elif clusters is not None:
         size = _num_independent(hits, clusters)
     tail = (1 - confidence) / 2
@@ -100,7 +100,7 @@ def share_interval(
     return 0.0 if share == 0 else float(low), 1.0 if share == 1 else float(high)
 
 
-def _stratified(hits: Bool[np.ndarray, " n"], strata: Int[np.ndarray, " n"]) -> tuple[float, float]:
+def _share_of_strata(hits: Bool[np.ndarray, " n"], strata: Int[np.ndarray, " n"]) -> tuple[float, float]:
     """Return the mean of the strata's shares, and the number of independent rows with the same variance.
 
     A stratum's variance is taken from its share drawn towards the mean by one row, s, since few rows of its own may all

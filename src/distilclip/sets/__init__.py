@@ -1,1 +1,1 @@
-"""Evaluation sets: how they lie on disk, their class names and their prompts."""
+"""Read evaluation sets: how they lie on disk, their class names and their prompts."""

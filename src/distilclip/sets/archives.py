@@ -226,7 +226,7 @@ def _cifar(reader: Callable[..., Any], path: str) -> Listing:
 
 
 def _sun_label(line: str) -> str:
-    """`/a/airplane_cabin` to `airplane_cabin`: the letter is where the archive files it."""
+    """Turn `/a/airplane_cabin` into `airplane_cabin`; the letter is only a folder of the archive."""
     return line.strip("/").partition("/")[2]
 
 

@@ -73,7 +73,7 @@ class Score:
         """Return the score as a row of result.json."""
         return dataclasses.asdict(self)
 
-    def missing(self, reason: str) -> Score:
+    def without_value(self, reason: str) -> Score:
         """Return the same score without a value, and the reason."""
         return dataclasses.replace(self, value=None, headline=True, reason=reason)
 
