@@ -10,7 +10,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -49,12 +49,14 @@ def progress(description: str, total: float | int) -> Iterator[Advance]:
             yield advance
 
 
-def track(items: Sequence[T], description: str, *, num_samples: int = 0) -> Iterator[T]:
-    """Yield the items and show progress; each stands for `num_samples` samples."""
+def track(
+    items: Sequence[T], description: str, *, num_samples: int = 0, note: Callable[[], str] = lambda: ""
+) -> Iterator[T]:
+    """Yield the items and show progress; each stands for `num_samples` samples, and `note` says what it gave."""
     with progress(description, len(items)) as advance:
         for item in items:
             yield item
-            advance(1, num_samples)
+            advance(1, num_samples, note())
 
 
 def say(text: str) -> None:

@@ -179,6 +179,21 @@ def test_a_live_teacher_takes_micro_batches_and_the_towers_precision(
     assert half["relational"] == pytest.approx(once["relational"], rel=0.05)
 
 
+def test_the_progress_line_shows_the_loss_and_its_terms(
+    pair_tars: Callable[..., list[str]],
+    tiny_clip_json: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("DISTILCLIP_PROGRESS", "1")
+    train.main(config(tmp_path / "out", tiny_clip_json, data=tuple(pair_tars(shards=1, rows=8))))
+    *_, line = [text for text in capfd.readouterr().err.splitlines() if " train: " in text]
+    loss = steady_metrics(tmp_path / "out")[-1]["loss"]
+    assert "train: 4 of 4 (100%), " in line
+    assert line.endswith(f"loss {loss:.4g}, task {loss:.4g}")
+
+
 def test_a_finished_run_is_left_alone(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
     out = tmp_path / "student"
     first = train.main(config(out, tiny_clip_json, store=prepared.store))
