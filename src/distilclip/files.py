@@ -1,4 +1,4 @@
-"""Local paths and fsspec URLs alike: list, read, read a range, write atomically. Imports no torch."""
+"""List, read and write files at local paths and fsspec URLs alike. Imports no torch."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from distilclip.errors import InputError
 
 
 def is_url(path: str) -> bool:
-    """True for `scheme://...`; a local path has no scheme."""
+    """Return whether a path is `scheme://...`; a local path has no scheme."""
     return "://" in path
 
 
 def join(base: str, *names: str) -> str:
-    """`base/name/name`, for paths and URLs."""
+    """Return `base/name/name`, for paths and URLs."""
     return "/".join([base.rstrip("/") or "/", *names])
 
 
 def absolute(path: str) -> str:
-    """One spelling per place: an absolute local path, or the URL as it is."""
+    """Return an absolute local path, or the URL as it is, so that a place has one spelling."""
     return path.rstrip("/") if is_url(path) else os.path.abspath(path)
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path or URL, and the path inside it."""
+    """Return the fsspec file system of a path or URL, and the path inside it."""
     return fsspec.core.url_to_fs(path)
 
 
 def exists(path: str) -> bool:
-    """Whether a file or folder is there."""
+    """Return whether a file or folder exists."""
     if not is_url(path):
         return os.path.exists(path)
     fs, inner = filesystem(path)
@@ -46,7 +46,7 @@ def exists(path: str) -> bool:
 
 
 def size(path: str) -> int:
-    """Bytes of a file."""
+    """Return the number of bytes of a file."""
     if not is_url(path):
         return os.path.getsize(path)
     fs, inner = filesystem(path)
@@ -54,7 +54,7 @@ def size(path: str) -> int:
 
 
 def open_read(path: str) -> Any:
-    """A seekable binary file, read-only."""
+    """Open a seekable binary file for reading."""
     if not is_url(path):
         return open(path, "rb")
     fs, inner = filesystem(path)
@@ -62,13 +62,13 @@ def open_read(path: str) -> Any:
 
 
 def read_bytes(path: str) -> bytes:
-    """The whole file."""
+    """Read a whole file."""
     with open_read(path) as file:
         return file.read()
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
-    """`length` bytes from `offset`; shorter only where the file ends."""
+    """Read `length` bytes from `offset`; fewer only where the file ends."""
     if not is_url(path):
         with open(path, "rb") as file:
             file.seek(offset)
@@ -78,7 +78,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
 
 
 def sha256(path: str) -> str:
-    """SHA-256 of a file, as 64 hex digits."""
+    """Return the SHA-256 of a file, as 64 hex digits."""
     digest = hashlib.sha256()
     with open_read(path) as file:
         while piece := file.read(1 << 22):
@@ -88,7 +88,7 @@ def sha256(path: str) -> str:
 
 @contextlib.contextmanager
 def local_copy(path: str) -> Iterator[str]:
-    """The path itself where it is local; else a temporary download, gone after the block."""
+    """Yield the path itself where it is local, else a temporary download, removed after the block."""
     if not is_url(path):
         yield path
         return
@@ -141,14 +141,14 @@ def write_bytes(path: str, content: bytes) -> None:
 
 
 def remove_folder(path: str) -> None:
-    """Remove a folder and all that it holds, if it exists."""
+    """Remove a folder with everything in it, if it exists."""
     system, inner = filesystem(path)
     if system.exists(inner):
         system.rm(inner, recursive=True)
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """`{00000..00012}` and `{a,b}` expanded, zero padding kept, as webdataset writes shard patterns."""
+    """Expand `{00000..00012}` and `{a,b}`; zero padding is kept, as webdataset writes shard patterns."""
     match = re.search(r"\{([^{}]*)\}", pattern)
     if not match:
         return [pattern]
@@ -168,7 +168,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def expand(patterns: str | Sequence[str]) -> list[str]:
-    """Every file that the patterns name (braces, then globs), each once, in the order given, globs sorted.
+    """Return every file that the patterns name (braces, then globs), each once, in the order given, globs sorted.
 
     Raises `InputError` for a pattern that matches nothing.
     """

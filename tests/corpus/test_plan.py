@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from distilclip.corpus.captions import SYNONYMS, describe, write_caption
-from distilclip.corpus.composition import CorpusSummary, plan_corpus, write_corpus
+from distilclip.corpus.composition import CorpusSummary, plan_corpus, write_shards, write_texts
 from distilclip.corpus.scenes import (
     BACKGROUNDS,
     COLOURS,
@@ -54,10 +54,17 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+def write_corpus(folder: Path, num_workers: int = 0) -> CorpusSummary:
+    corpus = plan_corpus(**SMALL)
+    write_texts(str(folder), corpus.texts)
+    assert len(list(write_shards(str(folder), corpus.shards, num_workers=num_workers))) == len(corpus.shards)
+    return corpus.summary
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CorpusSummary]:
     folder = tmp_path_factory.mktemp("corpus")
-    return folder, write_corpus(str(folder), **SMALL)
+    return folder, write_corpus(folder)
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +85,7 @@ def test_same_seed_gives_the_same_bytes_for_any_number_of_workers(
     written: tuple[Path, CorpusSummary], tmp_path: Path
 ) -> None:
     folder, summary = written
-    assert write_corpus(str(tmp_path / "two"), **SMALL, num_workers=2) == summary
+    assert write_corpus(tmp_path / "two", num_workers=2) == summary
     assert contents(tmp_path / "two") == contents(folder)
     write_shard(str(tmp_path / "other"), plan_corpus(**{**SMALL, "seed": 6}).shards[0])
     assert contents(tmp_path / "other")["train/00000.tar"] != contents(folder)["train/00000.tar"]

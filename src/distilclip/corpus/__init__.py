@@ -1,1 +1,1 @@
-"""The synthetic corpus: scenes with known truth, their pictures, captions, duplicates, and labelled sets."""
+"""Make the synthetic corpus: scenes with known truth, their pictures, captions, duplicates, and labelled sets."""

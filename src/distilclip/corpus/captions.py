@@ -1,4 +1,4 @@
-"""Word a scene: captions as the web writes them, which tell a random part of the truth, and full descriptions."""
+"""Write captions for scenes: web-like ones that tell a random part of the truth, and full descriptions."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ COLOUR_TEMPLATES = ("something {}", "a {} object", "a photo of a {} shape", "a p
 
 
 def write_caption(rng: np.random.Generator, scene: Scene) -> str:
-    """A caption that tells a random part of the truth, at least one shape or colour, and nothing false."""
+    """Write a caption that tells a random part of the truth, at least one shape or colour, and nothing false."""
     count = len(scene.objects) if rng.random() < 0.6 else int(rng.integers(1, len(scene.objects) + 1))
     mentioned = [scene.objects[i] for i in rng.permutation(len(scene.objects))[:count]]
     if len(scene.objects) > 1 and rng.random() < 0.1 and (one := _only_of_its_size(scene, mentioned[0])):
@@ -76,7 +76,7 @@ def write_caption(rng: np.random.Generator, scene: Scene) -> str:
 
 
 def describe(scene: Scene) -> str:
-    """The whole truth in plain words; different scenes have different descriptions."""
+    """Describe the whole truth in plain words; different scenes have different descriptions."""
     objects = ", ".join(f"{o.size} {o.texture} {o.colour} {o.shape} {o.place}" for o in scene.objects)
     return f"{objects} on {scene.background}"
 
@@ -97,7 +97,7 @@ def _list(rng: np.random.Generator, objects: Sequence[Object]) -> str:
 
 
 def _relation(rng: np.random.Generator, first: Object, second: Object) -> str:
-    """A true word for where the first stands, seen from the second; two places always differ in a row or a column."""
+    """Return a true word for where the first stands, seen from the second; two places differ in a row or a column."""
     true = [
         word
         for word, edge, opposite in (
@@ -113,7 +113,7 @@ def _relation(rng: np.random.Generator, first: Object, second: Object) -> str:
 
 
 def _phrase(rng: np.random.Generator, item: Object, *, size: float = 0.2) -> str:
-    """The object without an article; `size` is the probability that its size is told."""
+    """Word the object without an article; `size` is the probability that its size is told."""
     tell_colour, tell_texture, tell_size = rng.random(3) < (0.5, 0.25, size)
     adjectives: list[str] = []
     afterwards: list[str] = []

@@ -1,4 +1,4 @@
-"""The embedded corpus: pairs with duplicates, noisy captions and a known truth, and the sets to evaluate on.
+"""Plan and write the corpus: pairs with duplicates, noisy captions and a known truth, and sets to evaluate on.
 
 Everything is decided by (seed, sizes) before a picture is drawn: `plan_corpus` returns the tars to come, each of which
 writes itself with random numbers of its own. So bytes depend neither on the number of workers nor on an interruption.
@@ -65,7 +65,7 @@ class CorpusSummary:
 
     @property
     def removable_ratio(self) -> float:
-        """The share of pairs that repeat another pair's scene."""
+        """Share of pairs that repeat another pair's scene."""
         return 1 - self.num_groups / self.num_pairs
 
 
@@ -127,26 +127,6 @@ def plan_corpus(
     return Corpus(shards=(*train, *evaluation), texts=_texts(), summary=summary)
 
 
-def write_corpus(
-    out: str,
-    *,
-    num_pairs: int,
-    seed: int,
-    image_size: int = 64,
-    shard_size: int = 1000,
-    num_eval: int = 1000,
-    num_workers: int = 0,
-) -> CorpusSummary:
-    """Write a corpus below `out`, a folder or URL, replacing what is there; see `plan_corpus` and `write_shards`."""
-    corpus = plan_corpus(
-        num_pairs=num_pairs, seed=seed, image_size=image_size, shard_size=shard_size, num_eval=num_eval
-    )
-    write_texts(out, corpus.texts)
-    for _ in write_shards(out, corpus.shards, num_workers=num_workers):
-        pass
-    return corpus.summary
-
-
 def write_texts(out: str, texts: dict[str, str]) -> None:
     """Write text files, given by their paths below `out`."""
     for path, text in texts.items():
@@ -182,7 +162,7 @@ def _group_sizes(rng: np.random.Generator, num_pairs: int) -> Int[np.ndarray, " 
 def _pairs(
     rng: np.random.Generator, sizes: Int[np.ndarray, " g"]
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
-    """Group, copy and caption kind of every pair: one original a group, copies of either sort, in any order."""
+    """Draw group, copy and caption kind of every pair: one original per group, copies of either kind, in any order."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     copy = rng.integers(1, len(COPIES), size=len(group))
     copy[np.cumsum(sizes) - sizes] = COPIES.index("original")
@@ -194,7 +174,7 @@ def _pairs(
 def _plan_evaluation(
     rng: np.random.Generator, prior: Prior, *, seed: int, image_size: int, num: int, taken: Int[np.ndarray, " t"]
 ) -> list[EvalShard]:
-    """The evaluation tars; no scene of theirs is a training scene or another tar's."""
+    """Plan the evaluation tars; none of their scenes is a training scene or another tar's."""
     parts = [(name, split) for name in SETS for split in ("train", "test") if split == "test" or name in PROBED_SETS]
     shards = []
     for stream, (name, split) in enumerate([*parts, ("retrieval", "test")]):

@@ -1,4 +1,4 @@
-"""Perceptual copies: what happens to a picture file on its way through the web."""
+"""Make perceptual copies: what happens to a picture file on its way through the web."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ CHANGES = ("reencoded", "resized", "cropped", "recoloured")
 
 
 def encode_jpeg(rng: np.random.Generator, image: Image.Image, *, low: int = 60, high: int = 95) -> bytes:
-    """JPEG bytes at a quality drawn from [low, high]."""
+    """Return JPEG bytes at a quality drawn from [low, high]."""
     file = io.BytesIO()
     image.save(file, "JPEG", quality=int(rng.integers(low, high + 1)))
     return file.getvalue()
 
 
 def perceptual_copy(rng: np.random.Generator, original: bytes) -> tuple[bytes, str]:
-    """Another JPEG file of the same picture, and the name of what was done to it.
+    """Return another JPEG file of the same picture, and the name of what was done to it.
 
     Every change ends in encoding the JPEG anew, and `reencoded` is no more than that (where the quality happens to be
     the original's, it gives the same bytes). Before it, `resized` scales by 0.7 to 1.5, `cropped` cuts up to a

@@ -56,7 +56,7 @@ def _square(x: Plane, y: Plane) -> Plane:
 
 
 def _fold(x: Plane, y: Plane, num: int) -> tuple[Plane, Plane]:
-    """Radius, and angle folded into [0, pi / num]: 0 towards each of `num` corners, the first of which is upwards."""
+    """Return radius and angle, folded into [0, pi / num]: 0 towards each of `num` corners, the first one upwards."""
     sector = 2 * np.pi / num
     angle = np.mod(np.arctan2(x, y) + sector / 2, sector) - sector / 2
     return np.hypot(x, y), np.abs(angle)
@@ -134,7 +134,7 @@ _DISTANCE: dict[str, Callable[[Plane, Plane], Plane]] = {
 
 @dataclass(frozen=True)
 class Look:
-    """Everything of a picture that no caption speaks of; k is the number of objects."""
+    """Everything in a picture that no caption tells; k is the number of objects."""
 
     center: Float[np.ndarray, "k 2"]
     radius: Float[np.ndarray, " k"]
@@ -149,7 +149,7 @@ class Look:
 
 
 def draw_look(rng: np.random.Generator, scene: Scene) -> Look:
-    """A look for a scene that does not exist yet."""
+    """Draw the look of a new scene."""
     num = len(scene.objects)
     radius = np.array([_RADIUS[o.size] for o in scene.objects]) * rng.uniform(0.92, 1.08, num)
     column_row = np.array([divmod(PLACES.index(o.place), 3)[::-1] for o in scene.objects])
@@ -170,7 +170,7 @@ def draw_look(rng: np.random.Generator, scene: Scene) -> Look:
 
 
 def vary_look(rng: np.random.Generator, look: Look) -> Look:
-    """The same scene as another camera would see it a moment later: a semantic duplicate's look."""
+    """Vary a look as if another camera saw the scene a moment later: a semantic duplicate's look."""
     num = len(look.radius)
     return replace(
         look,
@@ -187,7 +187,7 @@ def vary_look(rng: np.random.Generator, look: Look) -> Look:
 
 
 def draw_scene(rng: np.random.Generator, scene: Scene, look: Look, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The picture; `rng` is used for the sensor noise alone."""
+    """Draw the picture; `rng` is used for the sensor noise alone."""
     ramp = (np.arange(size, dtype=np.float32) + 0.5) / size - 0.5
     shade = 1 + look.slope[0] * ramp[None, :] + look.slope[1] * ramp[:, None]
     picture = shade[..., None].astype(np.float32) * look.background.astype(np.float32)
@@ -198,7 +198,7 @@ def draw_scene(rng: np.random.Generator, scene: Scene, look: Look, size: int) ->
 
 
 def draw_sketch(rng: np.random.Generator, scene: Scene, look: Look, size: int) -> UInt8[np.ndarray, "size size 3"]:
-    """The scene's largest object as a pencil outline on white paper, its line wavering as a hand does."""
+    """Draw the scene's largest object as a pencil outline on white paper, with a wavering line."""
     picture = np.full((size, size, 3), rng.uniform(0.93, 1.0), np.float32)
     window, x, y = _frame(look, 0, size)
     wave = rng.uniform(2, 5, 2)
@@ -212,7 +212,7 @@ def draw_sketch(rng: np.random.Generator, scene: Scene, look: Look, size: int) -
 
 
 def _frame(look: Look, k: int, size: int) -> tuple[tuple[slice, slice], Plane, Plane]:
-    """The window of pixels that object k can touch, and its pixels' coordinates in the object's own frame."""
+    """Return the window of pixels that object k can touch, and its pixels' coordinates in the object's own frame."""
     reach = 1.35 * look.radius[k]
     low = np.floor(np.clip(look.center[k] - reach, 0, 1) * size).astype(int)
     high = np.ceil(np.clip(look.center[k] + reach, 0, 1) * size).astype(int)
@@ -237,7 +237,7 @@ def _draw_object(picture: Float[np.ndarray, "size size 3"], item: Object, look: 
 
 
 def _texture(texture: str, x: Plane, y: Plane, look: Look, k: int) -> Plane:
-    """How pale each pixel is, 0 to 1. A period is 0.11 of the side or more, 7 pixels of 64."""
+    """Return how pale each pixel is, 0 to 1. A period is 0.11 of the side or more, 7 pixels of 64."""
     if texture == "solid":
         return np.zeros_like(x)
     period = max(0.6, 0.11 / look.radius[k])

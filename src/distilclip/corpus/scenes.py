@@ -1,4 +1,4 @@
-"""What a picture of the synthetic corpus shows: its vocabulary, its truth as one integer, and how often what occurs.
+"""Draw scenes, the truth about the corpus' pictures, each stored as one integer.
 
 A scene is a background and one to three objects; an object is a size, shape, colour, texture and place. Scenes are
 drawn by the million as integers, so that "no two groups show the same scene" is a comparison of integers.
@@ -62,7 +62,7 @@ class Scene:
 
 
 def scene_of(code: int | np.integer) -> Scene:
-    """The scene that a code stands for."""
+    """Return the scene that a code stands for."""
     rest, digits = int(code), []
     for _ in range(MAX_OBJECTS):
         rest, digit = divmod(rest, _NUM_OBJECTS + 1)
@@ -71,7 +71,7 @@ def scene_of(code: int | np.integer) -> Scene:
 
 
 def held_out_combinations() -> list[tuple[int, int]]:
-    """The 24 (shape, colour) indices that no training picture or caption shows together.
+    """Return the 24 (shape, colour) indices that no training picture or caption shows together.
 
     Two colours for each shape, and each colour with two or three shapes: the parts are all seen in training.
     """
@@ -80,7 +80,7 @@ def held_out_combinations() -> list[tuple[int, int]]:
 
 
 def seen_combinations() -> list[tuple[int, int]]:
-    """Every other (shape, colour), in order."""
+    """Return every other (shape, colour), in order."""
     held_out = set(held_out_combinations())
     return [(s, c) for s in range(len(SHAPES)) for c in range(len(COLOURS)) if (s, c) not in held_out]
 
@@ -94,18 +94,18 @@ class Prior:
 
     @classmethod
     def drawn(cls, rng: np.random.Generator) -> Prior:
-        """A prior over the seen combinations, its ranking drawn from `rng`."""
+        """Draw a prior over the seen combinations: its ranking comes from `rng`."""
         combinations = rng.permutation(np.array(seen_combinations()))
         weight = 1.0 / (np.arange(len(combinations)) + 8.0)
         return cls(combinations, weight / weight.sum())
 
     def draw(self, rng: np.random.Generator, num: int) -> Int[np.ndarray, "num 2"]:
-        """`num` combinations as (shape, colour) indices."""
+        """Draw `num` combinations as (shape, colour) indices."""
         return self.combinations[rng.choice(len(self.combinations), size=num, p=self.probability)]
 
 
 def draw_scenes(rng: np.random.Generator, num: int, prior: Prior) -> Int[np.ndarray, " num"]:
-    """Codes of `num` training scenes. At most one object is large, so that none is hidden."""
+    """Draw codes of `num` training scenes. At most one object is large, so that none is hidden."""
     combination = prior.draw(rng, num * MAX_OBJECTS).reshape(num, MAX_OBJECTS, 2)
     size = rng.choice([SMALL, MEDIUM], size=(num, MAX_OBJECTS), p=[0.4, 0.6])
     size[:, 0] = rng.choice(len(SIZES), size=num, p=[0.25, 0.4, 0.35])
@@ -116,7 +116,7 @@ def draw_scenes(rng: np.random.Generator, num: int, prior: Prior) -> Int[np.ndar
 def draw_labelled(
     rng: np.random.Generator, combination: Int[np.ndarray, "num 2"], prior: Prior
 ) -> Int[np.ndarray, " num"]:
-    """Codes of scenes that show one main object with the given (shape, colour) indices.
+    """Draw codes of scenes that show one main object with the given (shape, colour) indices.
 
     Three in ten have a small second object, of another shape and another colour, beside a larger main one.
     """
@@ -134,7 +134,7 @@ def draw_labelled(
 def draw_distinct(
     draw: Callable[[Int[np.ndarray, " m"]], Int[np.ndarray, " m"]], num: int, taken: Int[np.ndarray, " t"]
 ) -> Int[np.ndarray, " num"]:
-    """`num` codes, all different and none of them in `taken`; `draw(rows)` draws the codes of those rows anew."""
+    """Draw `num` different codes, none of them in `taken`; `draw(rows)` draws the codes of those rows anew."""
     seen = set(taken.tolist())
     codes = np.empty(num, np.int64)
     missing = np.arange(num)

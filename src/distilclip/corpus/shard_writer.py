@@ -1,4 +1,4 @@
-"""The tars of the synthetic corpus: each draws its own samples, from random numbers of its own."""
+"""Write the tars of the synthetic corpus; each draws its own samples from its own random numbers."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def write_shard(out: str, shard: Shard) -> str:
 
 
 def random_stream(seed: int, *words: int) -> np.random.Generator:
-    """The random numbers of one purpose: a function of the seed and of what they are for, not of what ran before."""
+    """Return the random numbers of one purpose: they depend on the seed and the purpose, not on what ran before."""
     return np.random.default_rng([seed, *words])
 
 

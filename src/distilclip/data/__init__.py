@@ -1,1 +1,1 @@
-"""Pairs in, joined batches out: shards, samples, the store, the training stream."""
+"""Read shards and samples, write and read the store, and stream batches for training."""

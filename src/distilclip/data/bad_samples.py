@@ -1,4 +1,4 @@
-"""What becomes of samples that cannot be used: the first stops the run, or a counted share of them is passed over."""
+"""Stop at the first sample that cannot be used, or skip a limited share of such samples and count them."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class ErrorPolicy:
 
     @property
     def num_bad(self) -> int:
-        """How many of the samples seen are unusable."""
+        """Number of samples seen that cannot be used."""
         return sum(self.reasons.values())
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Start counting again from zero."""
         self.num_seen, self.first = 0, ""
         self.reasons.clear()
 

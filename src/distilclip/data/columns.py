@@ -1,4 +1,4 @@
-"""Parquet tables of fixed schemas: the same bytes each time, their format version checked when read."""
+"""Write and read Parquet tables of fixed schemas, with the same bytes each time and a checked format version."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_columns(
 
 
 def read_columns(path: str, schema: pa.Schema) -> pa.Table:
-    """The columns of `schema`, in that order.
+    """Read the columns of `schema`, in that order.
 
     Raises:
         InputError: the file is missing, damaged, of another format version, or lacks a column.
@@ -39,7 +39,7 @@ def read_columns(path: str, schema: pa.Schema) -> pa.Table:
 
 
 def read_column_metadata(path: str) -> dict[str, str]:
-    """The string metadata of a table written by `write_columns`; only the footer is read."""
+    """Read the string metadata of a table that `write_columns` wrote; only the footer is read."""
     metadata = _open(path).schema_arrow.metadata or {}
     return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
 

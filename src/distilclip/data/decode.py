@@ -29,7 +29,7 @@ Draw = Callable[[int, int], Crop]
 def decode_crop(
     data: bytes, sizes: Sequence[int], *, draw: Draw, max_pixels: int = MAX_PIXELS, where: str = ""
 ) -> list[UInt8[Tensor, "3 _ _"]]:
-    """The crop that `draw` chooses for the upright picture's width and height, at each of `sizes` pixels square.
+    """Return the crop that `draw` chooses for the upright picture's width and height, at each of `sizes` pixels square.
 
     Bicubic with antialiasing, as Pillow's to within one level. Raises `BadSample` as `decode_image` does.
     """
@@ -42,7 +42,7 @@ def decode_crop(
 
 
 def resize_crop(pixels: UInt8[np.ndarray, "h w 3"], crop: Crop, size: int) -> UInt8[Tensor, "3 size size"]:
-    """A crop, its edges rounded to whole pixels, resized to `size` pixels square."""
+    """Resize a crop, its edges rounded to whole pixels, to `size` pixels square."""
     height, width, _ = pixels.shape
     part = torch.from_numpy(pixels[_span(crop.top, crop.bottom, height), _span(crop.left, crop.right, width)])
     # The batch dimension first: only then do its strides say that channels lie last, which is half as much work.
@@ -59,7 +59,7 @@ _SIDEWAYS = {
 
 
 def _decode(data: bytes, image: Image.Image, *, reduction: int, where: str) -> UInt8[np.ndarray, "h w 3"]:
-    """The upright picture at 1 / `reduction` of its size where it is a JPEG, else whole."""
+    """Decode the upright picture: a JPEG at 1 / `reduction` of its size, any other whole."""
     width, height = image.size
     if image.format == "JPEG" and image.mode in ("RGB", "L") and how_to_turn(image) is None:
         # The same library and the same bits as in Pillow, in two thirds of the time: no copies, no 4-byte pixels.

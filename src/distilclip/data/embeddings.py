@@ -1,4 +1,4 @@
-"""A store's embeddings of any of its rows, in float32, as the training stream asks for them."""
+"""Read a store's embeddings of any rows in float32, as the training stream needs them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Embeddings:
         self._views = _Rows(store.views_path, store.check_views)
 
     def num_captions(self, shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
-        """How many captions of each row have an embedding; in a store with views only."""
+        """Return how many captions of each row have an embedding, in a store with views."""
         first, after = (self._views.read("text_first", shard, row + np.uint32(i))[:, 0] for i in range(2))
         return 1 + after - first
 
@@ -38,7 +38,7 @@ class Embeddings:
         view: Int64[np.ndarray, " n"] | None = None,
         caption: Int64[np.ndarray, " n"] | None = None,
     ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]:
-        """Image and text embeddings of n rows; of their views and captions, if given, else the canonical ones.
+        """Return image and text embeddings of n rows; of their views and captions where these are given.
 
         Raises:
             InputError: a file is not the store's, or an embedding is no finite unit vector.
@@ -71,7 +71,7 @@ class Embeddings:
 
 
 class _Rows:
-    """Rows of the tensors in one safetensors file per shard, each by one positioned read.
+    """Rows of the tensors in one safetensors file per shard; each row is one read at its position.
 
     A batch has rows of any shard. So nothing is mapped (each map holds a file open), of remote files nothing else is
     fetched, and headers are kept: a file that is opened again is not parsed again.
@@ -85,7 +85,7 @@ class _Rows:
     def read(
         self, name: str, shard: UInt32[np.ndarray, " n"], row: Integer[np.ndarray, " n"]
     ) -> Shaped[np.ndarray, "n width"]:
-        """Rows of the tensor `name`, flattened. Raises `InputError` where a file is missing, cut or another one."""
+        """Read rows of the tensor `name`, flattened. Raises `InputError` where a file is missing, cut or wrong."""
         found: list[bytes] = []
         for start in range(0, len(row), MAX_OPEN_FILES):  # more at once would close files before they are read
             here = slice(start, start + MAX_OPEN_FILES)

@@ -1,4 +1,4 @@
-"""The image embeddings of all shards of a store as one matrix: rows are counted through the shards."""
+"""Read the image embeddings of all shards of a store as one matrix; its rows are counted through the shards."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class ImageMatrix:
 
     @cached_property
     def starts(self) -> Int[np.ndarray, " shards1"]:
-        """The first row of every shard, and the number of rows."""
+        """The first row of every shard, then the number of all rows."""
         return np.cumsum([0, *(shard.num_rows for shard in self.store.shards)])
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "n dim"]:
-        """Rows from `start` to before `stop`."""
+        """Read the rows from `start` to before `stop`."""
         pieces = [self.store.image(shard)[within] for shard, within in self._cut(start, stop)]
         if len(pieces) == 1:
             return pieces[0]
@@ -44,7 +44,7 @@ class ImageMatrix:
         return rows
 
     def take(self, rows: Int[np.ndarray, " m"]) -> Float16[np.ndarray, "m dim"]:
-        """Rows in any order."""
+        """Read rows in any order."""
         taken = np.empty((len(rows), self.store.dim), np.float16)
         order = np.argsort(rows, kind="stable")
         bounds = np.searchsorted(rows[order], self.starts)
@@ -55,7 +55,7 @@ class ImageMatrix:
         return taken
 
     def valid(self, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " n"]:
-        """Which rows have an embedding."""
+        """Return which rows have an embedding."""
         stop = len(self) if stop is None else stop
         pieces = [
             self._read_column(shard, "valid", pa.bool_()).to_numpy()[within] for shard, within in self._cut(start, stop)
@@ -63,7 +63,7 @@ class ImageMatrix:
         return np.concatenate([np.empty(0, bool), *pieces])
 
     def digests(self) -> UInt8[np.ndarray, "n 16"]:
-        """The beginning of each image file's SHA-256, zeros where it is not known."""
+        """Return the first 16 bytes of each image file's SHA-256, zeros where it is not known."""
         digests = np.zeros((len(self), DIGEST_BYTES), np.uint8)
         for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
             column = self._read_column(shard, "image_sha256", pa.binary(32)).combine_chunks().fill_null(bytes(32))
@@ -72,17 +72,17 @@ class ImageMatrix:
         return digests
 
     def ids(self, rows: Int[np.ndarray, " m"]) -> UInt64[np.ndarray, " m"]:
-        """Sample ids of rows."""
+        """Return the sample ids of rows."""
         shard = np.searchsorted(self.starts, rows, side="right") - 1
         return sample_id(shard, rows - self.starts[shard])
 
     def rows(self, ids: UInt64[np.ndarray, " m"]) -> Int[np.ndarray, " m"]:
-        """Rows of sample ids."""
+        """Return the rows of sample ids."""
         shard, row = split_id(ids)
         return self.starts[shard.astype(np.int64)] + row.astype(np.int64)
 
     def _cut(self, start: int, stop: int) -> list[tuple[int, slice]]:
-        """The shards that hold the rows of a range, and which of their rows these are."""
+        """Return the shards that hold the rows of a range, and which of their rows these are."""
         return [
             (shard, slice(max(start - first, 0), min(stop, last) - first))
             for shard, (first, last) in enumerate(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))

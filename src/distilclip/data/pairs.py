@@ -1,4 +1,4 @@
-"""Which pairs to train on: the valid, kept rows of all shards, with their place in the shard and their cluster."""
+"""List the pairs to train on: the valid, kept rows of all shards, with their place in the shard and their cluster."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class PairTable:
         return len(self.row)
 
     def ids(self, rows: Int64[np.ndarray, " m"]) -> UInt64[np.ndarray, " m"]:
-        """The sample ids of rows of this table."""
+        """Return the sample ids of rows of this table."""
         return sample_id(self.shard[rows], self.row[rows])
 
 
 @dataclass(frozen=True)
 class Index:
-    """Where the n rows of a shard lie, as its store says: what training needs of a row table, keys in Arrow."""
+    """Where the n rows of a shard lie: the columns of its row table that training needs, keys in Arrow."""
 
     key: pa.StringArray
     offset: UInt64[np.ndarray, " n"]
@@ -54,7 +54,7 @@ class Index:
 
     @classmethod
     def read(cls, store: Store, shard: int) -> Index:
-        """The index of a shard."""
+        """Read the index of a shard."""
         table = store.columns(shard, "key", "offset", "size", "valid")
         return cls(table["key"].combine_chunks(), *(table[name].to_numpy() for name in ("offset", "size", "valid")))
 
@@ -62,7 +62,7 @@ class Index:
 def join_stores(
     stores: Sequence[Store], *, data: Sequence[str] = (), groups: str | None = None, clusters: str | None = None
 ) -> PairTable:
-    """The rows valid in every store; those that `groups` (a balance folder) keeps; with labels of `clusters`.
+    """List the rows that are valid in every store and kept by `groups`, with the labels of `clusters`.
 
     The stores are of the same shards, by several teachers; groups and clusters are the first one's. `data` says where
     the shards lie now, in the order of the manifest, if not where they were embedded.
@@ -94,7 +94,7 @@ def join_stores(
 
 
 def _check_same_rows(store: Store, other: Store) -> None:
-    """`InputError` unless the shards of both stores hold the same keys in the same order."""
+    """Raise `InputError` unless the shards of both stores hold the same keys in the same order."""
     if [shard.key_digest for shard in store.shards] != [shard.key_digest for shard in other.shards]:
         raise InputError(
             f"{other.path} and {store.path} were not made from the same shards in the same order. Embed the same "
@@ -103,7 +103,7 @@ def _check_same_rows(store: Store, other: Store) -> None:
 
 
 def index_pairs(data: Sequence[str], *, policy: ErrorPolicy) -> PairTable:
-    """The usable samples of shards that no store describes; the unusable ones are counted by `policy`.
+    """List the usable samples of shards that have no store; the unusable ones are counted by `policy`.
 
     Raises:
         InputError: a shard cannot be read, or `policy` has had enough.
@@ -174,7 +174,7 @@ def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int32[
 
 
 def check_source(store: Store, shard: int, uri: str, rows: Rows | Index) -> None:
-    """The shard is there, of the size that was embedded, and holds the key of its first valid row where the index says.
+    """Check that the shard exists, has the size that was embedded, and holds its first valid row where the index says.
 
     All other keys are compared as they are read.
     """

@@ -1,4 +1,4 @@
-"""Positioned reads of files, local or remote, with reading ahead, and how many of them stay open."""
+"""Read parts of local and remote files, fetch them ahead, and limit how many files stay open."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Reader:
 
     @property
     def size(self) -> int:
-        """Bytes of the file."""
+        """Number of bytes of the file."""
         return files.size(self.path)
 
     def prefetch(self, offset: int, length: int) -> None:
@@ -52,7 +52,7 @@ class Reader:
             os.posix_fadvise(self._opened().fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`; fewer only where the file ends."""
+        """Return `length` bytes from `offset`; fewer only where the file ends."""
         if self._remote:
             request = self._ahead.pop((offset, length), None)
             if request is not None:
@@ -80,10 +80,10 @@ class Reader:
 
 @runtime_checkable
 class Closable(Protocol):
-    """What holds a file open."""
+    """An open file, or an object that holds one."""
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the file."""
 
 
 Key = TypeVar("Key", bound=Hashable)
@@ -91,7 +91,7 @@ File = TypeVar("File", bound=Closable)
 
 
 class OpenFiles(Generic[Key, File]):
-    """The files a process has open, each by its key: at most `limit`, the longest unused closed first."""
+    """The files that a process has open, by key: at most `limit`; the one unused for the longest is closed first."""
 
     def __init__(self, open_file: Callable[[Key], File], *, limit: int) -> None:
         self.open_file, self.limit = open_file, limit

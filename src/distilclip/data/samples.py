@@ -1,4 +1,4 @@
-"""One image-text pair as it lies in a shard, and the decoding of its image."""
+"""Hold one image-text pair as it lies in a shard, and decode its image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _TRANSPOSE = {
 
 
 class BadSample(Exception):  # noqa: N818  (a verdict on a sample, not a fault of the program)
-    """One sample cannot be used; never fatal by itself.
+    """One sample cannot be used. Never fatal by itself.
 
     `reason` is one of a small fixed set of phrases, so that reasons can be counted; `detail` is what this sample adds
     to it; `where` names the file and the member.
@@ -46,12 +46,12 @@ class BadSample(Exception):  # noqa: N818  (a verdict on a sample, not a fault o
 
     @property
     def error(self) -> str:
-        """`reason: detail`, as the `error` column of a store holds it."""
+        """`reason: detail`, as in the column `error` of a store."""
         return f"{self.reason}: {self.detail}" if self.detail else self.reason
 
 
 def reason_of(error: str) -> str:
-    """The countable reason of an `error` column's value."""
+    """Return the countable reason in a value of the column `error`."""
     return error.partition(": ")[0]
 
 
@@ -67,7 +67,7 @@ class Sample:
 
     @property
     def captions(self) -> list[str]:
-        """`caption`, then the other ones of the list `captions` in the sample's `json`, each once.
+        """`caption`, then the others of the list `captions` in the sample's `json`, each once.
 
         Raises `BadSample` where one of them is no text.
         """
@@ -87,7 +87,7 @@ class Entry:
 
 
 def decode_text(data: bytes, *, name: str, where: str = "") -> str:
-    """UTF-8 text, stripped. Raises `BadSample` on bytes that are none."""
+    """Decode UTF-8 text and strip it. Raises `BadSample` on bytes that are none."""
     try:
         return data.decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -95,7 +95,7 @@ def decode_text(data: bytes, *, name: str, where: str = "") -> str:
 
 
 def decode_meta(data: bytes, *, where: str = "") -> dict[str, Any]:
-    """The object of a `.json` member. Raises `BadSample` where it is none."""
+    """Parse the object of a `.json` member. Raises `BadSample` where it is none."""
     try:
         meta = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -106,7 +106,7 @@ def decode_meta(data: bytes, *, where: str = "") -> dict[str, Any]:
 
 
 def clean_caption(caption: object, *, where: str = "") -> str | None:
-    """A caption as text, None where it is absent or blank. Raises `BadSample` on what no tokenizer could take."""
+    """Return a caption, None where it is absent or blank. Raises `BadSample` on what no tokenizer could take."""
     if caption is None:
         return None
     if not isinstance(caption, str):
@@ -139,7 +139,7 @@ def decode_image(
 
 
 def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, where: str = "") -> Image.Image:
-    """An image file of which only the header was read. Raises `BadSample` as `decode_image` does."""
+    """Open an image file and read only its header. Raises `BadSample` as `decode_image` does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of large images, decided below, and of odd metadata
         try:
@@ -157,7 +157,7 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, where: str = "") ->
 
 
 def load_image(image: Image.Image, *, draft: tuple[int, int] | None = None, where: str = "") -> Image.Image:
-    """The pixels of an opened image, upright, as 8-bit RGB. Raises `BadSample` as `decode_image` does."""
+    """Return the pixels of an opened image, upright, as 8-bit RGB. Raises `BadSample` as `decode_image` does."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -173,7 +173,7 @@ def load_image(image: Image.Image, *, draft: tuple[int, int] | None = None, wher
 
 
 def how_to_turn(image: Image.Image) -> Image.Transpose | None:
-    """What makes an image upright, by its EXIF orientation; None where it is."""
+    """Return what makes an image upright, by its EXIF orientation; None where it is upright."""
     if "exif" not in image.info:  # TIFF is upright once loaded
         return None
     try:

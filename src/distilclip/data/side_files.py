@@ -1,4 +1,4 @@
-"""What later stages say about the rows of a store, as side files beside it: groups, labels, forest and centers."""
+"""Write and read what later stages say about the rows of a store: groups, labels, forest and centers."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ class ForestEdges:
 
 
 def groups_path(folder: str, shard: int) -> str:
-    """Where a balance folder holds the groups of a shard."""
+    """Return the path of the groups of a shard in a balance folder."""
     return files.join(folder, "groups", f"{shard:06d}.parquet")
 
 
 def labels_path(folder: str, shard: int) -> str:
-    """Where a cluster folder holds the labels of a shard."""
+    """Return the path of the labels of a shard in a cluster folder."""
     return files.join(folder, "labels", f"{shard:06d}.parquet")
 
 
@@ -76,7 +76,7 @@ def write_groups(folder: str, shard: int, groups: Groups) -> None:
 
 
 def read_groups(folder: str, shard: int) -> Groups:
-    """The groups of a shard from a balance folder."""
+    """Read the groups of a shard from a balance folder."""
     return Groups(**_read(groups_path(folder, shard), GROUPS_SCHEMA))
 
 
@@ -107,7 +107,7 @@ def write_labels(folder: str, shard: int, labels: Labels) -> None:
 
 
 def read_labels(folder: str, shard: int) -> Labels:
-    """The labels of a shard from a cluster folder."""
+    """Read the labels of a shard from a cluster folder."""
     return Labels(**_read(labels_path(folder, shard), LABELS_SCHEMA))
 
 
@@ -117,28 +117,28 @@ def write_forest(folder: str, forest: ForestEdges) -> None:
 
 
 def read_forest(folder: str) -> ForestEdges:
-    """The spanning forest of a balance folder."""
+    """Read the spanning forest of a balance folder."""
     return read_edges(files.join(folder, "forest.parquet"))
 
 
 def write_edges(path: str, forest: ForestEdges) -> None:
-    """Write a forest, whole or of a part of the search."""
+    """Write the edges of a forest, whole or of a part of the search."""
     _write(path, FOREST_SCHEMA, vars(forest))
 
 
 def read_edges(path: str) -> ForestEdges:
-    """A forest that `write_edges` wrote."""
+    """Read edges that `write_edges` wrote."""
     return ForestEdges(**_read(path, FOREST_SCHEMA))
 
 
 def write_centers(folder: str, centers: Float32[np.ndarray, "k dim"], metadata: Mapping[str, str] | None = None) -> str:
-    """Write unit centers into a cluster folder; the SHA-256 of the file."""
+    """Write unit centers into a cluster folder; return the SHA-256 of the file."""
     path = files.join(folder, "centers.safetensors")
     return write_tensors(path, {"centers": centers}, {"format": FORMAT_VERSION, **(metadata or {})})
 
 
 def read_centers(folder: str) -> Float32[np.ndarray, "k dim"]:
-    """The centers of a cluster folder. Raises `InputError` where they are not finite unit vectors."""
+    """Read the centers of a cluster folder. Raises `InputError` where they are not finite unit vectors."""
     path = files.join(folder, "centers.safetensors")
     if not files.exists(path):
         raise InputError(f"{path} is missing: run `distilclip cluster --out {folder}` first.")

@@ -1,4 +1,4 @@
-"""Tables of samples: Parquet with image bytes, as Hugging Face datasets store them, and a CSV beside image files."""
+"""Read tables of samples: Parquet with image bytes, as in Hugging Face datasets, or a CSV beside image files."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ CACHE_BYTES = 256 << 20
 
 
 class _RowGroups:
-    """The row groups read last, by their shard's token and their number: `CACHE_BYTES` of them, but at least the last.
+    """Keeps the row groups that were read last, up to `CACHE_BYTES`, but at least one.
 
     A token stands for a shard that may be gone, with its file closed.
     """
@@ -44,7 +44,7 @@ class _RowGroups:
         self._lock = threading.Lock()  # the shards of a store are opened by several threads
 
     def get(self, token: object, group: int) -> pa.Table | None:
-        """A row group, if it is here."""
+        """Return a row group, if it is kept."""
         with self._lock:
             table = self._tables.get((token, group))
             if table is not None:
@@ -52,7 +52,7 @@ class _RowGroups:
             return table
 
     def add(self, token: object, group: int, table: pa.Table) -> None:
-        """Keep a row group; those unused the longest go."""
+        """Keep a row group; the ones unused for the longest are dropped."""
         with self._lock:
             self._tables[token, group] = table
             self._num_bytes += table.nbytes
@@ -60,7 +60,7 @@ class _RowGroups:
                 self._num_bytes -= self._tables.popitem(last=False)[1].nbytes
 
     def drop(self, token: object) -> None:
-        """Let go of all row groups of a shard."""
+        """Drop all row groups of a shard."""
         with self._lock:
             for key in [key for key in self._tables if key[0] is token]:
                 self._num_bytes -= self._tables.pop(key).nbytes
@@ -94,7 +94,7 @@ class ParquetShard:
             del self._file
 
     def index(self) -> list[Entry]:
-        """Every row in order. Raises `InputError` where there is no row, or no image column."""
+        """Return every row in order. Raises `InputError` where there is no row, or no image column."""
         num_rows = self._file.metadata.num_rows
         if num_rows == 0:
             raise InputError(f"{self.uri} has no rows: remove it from the data.")
@@ -106,10 +106,10 @@ class ParquetShard:
         return [Entry(_key(key, row), row, 0) for row, key in enumerate(keys)]
 
     def prefetch(self, offset: int, size: int) -> None:
-        """Nothing: a row group is read when the first of its rows is."""
+        """Do nothing: a row group is read when the first of its rows is."""
 
     def read(self, offset: int, size: int) -> Sample:
-        """The sample in row `offset`. Raises `BadSample` where its caption is none."""
+        """Return the sample in row `offset`. Raises `BadSample` where its caption is none."""
         ends = self._row_group_ends
         if not 0 <= offset < ends[-1]:
             raise InputError(f"{self.uri} has no row {offset}: the file is not the one that was indexed.")
@@ -183,7 +183,7 @@ class CsvShard:
         self._reader.close()
 
     def index(self) -> list[Entry]:
-        """Every row in order. Raises `InputError` where columns or rows are missing."""
+        """Return every row in order. Raises `InputError` where columns or rows are missing."""
         records = self._records()
         names, _ = next(records)
         entries = [_csv_entry(_named(names, values), number) for number, (values, _) in enumerate(records)]
@@ -192,10 +192,10 @@ class CsvShard:
         return entries
 
     def prefetch(self, offset: int, size: int) -> None:
-        """Nothing: image files are read when they are asked for."""
+        """Do nothing: image files are read when they are asked for."""
 
     def read(self, offset: int, size: int) -> Sample:
-        """The sample in row `offset`, with its image file. Raises `BadSample` where the file is missing."""
+        """Return the sample in row `offset`, with its image file. Raises `BadSample` where the file is missing."""
         row = self._row(offset)
         entry = _csv_entry(row, offset)
         where = f"{self.uri}: row {offset}"
@@ -233,7 +233,7 @@ class CsvShard:
         return names, np.frombuffer(starts, np.uint64)
 
     def _records(self) -> Iterator[tuple[list[str], int]]:
-        """The names of the columns, then the values of every row, with the byte after each: there the next begins.
+        """Yield the names of the columns, then the values of every row, with the byte at which the next row begins.
 
         One pass that holds one row at a time. Blank lines belong to the row after them.
         """
@@ -280,7 +280,7 @@ def _key(value: object, row: int) -> str:
 
 
 def _named(names: Sequence[str], values: Sequence[str]) -> dict[Any, Any]:
-    """A row of a CSV: None for the values that it lacks, and below None those that exceed the columns."""
+    """Return a row of a CSV by column: None for missing values, and those beyond the columns under the key None."""
     row: dict[Any, Any] = dict(itertools.zip_longest(names, values[: len(names)]))
     if len(values) > len(names):
         row[None] = values[len(names) :]

@@ -1,4 +1,4 @@
-"""Random access into tar files: an index of samples made from the headers alone, one range read per sample.
+"""Read samples of a tar at known offsets: the index is made from headers alone, and a sample is one range read.
 
 The headers are parsed here and not by `tarfile`, which walks forward from the start and gives up at the first defect:
 training needs single samples at known offsets, and of a damaged tar its good part.
@@ -49,7 +49,7 @@ class TarShard:
         self._reader.close()
 
     def index(self) -> list[Entry]:
-        """Every sample in file order, unusable ones included; payloads are skipped, not read.
+        """Return every sample in file order, unusable ones included; contents are skipped, not read.
 
         Where a tar is cut or damaged, the last entry stands for all that is lost: the sample that is cut, or an entry
         without key at the byte where the tar cannot be followed any more.
@@ -86,7 +86,7 @@ class TarShard:
         self._reader.prefetch(offset, size)
 
     def read(self, offset: int, size: int) -> Sample:
-        """The sample that the index found at `offset`, by one range read.
+        """Return the sample that the index found at `offset`, by one range read.
 
         Raises:
             BadSample: a member cannot be understood.
@@ -121,7 +121,7 @@ class Member:
 
     @property
     def end(self) -> int:
-        """Where the next header lies."""
+        """Position of the next header."""
         return self.data + _padded(self.size)
 
 
@@ -134,7 +134,7 @@ class CutError(Exception):
 
 
 def walk(read: ReadAt, size: int) -> Iterator[Member]:
-    """The regular files of a tar of `size` bytes, in order, reading only headers.
+    """Yield the regular files of a tar of `size` bytes, in order; only headers are read.
 
     Understands ustar, GNU long names and sizes, and pax. Raises `CutError` at a defect, after yielding the member
     whose payload is cut.
@@ -179,7 +179,7 @@ def _padded(length: int) -> int:
 
 
 def _header_length(header: bytes, offset: int) -> int:
-    """The size field of a header whose checksum holds (POSIX.1-1988; base 256 as in GNU tar)."""
+    """Return the size field of a header, once its checksum holds (POSIX.1-1988; base 256 as in GNU tar)."""
     if len(header) < BLOCK:
         raise CutError(_CUT, offset)
     try:
@@ -197,7 +197,7 @@ def _header_length(header: bytes, offset: int) -> int:
 
 
 def _pax_records(content: bytes, start: int) -> dict[bytes, bytes]:
-    """`length key=value\\n` repeated, as POSIX.1-2001 writes extended headers."""
+    """Parse extended headers: `length key=value\\n`, repeated (POSIX.1-2001)."""
     records = {}
     position = 0
     while position < len(content):
@@ -249,7 +249,7 @@ class _Span:
     extensions: set[str] = field(default_factory=set)
 
     def ends_before(self, member: Member) -> bool:
-        """Whether `member` begins another sample: another key, or this key's extension a second time."""
+        """Return whether `member` begins another sample: another key, or this key's extension a second time."""
         return member.key != self.first.key or member.extension in self.extensions
 
     def add(self, member: Member) -> None:
@@ -276,7 +276,7 @@ def _entries(spans: list[_Span]) -> list[Entry]:
 
 
 def sample_of(key: str, members: list[Member], read: Callable[[Member], bytes], *, uri: str) -> Sample:
-    """The sample that these members make; `read` has their contents. Raises `BadSample` for one that makes no sense."""
+    """Return the sample that these members make; `read` returns their contents. Raises `BadSample` for nonsense."""
     where = f"{uri}: {key}"
     image = caption = label = None
     meta: dict[str, Any] = {}

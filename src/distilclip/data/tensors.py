@@ -1,4 +1,4 @@
-"""Safetensors files: written with the same bytes each time, read through a memory map or in parts."""
+"""Write safetensors files with the same bytes each time, and read them through a memory map or in parts."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ HEADER_BYTES = 4096  # of the first read; the headers of a store's files are sho
 
 
 def write_tensors(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """Write arrays in the given order with string metadata; the SHA-256 of the file, as 64 hex digits.
+    """Write arrays in the given order with string metadata; return the SHA-256 of the file, as 64 hex digits.
 
-    The `safetensors` package keeps metadata in a hash map, so that its files differ from run to run; hence this writer.
+    The `safetensors` package writes metadata in another order in every run, so its files have no stable digest.
     """
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
@@ -54,13 +54,13 @@ def write_tensors(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping
 
 
 def read_metadata(path: str) -> dict[str, str]:
-    """The metadata of a safetensors file; of the file only the header is read."""
+    """Read the metadata of a safetensors file; only the header is read."""
     with Reader(path) as reader:
         return _read_header(reader)[0].get("__metadata__", {})
 
 
 def read_tensors(path: str) -> dict[str, np.ndarray]:
-    """The arrays of a safetensors file: read-only views of one memory map where it is local, copies where it is a URL.
+    """Read the arrays of a safetensors file: views of a memory map where it is local, copies where it is a URL.
 
     Raises:
         InputError: the file is no safetensors file, is cut, or holds a dtype that no distilclip file has.
@@ -79,7 +79,7 @@ def read_tensors(path: str) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorPlace:
     """Where a tensor lies in its file: `start` is its first byte."""
 
     dtype: np.dtype[Any]
@@ -88,27 +88,27 @@ class Place:
     num_bytes: int
 
     def row(self, row: int) -> tuple[int, int]:
-        """Where a row lies in the file: its first byte, and how many they are."""
+        """Return where a row lies in the file: its first byte, and its number of bytes."""
         length = self.num_bytes // self.shape[0]
         return self.start + row * length, length
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of itself: its string metadata, where its tensors lie, and how many bytes it has."""
+    """The header of a safetensors file: string metadata, the places of the tensors, and the bytes of the whole file."""
 
     metadata: dict[str, str]
-    places: dict[str, Place]
+    places: dict[str, TensorPlace]
     end: int
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the tensors, by name."""
+        """Shapes of the tensors, by name."""
         return {name: place.shape for name, place in self.places.items()}
 
 
 def read_header(reader: Reader) -> Header:
-    """The header of a safetensors file, in one read of `HEADER_BYTES` if it is no longer.
+    """Read the header of a safetensors file, in one read where it is no longer than `HEADER_BYTES`.
 
     Raises:
         InputError: the file is no safetensors file, or holds a dtype that no distilclip file has.
@@ -124,13 +124,13 @@ def read_header(reader: Reader) -> Header:
         dtype, shape = _DTYPES[spec["dtype"]], tuple(spec["shape"])
         if math.prod(shape) * dtype.itemsize != last - first:
             raise InputError(f"{reader.path}: the shape {shape} of {name} disagrees with its {last - first} bytes.")
-        places[name] = Place(dtype, shape, start + first, last - first)
+        places[name] = TensorPlace(dtype, shape, start + first, last - first)
     end = max((place.start + place.num_bytes for place in places.values()), default=start)
     return Header(header.get("__metadata__", {}), places, end)
 
 
 def _read_header(reader: Reader) -> tuple[dict[str, Any], int]:
-    """The header, and the byte after it, at which the data begin."""
+    """Return the header, and the position after it, where the data begin."""
     head = reader.read(0, HEADER_BYTES)
     length = int.from_bytes(head[:8], "little")
     try:

@@ -1,4 +1,4 @@
-"""Several reproducible views of every sample, and the teacher's embeddings of them: a side file of each shard.
+"""Draw reproducible views of every sample, and store the teacher's embeddings of them beside each shard.
 
 A view is a crop, perhaps mirrored, drawn from (seed, shard, row, view) alone, so that training shows the student the
 very view that the teacher embedded. Of a sample with several captions each has its embedding. Source: dataset
@@ -39,9 +39,9 @@ class Augmentation:
     """How views are drawn."""
 
     min_crop: float = 0.9
-    """smallest share of a picture's area that a crop shows"""
+    """smallest share of a picture's area that a crop may show"""
     flip: float = 0.0
-    """share of the crops that are mirrored; captions that tell left from right will not fit"""
+    """share of crops to mirror (captions that tell left from right will then be wrong)"""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_crop <= 1:
@@ -50,7 +50,7 @@ class Augmentation:
             raise InputError(f"flip is {self.flip}; it is the share of mirrored views, from 0 to 1.")
 
     def draw(self, width: int, height: int, generator: np.random.Generator) -> Crop:
-        """A view of a picture of `width` x `height` pixels; always the same five random numbers.
+        """Draw a view of a picture of `width` x `height` pixels; it always takes five random numbers.
 
         The box has `min_crop` to 1 of the area and an aspect of 3/4 to 4/3, both narrowed to fit into the picture.
         """
@@ -68,7 +68,7 @@ class Crops(Augmentation):
     """What training shows of a picture: crops of its own, or views that a store has embedded."""
 
     views: int = 0
-    """show so many of the store's own views in turn, each with its embedding, instead of crops drawn here"""
+    """number of stored views to cycle through, each with its embedding (0: draw new crops)"""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,29 +93,29 @@ class Views:
             )
 
     def crop(self, width: int, height: int, *, shard: int, row: int, view: int) -> Crop:
-        """What view `view` shows of a picture of `width` x `height` pixels."""
+        """Return what view `view` shows of a picture of `width` x `height` pixels."""
         generator = np.random.Generator(np.random.PCG64([self.seed, shard, row, view]))
         return self.augmentation.draw(width, height, generator)
 
     def to_json(self) -> str:
-        """As a store's metadata hold it."""
+        """Return the views as JSON, for the metadata of a store."""
         return json.dumps({"num": self.num, "seed": self.seed, **dataclasses.asdict(self.augmentation)})
 
     @classmethod
     def from_json(cls, text: str) -> Views:
-        """What `to_json` wrote."""
+        """Read what `to_json` wrote."""
         values = json.loads(text)
         num, seed = values.pop("num"), values.pop("seed")
         return cls(num=num, seed=seed, augmentation=Augmentation(**values))
 
 
 def view_in(epoch: int, shard: int, row: int, *, num_views: int) -> int:
-    """The view of a sample in an epoch: each in turn, different samples beginning with different ones."""
+    """Return the view of a sample in an epoch: each in turn, and samples begin with different ones."""
     return (epoch + shard + row) % num_views
 
 
 def caption_in(epoch: int, shard: int, row: int, *, num_views: int, num_captions: int) -> int:
-    """The caption of a sample in an epoch; as epochs pass, every view meets every caption."""
+    """Return the caption of a sample in an epoch; over the epochs, every view meets every caption."""
     rounds = epoch // math.lcm(num_views, num_captions)  # after so many epochs the same pairs would come again
     return (epoch + rounds + shard + row) % num_captions
 
@@ -133,7 +133,7 @@ class ViewEmbeddings:
 
 
 def views_path(store: str, shard: int) -> str:
-    """Where a store holds the views of a shard."""
+    """Return the path of the views of a shard in a store."""
     return files.join(store, "views", f"{shard:06d}.safetensors")
 
 
@@ -143,7 +143,7 @@ def write_views(store: str, shard: int, embeddings: ViewEmbeddings, metadata: Ma
 
 
 def read_views(store: str, shard: int, *, num_rows: int, num_views: int, dim: int, teacher: str) -> ViewEmbeddings:
-    """The views of a shard, as memory maps where the store is local; `teacher` is the digest that it must bear.
+    """Read the views of a shard, as memory maps where the store is local; `teacher` is the digest that they must have.
 
     Raises:
         InputError: the file is missing, or not of this store.

@@ -1,4 +1,4 @@
-"""Work in loader processes: results in the order of the tasks, whatever the number of processes."""
+"""Compute tasks in loader processes; results come in the order of the tasks, for any number of processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Tokenize = Callable[[list[str]], Tensor]  # in a loader process: captions to tok
 
 
 def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
-    """`dataset[task]` of every task, in order, computed in `num_workers` processes (0: in this one), a few ahead.
+    """Yield `dataset[task]` of every task, in order, computed a few ahead in `num_workers` processes (0: in this one).
 
     A task that fails for the user's data *returns* its `InputError`, which is raised here: raised in a worker it would
     arrive as a traceback in a message.
@@ -48,13 +48,13 @@ def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) 
 
 
 def default_workers() -> int:
-    """A process for each core that this process of the training has to itself but one, at most `MOST_WORKERS`."""
+    """Return one process for each core of this training process but one, at most `MOST_WORKERS`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(MOST_WORKERS, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")) - 1))
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """In a loader process: a signal to the whole job (a preemption) is for the parent, which still needs batches.
+    """Let the parent handle signals to the whole job (a preemption): it still needs batches.
 
     SIGTERM ends a loader process only where its parent sent it. A thread waits for it, since a handler in Python is not
     told who did.

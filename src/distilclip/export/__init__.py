@@ -1,1 +1,1 @@
-"""What leaves the pipeline: curated data in others' formats, and models that run without this package."""
+"""Write curated data in other tools' formats, and models that run without this package."""

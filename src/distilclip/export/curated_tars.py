@@ -1,4 +1,4 @@
-"""A curated copy of webdataset tars: selected samples only, each as it lies in its source, byte for byte.
+"""Copy the selected samples of webdataset tars into new tars, each byte for byte as in its source.
 
 A sample is copied as the span of the source that holds its members, headers included, so nothing is decoded or
 encoded again. Tars are made apart from each other; each is followed by its index, whose presence says that the tar is
@@ -59,17 +59,17 @@ class Written:
 
 
 def tar_path(folder: str, number: int) -> str:
-    """Where a tar is written; there is none where no sample of its part is selected."""
+    """Return the path of a tar; the file is missing where its part has no selected sample."""
     return files.join(folder, "tars", f"{number:05d}.tar")
 
 
 def index_path(folder: str, number: int) -> str:
-    """Where the index of a tar is written: what went into it, from where, and where it lies in it."""
+    """Return the path of the index of a tar: its samples, where they come from, and where they lie in it."""
     return files.join(folder, "index", f"{number:05d}.parquet")
 
 
 def plan_tars(selection: Selection, *, samples_per_tar: int | None) -> list[TarPart]:
-    """One tar per shard and of its number; with `samples_per_tar`, tars of so many samples, the last of what is left.
+    """Plan one tar per shard, or, with `samples_per_tar`, tars of that many samples (the last has the rest).
 
     Raises:
         InputError: the store was not made from tars.
@@ -171,7 +171,7 @@ def _content(span: bytes, member: Member) -> memoryview:
 
 
 def _renamed(span: bytes, key: str, name: str) -> bytes:
-    """The sample with `name` in place of `key` in the names of its members: new headers, the same contents."""
+    """Return the sample with `name` in place of `key` in the names of its members: new headers, the same contents."""
     written = io.BytesIO()
     with (
         tarfile.open(fileobj=io.BytesIO(span + bytes(2 * BLOCK))) as source,

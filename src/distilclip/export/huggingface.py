@@ -1,4 +1,4 @@
-"""A model as a Hugging Face folder that `transformers.CLIPModel.from_pretrained` loads."""
+"""Write a model as a Hugging Face folder that `transformers.CLIPModel.from_pretrained` loads."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_huggingface(clip: Clip, folder: str) -> dict[str, Any]:
 
 
 def huggingface_config(clip: Clip) -> CLIPConfig:
-    """The architecture as transformers writes it. Raises `InputError` with everything that cannot be written."""
+    """Return transformers' config of the model. Raises `InputError` that names all that cannot be written."""
     if clip.model_cfg is None:
         raise InputError(f"{clip.name} comes from the hub, which has it already; export a model of your own.")
     require_clip_tokenizer(clip)
@@ -115,7 +115,7 @@ def huggingface_config(clip: Clip) -> CLIPConfig:
 
 
 def inexpressible(model_cfg: dict[str, Any], preprocess_cfg: dict[str, Any]) -> list[str]:
-    """What of an open_clip config transformers' CLIP has no word for."""
+    """Return the parts of an open_clip config that transformers' CLIP cannot express."""
     vision_cfg, text_cfg = model_cfg["vision_cfg"], model_cfg["text_cfg"]
     reasons = [
         f"model_cfg.{name}={model_cfg[name]!r}"
@@ -152,7 +152,7 @@ def _epsilon(tower: CLIPVisionCfg | CLIPTextCfg) -> float:
 
 
 def huggingface_state(clip: Clip) -> dict[str, Tensor]:
-    """The weights under transformers' names. Projections are stored the other way round, q, k and v apart."""
+    """Return the weights under transformers' names. Projections are transposed there; q, k and v are apart."""
     visual, text = clip.model.visual, getattr(clip.model, "text", clip.model)
     state = {
         "logit_scale": clip.model.logit_scale.reshape(()),
@@ -194,7 +194,7 @@ def _layer(name: str, layer: Any) -> dict[str, Tensor]:
 
 
 def _compare(clip: Clip, model: CLIPModel, folder: str) -> dict[str, Any]:
-    """Largest differences: of unit embeddings, on random pixels and the probes' captions, and of the probes' pixels.
+    """Compare the unit embeddings of random pixels and of the parity captions, and the pixels of the parity pictures.
 
     Tokenizer and image processor are those that transformers reads from the folder.
     """
@@ -270,7 +270,7 @@ def _size(preprocess_cfg: dict[str, Any]) -> tuple[int, int]:
 
 
 def _tokenizer(clip: Clip) -> PreTrainedTokenizerFast:
-    """CLIP's tokenizer as its file states it; a CLIPTokenizer would put its own cleaning and splitting in their place.
+    """Return CLIP's tokenizer as its file states it; a CLIPTokenizer would add its own cleaning and splitting.
 
     transformers fills captions up with the end token, of which the model reads the first.
     """
@@ -290,7 +290,7 @@ def _tokenizer(clip: Clip) -> PreTrainedTokenizerFast:
 
 
 def _image_processor(preprocess_cfg: dict[str, Any]) -> CLIPImageProcessor:
-    """The same steps."""
+    """Return the image processor that takes the same steps."""
     height, width = _size(preprocess_cfg)
     squash = preprocess_cfg["resize_mode"] == "squash"
     return CLIPImageProcessor(

@@ -1,4 +1,4 @@
-"""int8 encoders, and what they cost: measured against float32 on real samples."""
+"""Write int8 encoders, and measure on real samples what they lose against float32."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def write_int8(folder: str) -> dict[str, dict[str, int]]:
 
 
 def measure_int8(folder: str, data: Sequence[str], *, num_samples: int, batch_size: int) -> dict[str, Any]:
-    """What int8 changes, on the first usable pairs of `data`.
+    """Measure what int8 changes, on the first usable pairs of `data`.
 
     `cosine` is between the int8 and the float32 embedding of a sample (mean and least). `same_nearest` is the share of
     images whose most similar caption, among the captions of all samples, is the same one in int8 and float32, and of
@@ -96,7 +96,7 @@ def measure_int8(folder: str, data: Sequence[str], *, num_samples: int, batch_si
 
 
 def _pairs(data: Sequence[str], unusable: list[str]) -> Generator[tuple[Image.Image, str], None, None]:
-    """Pictures and captions in order; why others cannot be used is added to `unusable`."""
+    """Yield pictures and captions in order; the reasons of unusable pairs are added to `unusable`."""
     for uri in data:
         with contextlib.closing(open_shard(uri)) as shard:
             for entry in shard.index():
@@ -116,6 +116,6 @@ def _pair(shard: Shard, entry: Entry) -> tuple[Image.Image, str]:
 
 
 def _nearest(found: Drawn) -> dict[str, np.ndarray]:
-    """The row of the most similar caption of each image, and of the most similar image of each caption."""
+    """Return the row of the most similar caption of each image, and of the most similar image of each caption."""
     similarity = found.image @ found.text.T
     return {"image_to_text": similarity.argmax(1), "text_to_image": similarity.argmax(0)}

@@ -1,4 +1,4 @@
-"""Image and text encoder as ONNX files, checked against torch when they are written."""
+"""Write the image and the text encoder as ONNX files, and compare them with torch."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def _export(module: nn.Module, example: Tensor, *, tower: Tower, name: str) -> b
 
 
 def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The model without the exporter's stack traces: they name files of this machine and differ between machines."""
+    """Remove the exporter's stack traces: they name files of this machine and differ between machines."""
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     for item in (model, model.graph, *nodes, *model.graph.value_info, *model.graph.input, *model.graph.output):
         del item.metadata_props[:]
@@ -153,7 +153,7 @@ def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _compare(clip: Clip, exported: OnnxClip) -> dict[str, float]:
-    """Largest differences to torch: of each encoder on equal input in batches of 1, 2 and 5, and of the pixels."""
+    """Return the largest differences to torch: of each encoder in batches of 1, 2 and 5, and of the pixels."""
     generator = torch.Generator().manual_seed(0)
     device, (width, height) = clip.device, input_size(clip.preprocess_cfg)
     found = {"image": 0.0, "text": 0.0, "pixels": 0.0}

@@ -1,4 +1,4 @@
-"""An exported ONNX model at work: pictures and words in, unit embeddings out. Imports no torch.
+"""Run an exported ONNX model: pictures and words in, unit embeddings out. Imports no torch.
 
 The folder holds `image.onnx` and `text.onnx` (with int8, `image.int8.onnx` and `text.int8.onnx`), `tokenizer.json` and
 `clip.json`, which says how pictures are prepared.
@@ -28,7 +28,7 @@ _FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BI
 
 
 def encoder_file(tower: Tower, precision: Precision) -> str:
-    """The file of an encoder."""
+    """Return the name of an encoder's file."""
     return f"{tower}.onnx" if precision == "fp32" else f"{tower}.{precision}.onnx"
 
 
@@ -49,12 +49,12 @@ class OnnxClip:
     text: onnxruntime.InferenceSession
 
     def encode_images(self, pictures: Sequence[Image.Image]) -> Float32[np.ndarray, "n dim"]:
-        """Unit embeddings of RGB pictures."""
+        """Return unit embeddings of RGB pictures."""
         pixels = np.stack([preprocess(picture, self.preprocessing) for picture in pictures])
         return self.image.run(None, {"pixels": pixels})[0]
 
     def encode_texts(self, texts: Sequence[str]) -> Float32[np.ndarray, "n dim"]:
-        """Unit embeddings of texts."""
+        """Return unit embeddings of texts."""
         tokens = np.array([found.ids for found in self.tokenizer.encode_batch(list(texts))], np.int64)
         return self.text.run(None, {"tokens": tokens})[0]
 
@@ -92,7 +92,7 @@ def open_onnx(folder: str, *, precision: Precision = "fp32", num_threads: int = 
 
 
 def preprocess(picture: Image.Image, preprocessing: dict[str, Any]) -> Float32[np.ndarray, "3 h w"]:
-    """The pixels that the image encoder expects of an RGB picture, as open_clip's and torchvision's transforms do it.
+    """Return the pixels that the image encoder expects of an RGB picture, equal to open_clip's.
 
     `shortest` scales the shorter side to the size and cuts out the middle; `squash` scales both sides. Then values are
     divided by 255, and per channel the mean is taken off and the standard deviation divided by.
@@ -113,14 +113,14 @@ def preprocess(picture: Image.Image, preprocessing: dict[str, Any]) -> Float32[n
 
 
 def input_size(preprocessing: dict[str, Any]) -> tuple[int, int]:
-    """Width and height of the image encoder's input."""
+    """Return width and height of the image encoder's input."""
     size = preprocessing["size"]
     height, width = (size, size) if isinstance(size, int) else size
     return width, height
 
 
 def batched(items: Iterable[Any], size: int) -> Iterable[list[Any]]:
-    """The items in lists of `size`, the last shorter."""
+    """Yield the items in lists of `size`, the last one shorter."""
     batch = []
     for item in items:
         batch.append(item)

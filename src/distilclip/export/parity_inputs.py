@@ -1,4 +1,4 @@
-"""Captions and pictures on which an exported model is compared with the model it was made from."""
+"""Hold the captions and pictures on which an exported model is compared with its source."""
 
 from __future__ import annotations
 

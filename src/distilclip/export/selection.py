@@ -1,4 +1,4 @@
-"""Which rows of a store leave it: those that `balance` kept, those in a subset file, or every valid one."""
+"""Select the rows of a store to export: those that `balance` kept, those in a subset file, or every valid one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from distilclip.export.uids import UidKind, in_subset, read_subset, read_uids
 
 @dataclass(frozen=True)
 class Selected:
-    """The n rows of one shard that leave, ascending. `offset` and `size` are those of the shard's index."""
+    """The n selected rows of one shard, ascending. `offset` and `size` are those of the shard's index."""
 
     uri: str
     row: UInt32[np.ndarray, " n"]
@@ -30,7 +30,7 @@ class Selected:
         return len(self.row)
 
     def part(self, start: int, stop: int | None) -> Selected:
-        """The rows from `start` up to `stop`."""
+        """Return the rows from `start` to before `stop`."""
         here = slice(start, stop)
         return Selected(
             self.uri, self.row[here], self.key[here], self.offset[here], self.size[here], self.image_sha256[here]
@@ -39,7 +39,7 @@ class Selected:
 
 @dataclass(frozen=True, kw_only=True)
 class Selection:
-    """A store, what chooses its rows, and where its shards lie now. Small and picklable: rows are read when asked for.
+    """A store, what chooses its rows, and where its shards lie now. Small and picklable: rows are read when needed.
 
     `groups` is a balance folder, `subset` a DataComp subset file; one of the two at most. `uid` says how samples are
     named in that file.
@@ -52,7 +52,7 @@ class Selection:
     uid: UidKind = "json"
 
     def rows(self, shard: int) -> Selected:
-        """The selected rows of a shard, once its file has been found to be the one that was embedded.
+        """Return the selected rows of a shard, after a check that its file is the one that was embedded.
 
         Raises:
             InputError: it is not, or the groups were made for another store.
@@ -68,7 +68,7 @@ class Selection:
         return _selected(self.uris[shard], rows, chosen)
 
     def count(self, shard: int) -> int:
-        """How many rows of a shard are selected."""
+        """Return how many rows of a shard are selected."""
         if self.subset is not None:
             return len(self.rows(shard))
         if self.groups is not None:
@@ -79,7 +79,7 @@ class Selection:
 def open_selection(
     store: str, *, groups: str | None = None, subset: str | None = None, uid: UidKind = "json", data: Sequence[str] = ()
 ) -> Selection:
-    """A selection of a finished store. `data` says where its shards lie now, in their order, if they have moved.
+    """Open a selection of a finished store. `data` says where its shards lie now, in their order, if they have moved.
 
     Raises:
         InputError: there is no such store, the data are not as many files, or the subset file is none.

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer as a `tokenizer.json`: the file of the Rust library `tokenizers`, which needs no torch."""
+"""Write CLIP's tokenizer as a `tokenizer.json`, the file of the Rust library `tokenizers`, which needs no torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _STRAIGHT = {"‘": "'", "’": "'", "‚": "'", "‛": "'", "“": '"', "”": 
 
 
 def require_clip_tokenizer(clip: Clip) -> open_clip.SimpleTokenizer:
-    """The model's tokenizer, if it is CLIP's byte-pair encoding of lower-cased text; `InputError` otherwise."""
+    """Return the model's tokenizer. Raises `InputError` unless it is CLIP's byte-pair encoding of lower-cased text."""
     tokenizer: Any = clip.tokenizer
     plain = isinstance(tokenizer, open_clip.SimpleTokenizer) and tokenizer.reduction_fn is None
     if not plain or tokenizer.clean_fn("A  B.") != "a b.":
@@ -29,7 +29,7 @@ def require_clip_tokenizer(clip: Clip) -> open_clip.SimpleTokenizer:
 
 
 def build_tokenizer(clip: Clip) -> Tokenizer:
-    """CLIP's tokenizer with the model's context: cut to its length, filled up with 0, as open_clip does.
+    """Build CLIP's tokenizer with the model's context: captions are cut to it or padded with 0, as in open_clip.
 
     open_clip also repairs mis-decoded text (ftfy) and HTML entities; of that only quotation marks and Unicode's
     normal form are done here.
@@ -61,6 +61,6 @@ def build_tokenizer(clip: Clip) -> Tokenizer:
 
 
 def differing(tokenizer: Tokenizer, clip: Clip, captions: Sequence[str]) -> list[int]:
-    """Which captions the written tokenizer and the model's own read differently."""
+    """Return which captions the written tokenizer and the model's own read differently."""
     own = clip.tokenizer(list(captions)).tolist()
     return [i for i, found in enumerate(tokenizer.encode_batch(list(captions))) if found.ids != own[i]]

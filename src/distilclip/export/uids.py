@@ -1,4 +1,4 @@
-"""DataComp's names of samples, 128-bit `uid`s, and its subset files: sorted lists of them.
+"""Read and write DataComp's names of samples (128-bit `uid`s) and its subset files (sorted lists of them).
 
 Source: mlfoundations/datacomp, README ("Selecting samples in the filtering track") and resharder.py.
 """
@@ -27,7 +27,7 @@ UID = np.dtype("u8,u8")
 def read_uids(
     uri: str, key: Sequence[str], offset: UInt64[np.ndarray, " n"], size: UInt32[np.ndarray, " n"], *, kind: UidKind
 ) -> np.ndarray:
-    """The uids of n samples of a shard, in order, as a structured array of `UID`.
+    """Return the uids of n samples of a shard, in order, as a structured array of `UID`.
 
     Args:
         uri: the shard.
@@ -48,7 +48,7 @@ def read_uids(
 
 
 def write_subset(path: str, uids: np.ndarray) -> int:
-    """Write a subset file of these uids, sorted, each once; how many there are.
+    """Write a subset file of these uids, sorted, each once; return their number.
 
     Each once, because DataComp's resharder writes a sample as often as its uid is listed.
     """
@@ -60,7 +60,7 @@ def write_subset(path: str, uids: np.ndarray) -> int:
 
 @lru_cache(maxsize=1)
 def read_subset(path: str) -> np.ndarray:
-    """The sorted uids of a subset file: `.npy`, or the bare memory of such an array. A local one stays on disk.
+    """Read the sorted uids of a subset file: `.npy`, or the bare memory of such an array. A local one stays on disk.
 
     Raises:
         InputError: the file is missing, has another dtype, or is not sorted.
@@ -82,7 +82,7 @@ def read_subset(path: str) -> np.ndarray:
 
 
 def in_subset(uids: np.ndarray, subset: np.ndarray) -> Bool[np.ndarray, " n"]:
-    """Which of the uids are in a sorted subset."""
+    """Return which of the uids are in a sorted subset."""
     return np.searchsorted(subset, uids, side="right") > np.searchsorted(subset, uids, side="left")
 
 

@@ -1,1 +1,1 @@
-"""CLIP models, their preprocessing and tokenizers; teachers; projection heads."""
+"""Build and load CLIP models with their preprocessing and tokenizers, teachers, and projection heads."""

@@ -1,4 +1,4 @@
-"""Which network a name stands for: open_clip's architectures, CLIP-KD's students, or a config of one's own."""
+"""Find the network that a name stands for: open_clip's architectures, CLIP-KD's students, or the user's own config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distilclip.errors import InputError, did_you_mean
 
 
 def _student(vision: dict[str, Any]) -> dict[str, Any]:
-    """One of CLIP-KD's small students: a text tower of 12 layers, 384 wide, and a shared space of 512."""
+    """Return one of CLIP-KD's small students: a text tower of 12 layers, 384 wide, and a shared space of 512."""
     text = {"context_length": 77, "vocab_size": 49408, "width": 384, "heads": 6, "layers": 12}
     return {"embed_dim": 512, "vision_cfg": {"image_size": 224, **vision}, "text_cfg": text}
 
@@ -35,12 +35,12 @@ STUDENTS = {
 
 
 def architectures() -> list[str]:
-    """Every name that `model_config` knows."""
+    """Return every name that `model_config` knows."""
     return [*STUDENTS, *open_clip.list_models()]
 
 
 def model_config(architecture: str) -> dict[str, Any]:
-    """The open_clip model config that `architecture` stands for.
+    """Return the open_clip model config that `architecture` stands for.
 
     A name (`architectures()`), a JSON file with an open_clip model config, or that JSON itself. In JSON, `"base": NAME`
     begins with the config of that name, in which the other values replace its own:
@@ -77,7 +77,7 @@ def _own_config(text: str) -> dict[str, Any]:
 
 
 def _replaced(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """`config` with `values` in place of its own, tower by tower."""
+    """Return `config` with `values` in place of its own, tower by tower."""
     merged = {
         name: _replaced(config[name], value)
         if isinstance(value, dict) and isinstance(config.get(name), dict)

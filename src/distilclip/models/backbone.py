@@ -1,4 +1,4 @@
-"""Image features before the projection into the shared space: what CLIP's linear probe is fitted on.
+"""Compute image features before the projection into the shared space, on which CLIP's linear probe is fitted.
 
 Where the projection sits differs from tower to tower. open_clip's transformers multiply by `proj`. Its timm towers have
 a projection of their own after the trunk (`timm_proj` "linear" or "mlp"), or use the trunk's classifier as one
@@ -20,7 +20,7 @@ Backbone = Literal["backbone", "embedding"]
 
 
 def backbone_kind(visual: Any) -> Backbone:
-    """Whether an image tower has features before a projection. Where it has not, its output is taken: the embedding."""
+    """Return whether an image tower has features before a projection; otherwise its output, the embedding, is used."""
     trunk = getattr(visual, "trunk", None)
     if trunk is None:
         projects = getattr(visual, "proj", None) is not None
@@ -31,7 +31,7 @@ def backbone_kind(visual: Any) -> Backbone:
 
 
 def backbone_features(visual: Any, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
-    """The image tower's features before its projection, or its output where it has none; not normalised."""
+    """Return the image tower's features before its projection, or its output where it has none; not normalised."""
     trunk = getattr(visual, "trunk", None)
     if trunk is not None:
         if _classifies(trunk):

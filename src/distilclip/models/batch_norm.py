@@ -1,4 +1,4 @@
-"""Batch norms of a student. They make a row's embedding depend on the other rows, so training must know of them."""
+"""Handle a student's batch norms: with them, a row's embedding depends on the other rows of the batch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from distilclip.models.clip import Clip
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Every layer that normalises over the batch, by name."""
+    """Return every layer that normalises over the batch, by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, _BatchNorm)}
 
 
 def require_exact_accumulation(clip: Clip) -> None:
-    """`InputError` for a student whose embedding of a pair depends on the others in its micro-batch."""
+    """Raise `InputError` for a student whose embedding of a pair depends on the others in its micro-batch."""
     for name in batch_norms(clip.model):
         raise InputError(
             f"{clip.name} normalises over the batch ({name}): micro-batches would train another model than the "
@@ -29,7 +29,7 @@ def require_exact_accumulation(clip: Clip) -> None:
 
 
 def synchronise_batch_norms(clip: Clip) -> None:
-    """Let batch norms take their statistics from the rows of all processes; `InputError` where that needs CUDA."""
+    """Let batch norms use the rows of all processes. Raises `InputError` where that needs CUDA."""
     for name in batch_norms(clip.model):
         if clip.device.type != "cuda":
             raise InputError(
@@ -41,7 +41,7 @@ def synchronise_batch_norms(clip: Clip) -> None:
 
 @contextlib.contextmanager
 def fixed_statistics(model: nn.Module) -> Iterator[None]:
-    """A block in which batch norms normalise as in training but leave their running statistics alone."""
+    """Keep the running statistics as they are in a block in which batch norms normalise as in training."""
     norms = [norm for norm in batch_norms(model).values() if norm.track_running_stats]
     for norm in norms:
         norm.track_running_stats = False
@@ -53,18 +53,18 @@ def fixed_statistics(model: nn.Module) -> Iterator[None]:
 
 
 class RunningStatistics:
-    """The running statistics of a model's batch norms, which can be put back to an earlier moment's."""
+    """The running statistics of a model's batch norms, which can be set back."""
 
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [buffer for norm in batch_norms(model).values() for buffer in norm.buffers(recurse=False)]
         self._remembered = [buffer.clone() for buffer in self._buffers]
 
     def remember(self) -> None:
-        """Take note of what they are now."""
+        """Remember the current values."""
         _copy(self._buffers, self._remembered)
 
     def put_back(self) -> None:
-        """Make them what they were when they were last noted."""
+        """Set the statistics back to the remembered values."""
         _copy(self._remembered, self._buffers)
 
 

@@ -1,4 +1,4 @@
-"""A CLIP model with its own preprocessing and tokenizer, whatever it came from.
+"""Build, load and save a CLIP model with its own preprocessing and tokenizer.
 
 open_clip builds every network. A distilclip checkpoint is a folder that open_clip itself can load
 (`open_clip.create_model("local-dir:...")`), so nothing here invents a format.
@@ -33,6 +33,7 @@ from distilclip.models.architectures import model_config
 from distilclip.models.backbone import Backbone, backbone_features, backbone_kind
 from distilclip.models.tokenizers import Tokenizer, describe_tokenizer, open_tokenizer
 from distilclip.models.weights import CONFIG_FILE, agreed_preprocessing, find_weights, load_weights
+from distilclip.stage_folder import read_record
 
 WEIGHTS_FILE = "open_clip_model.safetensors"
 
@@ -56,7 +57,7 @@ class Clip:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over names, shapes and bytes of all weights. Features are equal only if `settings` are, too."""
+        """SHA-256 over names, shapes and bytes of all weights. Features are equal only if `settings` are equal too."""
         digest = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             tensor = value.detach().to("cpu").contiguous()
@@ -66,7 +67,7 @@ class Clip:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What decides the features beside the weights: architecture (of the hub: its id), preprocessing, tokenizer."""
+        """What decides the features besides the weights: architecture or hub id, preprocessing, tokenizer."""
         return {
             "architecture": self.hub or self.model_cfg,
             "preprocessing": self.preprocess_cfg,
@@ -81,7 +82,7 @@ class Clip:
 
     @property
     def context_length(self) -> int:
-        """Tokens per caption, start and end tokens included."""
+        """Number of tokens per caption, start and end tokens included."""
         text = getattr(self.model, "text", self.model)
         return int(text.context_length)
 
@@ -94,12 +95,12 @@ class Clip:
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return self.model.logit_scale.device
 
     @property
     def num_parameters(self) -> int:
-        """Trainable values in both towers."""
+        """Number of trainable values in both towers."""
         return sum(p.numel() for p in self.model.parameters())
 
     @property
@@ -109,20 +110,20 @@ class Clip:
 
     @property
     def bias(self) -> Float[Tensor, ""] | None:
-        """What a model of the sigmoid loss adds to its scaled similarities; None for one of the softmax loss."""
+        """Bias that a model of the sigmoid loss adds to its scaled similarities; None for one of the softmax loss."""
         bias = getattr(self.model, "logit_bias", None)
         return None if bias is None else bias.reshape(()).float()
 
     def encode_image(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n dim"]:
-        """Unit image embeddings, float32."""
+        """Return unit image embeddings in float32."""
         return F.normalize(self.model.encode_image(pixels).float(), dim=-1)
 
     def encode_text(self, tokens: Int[Tensor, "n context"]) -> Float[Tensor, "n dim"]:
-        """Unit text embeddings, float32."""
+        """Return unit text embeddings in float32."""
         return F.normalize(self.model.encode_text(tokens).float(), dim=-1)
 
     def backbone_features(self, pixels: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n width"]:
-        """Image features before the projection, not normalised (CLIP's linear-probe protocol).
+        """Return image features before the projection, not normalised (CLIP's linear-probe protocol).
 
         Of a tower without such features (`backbone_kind`), as in CLIP's own protocol, the embedding.
         """
@@ -130,7 +131,7 @@ class Clip:
 
     @property
     def backbone_kind(self) -> Backbone:
-        """What `backbone_features` are of this model."""
+        """Kind of the `backbone_features` of this model."""
         return backbone_kind(self.model.visual)
 
     def save(self, folder: str, *, weights: Mapping[str, Tensor] | None = None) -> None:
@@ -148,7 +149,7 @@ class Clip:
 
 
 def load_clip(spec: str, *, weights: str | None = None, device: str | torch.device = "cpu") -> Clip:
-    """A trained model, in eval mode.
+    """Load a trained model, in eval mode.
 
     `spec` is an open_clip architecture (with `weights`, a local file or one of open_clip's tags), `hf-hub:ORG/NAME`, an
     open_clip folder, or a distilclip train folder or checkpoint. Raises `InputError` for what is missing or unfit.
@@ -174,7 +175,7 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
 
 
 def load_named(spec: str, *, device: str | torch.device = "cpu") -> Clip:
-    """A trained model by one string: a folder, `hf-hub:ORG/NAME`, or ARCHITECTURE=WEIGHTS."""
+    """Load a trained model named by one string: a folder, `hf-hub:ORG/NAME`, or ARCHITECTURE=WEIGHTS."""
     architecture, _, weights = spec.partition("=")
     return load_clip(architecture, weights=weights or None, device=device)
 
@@ -186,7 +187,7 @@ def create_clip(
     preprocess_cfg: dict[str, Any] | None = None,
     device: str | torch.device = "cpu",
 ) -> Clip:
-    """An untrained model of an architecture that `model_config` knows.
+    """Create an untrained model of an architecture that `model_config` knows.
 
     `seed` fixes the initial weights without touching the caller's random state. Images are prepared as `preprocess_cfg`
     says; by default as for the architecture's published weights where all agree, else as for OpenAI's.
@@ -203,14 +204,14 @@ def create_clip(
 
 
 def normalise_pixels(pixels: Tensor, preprocess_cfg: dict[str, Any]) -> Float[Tensor, "n 3 h w"]:
-    """uint8 pixels to the model's float input: divided by 255, minus mean, over standard deviation per channel."""
+    """Turn uint8 pixels into the model's input: divided by 255, minus mean, over standard deviation per channel."""
     mean, std = (_levels(tuple(preprocess_cfg[name]), pixels.device) for name in ("mean", "std"))
     return pixels.to(torch.float32, copy=True).sub_(mean).div_(std)  # in place: new memory is most of a CPU's time
 
 
 @lru_cache(maxsize=64)
 def _levels(shares: tuple[float, ...], device: torch.device) -> Float[Tensor, "1 3 1 1"]:
-    """One value a channel, in levels of 255; made once, since a copy to a GPU would wait for it."""
+    """Return one value per channel, in levels of 255; made once, since a copy to a GPU would wait for it."""
     return torch.tensor(shares, device=device).view(1, 3, 1, 1) * 255
 
 
@@ -258,30 +259,29 @@ def _assemble(
 
 
 def _model_folder(spec: str) -> str | None:
-    """The open_clip folder that `spec` leads to: itself, a checkpoint's, or a train folder's last checkpoint."""
+    """Return the open_clip folder that `spec` leads to: itself, a checkpoint's, or a train folder's last checkpoint."""
     if files.exists(files.join(spec, CONFIG_FILE)):
         if files.exists(files.join(spec, "heads.safetensors")) and not files.exists(files.join(spec, "state.json")):
             raise InputError(f"{spec} is an incomplete checkpoint (no state.json). Name another one.")
         return spec
-    result = files.join(spec, "result.json")
-    if files.exists(result):
-        found = json.loads(files.read_bytes(result))
-        if found.get("what") == "open_clip":  # of `export`
-            return files.join(spec, found["model"])
-        if found.get("stage") == "export":
-            raise InputError(
-                f"{spec} holds an export of the kind {found.get('what')}, which open_clip cannot read: name the model "
-                "it was made from, or export with --what open_clip (`evaluate` and `search` also read --what onnx)."
-            )
-        if found.get("stage") != "train":
-            raise InputError(f"{spec} was written by `distilclip {found.get('stage')}`; a model comes from `train`.")
-        return files.join(spec, found["checkpoint"])
-    config = files.join(spec, "config.json")
-    if files.exists(config) and json.loads(files.read_bytes(config)).get("stage") == "train":
+    record = read_record(spec)
+    if record is None or (record.stage != "train" and not record.result):
+        return None
+    what = record.result.get("what")
+    if record.stage == "export" and what == "open_clip":
+        return files.join(spec, record.result["model"])
+    if record.stage == "export":
+        raise InputError(
+            f"{spec} holds an export of the kind {what}, which open_clip cannot read: name the model it was made from, "
+            "or export with --what open_clip (`search` also reads --what onnx)."
+        )
+    if record.stage != "train":
+        raise InputError(f"{spec} was written by `distilclip {record.stage}`; a model comes from `train`.")
+    if not record.result:
         raise InputError(
             f"{spec} is unfinished: run `distilclip train {spec}/config.json`, or name a checkpoint in it."
         )
-    return None
+    return files.join(spec, record.result["checkpoint"])
 
 
 def _read_model_cfg(folder: str) -> dict[str, Any]:
@@ -290,7 +290,7 @@ def _read_model_cfg(folder: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _local(folder: str) -> Iterator[str]:
-    """A local copy of a remote model folder for as long as the block lasts; a local folder is used in place."""
+    """Yield a local copy of a remote model folder for as long as the block lasts; a local folder is used in place."""
     if not files.is_url(folder):
         yield folder
         return

@@ -1,4 +1,4 @@
-"""A student that begins with pieces of its teacher: every so-manyth layer, the first so-many channels.
+"""Begin a student with pieces of its teacher: evenly spaced layers, and the first channels of each.
 
 Layers are chosen evenly, the first and the last included; of every matrix the leading rows and columns are taken, so
 that heads stay whole. Source: Wu et al. 2023 (TinyCLIP), weight inheritance, the manual kind.
@@ -62,14 +62,14 @@ def inherit(student: Clip, teacher: Clip, *, towers: Sequence[Tower] = ("image",
 
 
 def even_layers(depth: int, teacher_depth: int) -> list[int]:
-    """Which of the teacher's layers become the student's: evenly spread, first and last included."""
+    """Return which of the teacher's layers become the student's: evenly spread, first and last included."""
     if depth == 1:
         return [teacher_depth - 1]
     return [round(i * (teacher_depth - 1) / (depth - 1)) for i in range(depth)]
 
 
 def leading(tensor: Float[Tensor, "*big"], shape: tuple[int, ...], *, parts: int = 1) -> Float[Tensor, "*small"]:
-    """The first rows, columns and so on of a tensor; of each of its `parts` stacked along the first dimension."""
+    """Return the first rows, columns and so on of a tensor, or of each of its `parts` along the first dimension."""
     if not shape:
         return tensor
     first = (slice(shape[0] // parts), *(slice(size) for size in shape[1:]))
@@ -77,7 +77,7 @@ def leading(tensor: Float[Tensor, "*big"], shape: tuple[int, ...], *, parts: int
 
 
 def _tower(state: dict[str, Tensor], tower: Tower) -> dict[str, Tensor]:
-    """The parameters of a tower; those of the text tower by the names they have in a model without a `text` module."""
+    """Return the parameters of a tower; those of the text tower without the prefix `text.`."""
     if tower == "image":
         return {name: value for name, value in state.items() if name.startswith("visual.")}
     return {
@@ -139,14 +139,14 @@ def _is_positions(name: str) -> bool:
 
 
 def _fits(value: Tensor, parameter: Tensor) -> bool:
-    """Whether the parameter is a leading part of the value; kernels of another size are not."""
+    """Return whether the parameter is a leading part of the value; kernels of another size are not."""
     if value.ndim != parameter.ndim or (value.ndim == 4 and value.shape[2:] != parameter.shape[2:]):
         return False
     return all(a <= b for a, b in zip(parameter.shape, value.shape, strict=True))
 
 
 def _resized_positions(value: Tensor, parameter: Tensor) -> Tensor:
-    """Positions of a square grid of patches, behind those of other tokens, bicubically on the student's grid."""
+    """Resize the positions of a square grid of patches to the student's grid, bicubically."""
     (*_, count, width), num_own = value.shape, parameter.shape[-2]
     if count == num_own:
         return value

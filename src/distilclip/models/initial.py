@@ -1,4 +1,4 @@
-"""With which weights a student begins, besides random ones."""
+"""Give a student initial weights other than random ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ KINDS = ("weights", "inherit", "inherit-image", "inherit-text", "timm")
 
 
 def initialise(student: Clip, sources: Sequence[str]) -> list[str]:
-    """Give a student weights from `sources`, one after the other; the names of those that none of them set.
+    """Give a student weights from `sources`, one after the other; return the names that none of them set.
 
     A source is `KIND:FROM`:
 

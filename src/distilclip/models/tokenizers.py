@@ -1,4 +1,4 @@
-"""The tokenizer that belongs to a model, and what tells it from others."""
+"""Open the tokenizer that belongs to a model, and describe what sets it apart."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _checked_arguments(text: dict[str, Any], *, name: str) -> dict[str, Any]:
 
 
 def describe_tokenizer(tokenizer: Tokenizer) -> dict[str, Any]:
-    """What decides how captions are read, beside what the model's config says: class, cleaning, context."""
+    """Return what decides how captions are read besides the model's config: class, cleaning, context."""
     functions = {name: getattr(tokenizer, name, None) for name in ("clean_fn", "reduction_fn")}
     return {
         "class": type(tokenizer).__name__,

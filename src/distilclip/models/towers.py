@@ -1,4 +1,4 @@
-"""Image towers registered with timm, so that an open_clip model config can name them as `timm_model_name`.
+"""Register small image towers with timm, so that an open_clip model config can name them as `timm_model_name`.
 
 ImageNet networks begin with a stride of four or more: of a picture of 64 pixels little is left to tell shapes apart.
 `cnn_w8`, `cnn_w12` and `cnn_w24` keep the full resolution in their first layer.

@@ -1,4 +1,4 @@
-"""Weights given apart from their architecture: a local file of any form that open_clip knows, or one of its tags."""
+"""Find and load weights given apart from their architecture: a local file, or one of open_clip's tags."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OPENAI_RECORDS = ("input_resolution", "context_length", "vocab_size")  # beside
 
 
 def published_preprocessing(architecture: str) -> dict[str, list[str]]:
-    """The ways in which images are prepared for the published weights of an architecture, each with its tags.
+    """Return the ways in which images are prepared for the published weights of an architecture, each with its tags.
 
     A way is open_clip's `preprocess_cfg` without the size, as JSON. There is none where nothing was published.
     """
@@ -32,7 +32,7 @@ def published_preprocessing(architecture: str) -> dict[str, list[str]]:
 
 
 def agreed_preprocessing(architecture: str) -> dict[str, Any]:
-    """How images are prepared for all published weights of an architecture; empty where they differ, or there are none.
+    """Return how images are prepared for all published weights of an architecture; empty where they differ.
 
     open_clip fills what is missing with OpenAI's values.
     """
@@ -41,7 +41,7 @@ def agreed_preprocessing(architecture: str) -> dict[str, Any]:
 
 
 def find_weights(architecture: str, weights: str) -> tuple[str, dict[str, Any]]:
-    """The file that `weights` means for an architecture, a path or open_clip's tag, and the preprocessing with it.
+    """Find the file that `weights` (a path or open_clip's tag) means for an architecture, and its preprocessing.
 
     A tag is downloaded once, by open_clip. The preprocessing of a file is that of all the architecture's tags where
     these agree, else that of an open_clip_config.json beside the file.
@@ -125,7 +125,7 @@ def _check_activation(architecture: str, *, is_quick: bool, source: str) -> None
 
 
 def _is_archive(path: str) -> bool:
-    """Whether a file is a TorchScript archive, as OpenAI published its models."""
+    """Return whether a file is a TorchScript archive, as OpenAI published its models."""
     with files.open_read(path) as file:
         return torchscript.is_archive(file)
 

@@ -1,4 +1,4 @@
-"""Run a teacher over pairs and keep its image and text embeddings: the store that all later stages read."""
+"""Run a teacher over pairs and store its image and text embeddings, which all later stages read."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ class Config:
     """Flags of `distilclip embed`."""
 
     data: tuple[str, ...]
-    """pairs: webdataset tars, Parquet with image bytes, or CSV/TSV (filepath, caption); braces and globs, URLs too"""
+    """files of pairs: webdataset tars, Parquet with image bytes, or CSV/TSV (filepath, caption); braces, globs, URLs"""
     out: str
     """folder to write: the store"""
     model: str
     """teacher: an open_clip architecture (with --weights), hf-hub:ORG/NAME, or a distilclip train folder"""
     weights: str | None = None
-    """weights file of a teacher given as an open_clip architecture"""
+    """weights of an open_clip architecture: a file, or one of open_clip's tags"""
     batch_size: int = 256
-    """pairs per forward pass"""
+    """number of pairs per forward pass"""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """of the teacher's towers (autocast); embeddings are kept in half precision"""
+    """precision in which the teacher computes (autocast); embeddings are stored in half precision"""
     max_pixels: int = MAX_PIXELS
-    """images of more pixels (width x height) are unusable: decompression bombs"""
+    """largest allowed width x height of an image; larger ones are skipped as possible decompression bombs"""
     views: int = 0
-    """views of every image to embed besides the canonical one, and all captions of a sample, for training on them"""
+    """number of random crops of each image to embed as well, with all captions of a sample (0: none)"""
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
-    """of the views' crops"""
+    """random seed of the crops"""
     on_error: Literal["raise", "skip"] = stage_folder.execution("skip")
-    """what an unusable sample does: `skip` keeps its row with the reason, `raise` stops"""
+    """what to do with an unusable sample: skip it and write down the reason, or stop with an error (raise)"""
     max_bad_ratio: float = stage_folder.execution(0.05)
-    """share of unusable samples at which `skip` stops too"""
+    """stop when more than this share of the samples is unusable"""
     device: str = stage_folder.execution("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
     num_workers: int = stage_folder.execution(2)
-    """processes that read and decode for a teacher; 0 decodes in the teacher's own process"""
+    """number of processes that read and decode for a teacher (0: decode in the main process)"""
     execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:

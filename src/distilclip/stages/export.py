@@ -1,6 +1,6 @@
-"""Kept data as tars, keys, a DataComp subset or clip-retrieval's layout; models for open_clip, transformers, ONNX.
+"""Export kept data (tars, keys, a DataComp subset, clip-retrieval) or a model (open_clip, transformers, ONNX).
 
-`--what` says which; flags that have no meaning for it are refused.
+`--what` chooses; flags that have no meaning for it are refused.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ class Config:
     """Flags of `distilclip export`."""
 
     what: What
-    """tars (a curated copy), keys (as text), subset (DataComp's .npy), clip-retrieval (npy and Parquet) of a store;
-    open_clip, huggingface (transformers' CLIPModel), onnx (two encoders and a tokenizer) of a model"""
+    """from a store: tars (a curated copy), keys (text), subset (DataComp's .npy), clip-retrieval (npy and Parquet);
+    from a model: open_clip, huggingface (transformers' CLIPModel), onnx (two encoders and a tokenizer)"""
     out: str
-    """folder to write: the export, result.json; a model goes into its subfolder `model`"""
+    """folder to write; a model goes into its subfolder `model`"""
     store: str | None = None
-    """folder of `embed` that the data belong to"""
+    """folder of `embed` to export from"""
     groups: str | None = None
-    """folder of `balance`: only rows that it keeps (default: every valid row)"""
+    """folder of `balance`: export only the rows that it keeps (default: every valid row)"""
     subset: str | None = None
-    """DataComp subset file: only samples whose uid it lists"""
+    """DataComp subset file: export only the samples whose uid it lists"""
     uid: UidKind = "json"
-    """where uids come from: the field `uid` of a sample's json, or MD5 of url (or key) and caption"""
+    """source of uids: the field `uid` of a sample's json, or the MD5 of url (or key) and caption"""
     data: tuple[str, ...] = ()
-    """of a store: where its files lie now, if they have moved. With onnx: pairs to measure int8 on"""
+    """where the store's files lie now, if they have moved; with onnx: pairs on which int8 is measured"""
     samples_per_tar: int | None = None
-    """write tars of so many samples (default: one tar for each source tar, of the same number)"""
+    """number of samples per tar (default: one tar for each source tar, with the same number in its name)"""
     model: str | None = None
     """train folder, checkpoint, open_clip folder or name, hf-hub:ORG/NAME"""
     weights: str | None = None
-    """weights file of a model given as an open_clip name"""
+    """weights of an open_clip architecture: a file, or one of open_clip's tags"""
     name: str | None = None
-    """what to call the model (default: the last part of --model)"""
+    """name of the model (default: the last part of --model)"""
     evaluation: str | None = None
-    """folder of `evaluate`, for the table in the model card"""
+    """folder of `evaluate` whose scores go into the model card"""
     quantize: Literal["none", "int8"] = "none"
-    """write int8 encoders too, and measure on --data what they lose"""
+    """also write int8 encoders, and measure on --data what they lose"""
     num_samples: int = 1000
-    """of --data, the first so many usable pairs are measured on"""
+    """number of pairs of --data to measure int8 on (the first usable ones)"""
     batch_size: int = stage_folder.execution(32)
-    """pairs at once while measuring"""
+    """number of pairs per forward pass while measuring"""
     execution: Engine = dataclasses.field(default_factory=Engine)
 
     def __post_init__(self) -> None:

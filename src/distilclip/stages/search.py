@@ -1,4 +1,4 @@
-"""The pictures of a folder that fit some words best, found by an exported ONNX model; no torch is loaded."""
+"""Find the pictures of a folder that fit some words best, with an exported ONNX model and without torch."""
 
 from __future__ import annotations
 
@@ -32,21 +32,21 @@ class Config:
     model: str = field(metadata={"positional": True})
     """folder of `export --what onnx`, or its `model` folder"""
     pictures: str = field(metadata={"positional": True})
-    """folder of pictures, with all that is below it; or tars, Parquet, CSV (braces and globs)"""
+    """folder of pictures, searched with its subfolders; or tars, Parquet, CSV (braces and globs)"""
     query: str = field(metadata={"positional": True})
-    """what to look for, in words"""
+    """words to look for"""
     out: str = ""
-    """folder to write: matches.png, result.json. Without it the matches are only listed"""
+    """folder to write matches.png and result.json to (default: only list the matches)"""
     num_matches: int = 12
-    """how many pictures, the best first"""
+    """number of pictures to show, the best first"""
     precision: Literal["fp32", "int8"] = "fp32"
-    """which of the exported encoders"""
+    """which of the exported encoders to use"""
     thumbnail_size: int = 160
-    """longer side of a picture on the sheet, in pixels"""
+    """longer side of each picture on the sheet, in pixels"""
     columns: int = 4
-    """pictures beside each other on the sheet"""
+    """number of pictures in a row of the sheet"""
     batch_size: int = stage_folder.execution(32)
-    """pictures at once"""
+    """number of pictures per forward pass"""
 
     def __post_init__(self) -> None:
         for package in ("onnxruntime", "tokenizers"):
@@ -106,7 +106,7 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _pictures(source: str, unreadable: list[dict[str, str]]) -> Iterator[tuple[str, Image.Image]]:
-    """Name and picture of all there are, in the order of their names; the others are added to `unreadable`."""
+    """Yield name and picture of every file, in the order of names; files that fail are added to `unreadable`."""
     for name, read in _files(source) if not files.is_url(source) and os.path.isdir(source) else _samples(source):
         try:
             yield name, decode_image(read(), where=name)
