@@ -84,7 +84,7 @@ def find_records(model: str, *, digest: str, evaluation: str | None = None) -> R
                 "Evaluate the model that is exported."
             )
     folders = (model, os.path.dirname(os.path.dirname(model.rstrip("/"))))
-    train = next((found for path in folders if (found := read_finished(path, stage="train"))), None)
+    train = next((record for path in folders if (record := read_finished(path, stage="train"))), None)
     if train is None:
         return Records(scores=scores)
     found = {
