@@ -103,9 +103,8 @@ def local_copy(path: str) -> Iterator[str]:
 def atomic_write(path: str) -> Iterator[Any]:
     """Write a file that appears whole or not at all: temporary name, flush, fsync, rename.
 
-    Object stores publish an object when it is closed, so there it is written under a
-    temporary name and moved; a failure inside the
-    block removes it again.
+    Object stores publish an object when it is closed, so there it is written under a temporary name and moved. A
+    failure inside the block removes it again.
     """
     if is_url(path):
         fs, inner = filesystem(path)

@@ -78,7 +78,7 @@ def pairs(written: tuple[Path, CorpusSummary]) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def scenes() -> list[Scene]:
     rng = np.random.default_rng(0)
-    return [scene_of(code) for code in draw_scenes(rng, 800, Prior.drawn(rng))]
+    return [scene_of(code) for code in draw_scenes(rng, 800, Prior.draw_ranking(rng))]
 
 
 def test_same_seed_gives_the_same_bytes_for_any_number_of_workers(
@@ -229,7 +229,7 @@ def test_distribution_is_long_tailed_and_duplicates_are_as_frequent_as_in_laion(
     assert 0.04 < summary.captions["wrong"] / summary.num_pairs < 0.06
     assert 0.005 < summary.captions["empty"] / summary.num_pairs < 0.015
     rng = np.random.default_rng(0)
-    drawn = Counter(map(tuple, Prior.drawn(rng).draw(rng, 50_000).tolist()))
+    drawn = Counter(map(tuple, Prior.draw_ranking(rng).draw(rng, 50_000).tolist()))
     frequency = sorted(drawn.values(), reverse=True)
     assert len(frequency) == len(seen_combinations()) == 96
     assert frequency[0] > 8 * frequency[-1]

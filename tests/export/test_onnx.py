@@ -19,7 +19,7 @@ from distilclip.export.int8 import measure_int8, write_int8
 from distilclip.export.onnx_files import MAX_BYTES, OPSET, write_onnx
 from distilclip.export.onnx_runtime import OnnxClip, encoder_file, open_onnx, preprocess
 from distilclip.export.parity_inputs import CAPTIONS, pictures
-from distilclip.export.tokenizer_json import build_tokenizer, differing
+from distilclip.export.tokenizer_json import build_tokenizer, find_differences
 from distilclip.models.clip import Clip, create_clip
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 
@@ -95,7 +95,9 @@ def test_the_tokenizer_file_reads_captions_as_open_clip_does(exported: OnnxClip,
     agreed = [c for c in captions if "ﬃ" not in c]  # ftfy spells ligatures out
     found = exported.tokenizer.encode_batch(agreed)
     np.testing.assert_array_equal([f.ids for f in found], tiny_clip.tokenizer(agreed).numpy())
-    assert differing(exported.tokenizer, tiny_clip, captions) == [captions.index(c) for c in captions if "ﬃ" in c]
+    assert find_differences(exported.tokenizer, tiny_clip, captions) == [
+        captions.index(c) for c in captions if "ﬃ" in c
+    ]
 
 
 def test_files_state_their_opset_and_name_no_path_of_this_machine(onnx_folder: str) -> None:

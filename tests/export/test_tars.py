@@ -15,10 +15,10 @@ from distilclip.data.tars import TarShard
 from distilclip.errors import InputError
 from distilclip.export.curated_tars import (
     INDEX_SCHEMA,
+    FinishedTar,
     Piece,
     TarPart,
     TarWriter,
-    Written,
     index_path,
     plan_tars,
     tar_path,
@@ -36,7 +36,7 @@ def members(path: str) -> dict[str, tuple[bytes, Any]]:
         }
 
 
-def write_all(selection: Selection, folder: str, *, samples_per_tar: int | None = None) -> list[Written]:
+def write_all(selection: Selection, folder: str, *, samples_per_tar: int | None = None) -> list[FinishedTar]:
     writer = TarWriter(selection, folder)
     return [writer(part) for part in plan_tars(selection, samples_per_tar=samples_per_tar)]
 

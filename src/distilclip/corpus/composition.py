@@ -96,7 +96,7 @@ def plan_corpus(
         if value < least:
             raise InputError(f"{name} is {value}; the synthetic corpus needs at least {least}.")
     rng = random_stream(seed, PLAN)
-    prior = Prior.drawn(rng)
+    prior = Prior.draw_ranking(rng)
     sizes = _group_sizes(rng, num_pairs)
     scenes = draw_distinct(lambda rows: draw_scenes(rng, len(rows), prior), len(sizes), np.empty(0, np.int64))
     group, copy, kind = _pairs(rng, sizes)

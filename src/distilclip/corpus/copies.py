@@ -35,10 +35,10 @@ def perceptual_copy(rng: np.random.Generator, original: bytes) -> tuple[bytes, s
         left, top, right, bottom = rng.uniform(0, 0.05, 4) * (width, height, width, height)
         image = image.crop((round(left), round(top), round(width - right), round(height - bottom)))
     elif change == "recoloured":
-        image = Image.fromarray(_recoloured(rng, np.asarray(image)))
+        image = Image.fromarray(_recolour(rng, np.asarray(image)))
     return encode_jpeg(rng, image, low=40, high=85), change
 
 
-def _recoloured(rng: np.random.Generator, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+def _recolour(rng: np.random.Generator, pixels: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
     gain, offset = rng.uniform(0.94, 1.06, 3), rng.uniform(-8, 8, 3)
     return (np.clip(pixels * gain + offset + 0.5, 0, 255)).astype(np.uint8)

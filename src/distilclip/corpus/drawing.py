@@ -194,7 +194,7 @@ def draw_scene(rng: np.random.Generator, scene: Scene, look: Look, size: int) ->
     for k, item in enumerate(scene.objects):
         _draw_object(picture, item, look, k)
     noise = rng.standard_normal(picture.shape, dtype=np.float32) * np.float32(look.noise)
-    return _rounded(picture * np.float32(look.exposure) + noise)
+    return _round_to_levels(picture * np.float32(look.exposure) + noise)
 
 
 def draw_sketch(rng: np.random.Generator, scene: Scene, look: Look, size: int) -> UInt8[np.ndarray, "size size 3"]:
@@ -208,7 +208,9 @@ def draw_sketch(rng: np.random.Generator, scene: Scene, look: Look, size: int) -
     half_line = rng.uniform(0.008, 0.016) * size
     line = np.clip(0.5 + half_line - np.abs(distance), 0, 1)[..., None]
     picture[window] += line * (np.float32(rng.uniform(0.05, 0.4)) - picture[window])
-    return _rounded(picture + rng.standard_normal(picture.shape[:2], dtype=np.float32)[..., None] * np.float32(0.015))
+    return _round_to_levels(
+        picture + rng.standard_normal(picture.shape[:2], dtype=np.float32)[..., None] * np.float32(0.015)
+    )
 
 
 def _frame(look: Look, k: int, size: int) -> tuple[tuple[slice, slice], Plane, Plane]:
@@ -252,5 +254,5 @@ def _texture(texture: str, x: Plane, y: Plane, look: Look, k: int) -> Plane:
     return np.clip(0.5 + 4 * np.sin(u / 1.4) * np.sin(v / 1.4), 0, 1)
 
 
-def _rounded(picture: Float[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
+def _round_to_levels(picture: Float[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
     return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)

@@ -93,7 +93,7 @@ class Prior:
     probability: Float[np.ndarray, " m"]
 
     @classmethod
-    def drawn(cls, rng: np.random.Generator) -> Prior:
+    def draw_ranking(cls, rng: np.random.Generator) -> Prior:
         """Draw a prior over the seen combinations: its ranking comes from `rng`."""
         combinations = rng.permutation(np.array(seen_combinations()))
         weight = 1.0 / (np.arange(len(combinations)) + 8.0)

@@ -49,7 +49,7 @@ class Reader:
             request = _requests(os.getpid()).submit(files.read_range, self.path, offset, length)
             self._ahead[offset, length] = request
         elif hasattr(os, "posix_fadvise"):  # not on macOS
-            os.posix_fadvise(self._opened().fileno(), offset, length, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._open_file().fileno(), offset, length, os.POSIX_FADV_WILLNEED)
 
     def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes from `offset`; fewer only where the file ends."""
@@ -59,7 +59,7 @@ class Reader:
                 return request.result()
             if not self.sequential:
                 return files.read_range(self.path, offset, length)
-        file = self._opened()
+        file = self._open_file()
         file.seek(offset)
         return file.read(length)
 
@@ -70,7 +70,7 @@ class Reader:
             self._file.close()
             self._file = None
 
-    def _opened(self) -> Any:
+    def _open_file(self) -> Any:
         if self._file is None or self._process != os.getpid():
             # Unbuffered, since a buffer would fetch 8 KiB for each tar header of 512 bytes.
             self._file = files.open_read(self.path) if self._remote else io.FileIO(self.path)

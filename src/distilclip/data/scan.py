@@ -98,13 +98,13 @@ class _Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Decoded:
+class _DecodedBatch:
     """A `ScannedBatch` without its source, which the loader process does not know."""
 
     task: _Task
     fields: dict[str, Any]
 
-    def pin_memory(self) -> _Decoded:
+    def pin_memory(self) -> _DecodedBatch:
         """Return the rows in page-locked memory, from which a copy to a GPU keeps no process waiting."""
         pinned = {name: v.pin_memory() if isinstance(v, Tensor) else v for name, v in self.fields.items()}
         return dataclasses.replace(self, fields=pinned)
@@ -156,7 +156,7 @@ class _Sources:
         )
         return source, path
 
-    def finish(self, decoded: _Decoded) -> ScannedBatch:
+    def finish(self, decoded: _DecodedBatch) -> ScannedBatch:
         """Return the batch with its source. After a shard's last batch, remove its download."""
         task = decoded.task
         source = self._sources[task.shard]
@@ -189,7 +189,7 @@ class _Decoder(Dataset):
         self.views, self.view_size = views, view_size
         self._shards = OpenShards(limit=2)
 
-    def __getitem__(self, task: _Task) -> _Decoded | InputError:
+    def __getitem__(self, task: _Task) -> _DecodedBatch | InputError:
         """Return the decoded rows of a task, or an `InputError`: raised here, it would lose its type."""
         digests = np.zeros((len(task.entries), 32), np.uint8)
         rows: list[_Row | None] = []
@@ -214,7 +214,7 @@ class _Decoder(Dataset):
             "errors": errors,
             "image_sha256": digests,
         }
-        return _Decoded(task=task, fields=fields)
+        return _DecodedBatch(task=task, fields=fields)
 
     def _view_pixels(self, rows: list[_Row | None]) -> UInt8[Tensor, "m n 3 size size"]:
         """Stack the first view of every row, then the second, and so on; zeros for unusable rows."""

@@ -206,7 +206,7 @@ class PairStream:
 
 
 @dataclass(frozen=True)
-class _Drawn:
+class _ShownPair:
     """A row as it stands in a batch: its caption, one of `num_captions`, and its crop at every size asked for."""
 
     index: int
@@ -269,7 +269,7 @@ class PairLoader(Dataset):
             if place >= READ_AHEAD:
                 yield int(rows[place - READ_AHEAD])
 
-    def _draw_usable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> _Drawn:
+    def _draw_usable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> _ShownPair:
         """Return a row as it is shown, or, where it cannot be used, another row drawn by (seed, epoch, row)."""
         for attempt in range(1, MAX_REPLACEMENTS + 1):
             try:
@@ -282,7 +282,7 @@ class PairLoader(Dataset):
             "Check the data with `distilclip embed`."
         )
 
-    def _draw(self, epoch: int, index: int) -> _Drawn:
+    def _draw(self, epoch: int, index: int) -> _ShownPair:
         table, shown = self.table, self.presentation
         uri, shard, row = table.uris[int(table.shard[index])], int(table.shard[index]), int(table.row[index])
         sample = self._shards[uri].read(int(table.offset[index]), int(table.size[index]))
@@ -304,7 +304,7 @@ class PairLoader(Dataset):
             return shown.augmentation.draw(width, height, self._generator(epoch, index))
 
         pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
-        return _Drawn(index, captions[number], pixels, view, number, len(captions))
+        return _ShownPair(index, captions[number], pixels, view, number, len(captions))
 
     def _check_captions(self, rows: Int64[np.ndarray, " n"], num_captions: Int64[np.ndarray, " n"]) -> None:
         """Raise `InputError` where a sample has more or fewer captions than the store."""

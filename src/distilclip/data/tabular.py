@@ -98,7 +98,7 @@ class ParquetShard:
         num_rows = self._file.metadata.num_rows
         if num_rows == 0:
             raise InputError(f"{self.uri} has no rows: remove it from the data.")
-        column = self._first_of(KEY_COLUMNS)
+        column = self._find_column(KEY_COLUMNS)
         keys: list[Any] = [None] * num_rows
         if column is not None:
             keys = self._file.read(columns=[column], use_threads=False).column(column).to_pylist()
@@ -117,9 +117,9 @@ class ParquetShard:
         table = self._row_group(group)
         row = table.slice(offset - int(ends[group]) + table.num_rows, 1).to_pylist()[0]
         image = row.pop(self._image_column)
-        key = _key(row.get(self._first_of(KEY_COLUMNS)), offset)
-        caption = clean_caption(row.get(self._first_of(CAPTION_COLUMNS)), where=f"{self.uri}: {key}")
-        label = row.get(self._first_of(LABEL_COLUMNS))
+        key = _key(row.get(self._find_column(KEY_COLUMNS)), offset)
+        caption = clean_caption(row.get(self._find_column(CAPTION_COLUMNS)), where=f"{self.uri}: {key}")
+        label = row.get(self._find_column(LABEL_COLUMNS))
         return Sample(
             key=key,
             image=image["bytes"] if isinstance(image, dict) else image,
@@ -151,7 +151,7 @@ class ParquetShard:
         metadata = self._file.metadata
         return np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)])
 
-    def _first_of(self, names: tuple[str, ...]) -> str | None:
+    def _find_column(self, names: tuple[str, ...]) -> str | None:
         return next((name for name in names if name in self._file.schema_arrow.names), None)
 
     def _row_group(self, group: int) -> pa.Table:
@@ -186,7 +186,7 @@ class CsvShard:
         """Return every row in order. Raises `InputError` where columns or rows are missing."""
         records = self._records()
         names, _ = next(records)
-        entries = [_csv_entry(_named(names, values), number) for number, (values, _) in enumerate(records)]
+        entries = [_csv_entry(_name_values(names, values), number) for number, (values, _) in enumerate(records)]
         if not entries:
             raise InputError(f"{self.uri} has no rows: remove it from the data.")
         return entries
@@ -221,7 +221,7 @@ class CsvShard:
         values = next(filter(None, csv.reader(text, delimiter=self._delimiter)), None)
         if values is None:
             raise InputError(f"{self.uri} changed while it was read: row {number} is empty. Begin again.")
-        return _named(names, values)
+        return _name_values(names, values)
 
     @cached_property
     def _layout(self) -> tuple[list[str], UInt64[np.ndarray, " rows1"]]:
@@ -279,7 +279,7 @@ def _key(value: object, row: int) -> str:
     return f"{row:09d}" if value is None else str(value)
 
 
-def _named(names: Sequence[str], values: Sequence[str]) -> dict[Any, Any]:
+def _name_values(names: Sequence[str], values: Sequence[str]) -> dict[Any, Any]:
     """Return a row of a CSV by column: None for missing values, and those beyond the columns under the key None."""
     row: dict[Any, Any] = dict(itertools.zip_longest(names, values[: len(names)]))
     if len(values) > len(names):

@@ -122,7 +122,7 @@ class Member:
     @property
     def end(self) -> int:
         """Position of the next header."""
-        return self.data + _padded(self.size)
+        return self.data + _fill_block(self.size)
 
 
 class CutError(Exception):
@@ -162,7 +162,7 @@ def walk(read: ReadAt, size: int) -> Iterator[Member]:
             if data + length > size:
                 raise CutError(_CUT, start)
             long_name, pax = b"", {}
-        offset = data + _padded(length)
+        offset = data + _fill_block(length)
         if not long_name and not pax:
             start = offset
 
@@ -174,7 +174,7 @@ _CUT = "tar cut"
 _OTHER_EXTENDED = (b"K", b"g", b"X")  # long link names, global pax records
 
 
-def _padded(length: int) -> int:
+def _fill_block(length: int) -> int:
     return -(-length // BLOCK) * BLOCK
 
 

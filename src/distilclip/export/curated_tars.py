@@ -25,7 +25,7 @@ from distilclip.data.shards import assert_key
 from distilclip.data.store import sample_id
 from distilclip.data.tars import BLOCK, CutError, Member, walk
 from distilclip.errors import InputError
-from distilclip.export.selection import Selected, Selection
+from distilclip.export.selection import SelectedRows, Selection
 
 INDEX_SCHEMA = pa.schema(
     [("sample", pa.uint64()), ("key", pa.string()), ("offset", pa.uint64()), ("size", pa.uint32())]
@@ -50,7 +50,7 @@ class TarPart:
 
 
 @dataclass(frozen=True)
-class Written:
+class FinishedTar:
     """A finished tar. `num_renamed` samples got a new key, since theirs was in the tar already."""
 
     num_samples: int
@@ -99,12 +99,12 @@ class TarWriter:
     selection: Selection
     folder: str
 
-    def __call__(self, part: TarPart) -> Written:
+    def __call__(self, part: TarPart) -> FinishedTar:
         """Write a tar, then its index; a finished one is left as it is."""
         index = index_path(self.folder, part.number)
         if files.exists(index):
             found = read_column_metadata(index)
-            return Written(int(found["num_samples"]), int(found["num_bytes"]), int(found["num_renamed"]))
+            return FinishedTar(int(found["num_samples"]), int(found["num_bytes"]), int(found["num_renamed"]))
         pieces = [(piece.shard, self._rows(piece)) for piece in part.pieces]
         columns: dict[str, list[Any]] = {name: [] for name in INDEX_SCHEMA.names}
         position = num_renamed = 0
@@ -117,11 +117,11 @@ class TarWriter:
                     num_renamed += sample.renamed
                     position += file.write(sample.span)
                 position += file.write(bytes(2 * BLOCK))  # the end mark
-        written = Written(len(columns["sample"]), position, num_renamed)
+        written = FinishedTar(len(columns["sample"]), position, num_renamed)
         write_columns(index, INDEX_SCHEMA, columns, {name: str(value) for name, value in vars(written).items()})
         return written
 
-    def _rows(self, piece: Piece) -> Selected:
+    def _rows(self, piece: Piece) -> SelectedRows:
         return self.selection.rows(piece.shard).part(piece.start, piece.stop)
 
 
@@ -135,7 +135,7 @@ class _Sample:
     renamed: bool
 
 
-def _samples(pieces: list[tuple[int, Selected]]) -> Iterator[_Sample]:
+def _samples(pieces: list[tuple[int, SelectedRows]]) -> Iterator[_Sample]:
     seen: set[str] = set()
     for shard, rows in pieces:
         with Reader(rows.uri, sequential=True) as reader:
@@ -147,7 +147,7 @@ def _samples(pieces: list[tuple[int, Selected]]) -> Iterator[_Sample]:
                 while name in seen:  # two samples of a key in one tar cannot be told apart by any reader
                     name = f"{name}-{shard:06d}-{row:06d}"
                 seen.add(name)
-                span = span if name == key else _renamed(span, key, name)
+                span = span if name == key else _rename_sample(span, key, name)
                 yield _Sample(int(sample_id(shard, row)), name, span, name != key)
 
 
@@ -170,7 +170,7 @@ def _content(span: bytes, member: Member) -> memoryview:
     return memoryview(span)[member.data : member.data + member.size]
 
 
-def _renamed(span: bytes, key: str, name: str) -> bytes:
+def _rename_sample(span: bytes, key: str, name: str) -> bytes:
     """Return the sample with `name` in place of `key` in the names of its members: new headers, the same contents."""
     written = io.BytesIO()
     with (

@@ -29,7 +29,7 @@ QUANTIZED = ["MatMul", "Gemm", "Gather"]
 
 
 @dataclass(frozen=True)
-class Drawn:
+class PairEmbeddings:
     """Embeddings of n real pairs by one model."""
 
     image: Float32[np.ndarray, "n dim"]
@@ -73,13 +73,13 @@ def measure_int8(folder: str, data: Sequence[str], *, num_samples: int, batch_si
                 found[precision].append((model.encode_images(pictures), model.encode_texts(captions)))
     if not found["fp32"]:
         raise InputError(f"--data holds no usable pair ({len(unusable)} unusable ones) to measure int8 on.")
-    drawn = {
-        precision: Drawn(*(np.concatenate(tower) for tower in zip(*batches, strict=True)))
+    embedded = {
+        precision: PairEmbeddings(*(np.concatenate(tower) for tower in zip(*batches, strict=True)))
         for precision, batches in found.items()
     }
-    full, small = drawn["fp32"], drawn["int8"]
+    full, small = embedded["fp32"], embedded["int8"]
     cosine = {"image": (full.image * small.image).sum(1), "text": (full.text * small.text).sum(1)}
-    nearest = {name: _nearest(found) for name, found in drawn.items()}
+    nearest = {name: _nearest(found) for name, found in embedded.items()}
     own = np.arange(len(full.image))
     return {
         "num_samples": len(full.image),
@@ -115,7 +115,7 @@ def _pair(shard: Shard, entry: Entry) -> tuple[Image.Image, str]:
     return decode_image(sample.image), sample.caption
 
 
-def _nearest(found: Drawn) -> dict[str, np.ndarray]:
+def _nearest(found: PairEmbeddings) -> dict[str, np.ndarray]:
     """Return the row of the most similar caption of each image, and of the most similar image of each caption."""
     similarity = found.image @ found.text.T
     return {"image_to_text": similarity.argmax(1), "text_to_image": similarity.argmax(0)}

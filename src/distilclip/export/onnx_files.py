@@ -140,10 +140,10 @@ def _export(module: nn.Module, example: Tensor, *, tower: Tower, name: str) -> b
     finally:
         log.setLevel(level)
     assert program is not None  # of the exporter with dynamo
-    return _without_traces(program.model_proto).SerializeToString(deterministic=True)
+    return _remove_traces(program.model_proto).SerializeToString(deterministic=True)
 
 
-def _without_traces(model: onnx.ModelProto) -> onnx.ModelProto:
+def _remove_traces(model: onnx.ModelProto) -> onnx.ModelProto:
     """Remove the exporter's stack traces: they name files of this machine and differ between machines."""
     nodes = [*model.graph.node, *(node for function in model.functions for node in function.node)]
     for item in (model, model.graph, *nodes, *model.graph.value_info, *model.graph.input, *model.graph.output):

@@ -16,7 +16,7 @@ from distilclip.export.uids import UidKind, in_subset, read_subset, read_uids
 
 
 @dataclass(frozen=True)
-class Selected:
+class SelectedRows:
     """The n selected rows of one shard, ascending. `offset` and `size` are those of the shard's index."""
 
     uri: str
@@ -29,10 +29,10 @@ class Selected:
     def __len__(self) -> int:
         return len(self.row)
 
-    def part(self, start: int, stop: int | None) -> Selected:
+    def part(self, start: int, stop: int | None) -> SelectedRows:
         """Return the rows from `start` to before `stop`."""
         here = slice(start, stop)
-        return Selected(
+        return SelectedRows(
             self.uri, self.row[here], self.key[here], self.offset[here], self.size[here], self.image_sha256[here]
         )
 
@@ -51,7 +51,7 @@ class Selection:
     subset: str | None = None
     uid: UidKind = "json"
 
-    def rows(self, shard: int) -> Selected:
+    def rows(self, shard: int) -> SelectedRows:
         """Return the selected rows of a shard, after a check that its file is the one that was embedded.
 
         Raises:
@@ -59,13 +59,13 @@ class Selection:
         """
         rows = self.store.rows(shard)
         check_source(self.store, shard, self.uris[shard], rows)
-        selected = _selected(self.uris[shard], rows, kept_rows(self.store, shard, rows.valid, self.groups))
+        selected = _take_rows(self.uris[shard], rows, kept_rows(self.store, shard, rows.valid, self.groups))
         if self.subset is None:
             return selected
         uids = read_uids(selected.uri, selected.key, selected.offset, selected.size, kind=self.uid)
         chosen = np.zeros(len(rows), bool)
         chosen[selected.row[in_subset(uids, read_subset(self.subset))]] = True
-        return _selected(self.uris[shard], rows, chosen)
+        return _take_rows(self.uris[shard], rows, chosen)
 
     def count(self, shard: int) -> int:
         """Return how many rows of a shard are selected."""
@@ -96,9 +96,9 @@ def open_selection(
     return Selection(store=opened, uris=uris, groups=groups, subset=subset, uid=uid)
 
 
-def _selected(uri: str, rows: Rows, keep: Bool[np.ndarray, " r"]) -> Selected:
+def _take_rows(uri: str, rows: Rows, keep: Bool[np.ndarray, " r"]) -> SelectedRows:
     row = np.flatnonzero(keep).astype(np.uint32)
-    return Selected(
+    return SelectedRows(
         uri=uri,
         row=row,
         key=[rows.key[r] for r in row],

@@ -54,13 +54,13 @@ def build_tokenizer(clip: Clip) -> Tokenizer:
     )
     tokenizer.enable_truncation(clip.context_length)
     tokenizer.enable_padding(pad_id=0, pad_token=source.decoder[0], length=clip.context_length)
-    wrong = [CAPTIONS[i] for i in differing(tokenizer, clip, CAPTIONS)]
+    wrong = [CAPTIONS[i] for i in find_differences(tokenizer, clip, CAPTIONS)]
     if wrong:
         raise InputError(f"{clip.name}: its tokenizer reads {wrong[0]!r} otherwise than CLIP's; it cannot be written.")
     return tokenizer
 
 
-def differing(tokenizer: Tokenizer, clip: Clip, captions: Sequence[str]) -> list[int]:
+def find_differences(tokenizer: Tokenizer, clip: Clip, captions: Sequence[str]) -> list[int]:
     """Return which captions the written tokenizer and the model's own read differently."""
     own = clip.tokenizer(list(captions)).tolist()
     return [i for i, found in enumerate(tokenizer.encode_batch(list(captions))) if found.ids != own[i]]

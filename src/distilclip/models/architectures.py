@@ -55,7 +55,7 @@ def model_config(architecture: str) -> dict[str, Any]:
             raise InputError(f"The model config {text!r} does not exist.")
         text = files.read_bytes(text).decode()
     if text.startswith("{"):
-        return _own_config(text)
+        return _parse_config(text)
     if text in STUDENTS:
         return copy.deepcopy(STUDENTS[text])
     if text not in open_clip.list_models():
@@ -63,23 +63,23 @@ def model_config(architecture: str) -> dict[str, Any]:
     return copy.deepcopy(open_clip.get_model_config(text))
 
 
-def _own_config(text: str) -> dict[str, Any]:
+def _parse_config(text: str) -> dict[str, Any]:
     try:
         config = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"The model config is not valid JSON: {error}") from error
     if "base" in config:
-        config = _replaced(model_config(config.pop("base")), config)
+        config = _merge_configs(model_config(config.pop("base")), config)
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
     if missing:
         raise InputError(f"The model config lacks {sorted(missing)}; see open_clip's model_configs for examples.")
     return config
 
 
-def _replaced(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _merge_configs(config: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     """Return `config` with `values` in place of its own, tower by tower."""
     merged = {
-        name: _replaced(config[name], value)
+        name: _merge_configs(config[name], value)
         if isinstance(value, dict) and isinstance(config.get(name), dict)
         else value
         for name, value in values.items()

@@ -39,14 +39,14 @@ def backbone_features(visual: Any, pixels: Float[Tensor, "n 3 h w"]) -> Float[Te
         features = trunk(pixels)
         pool = getattr(visual.head, "pool", None)
         return (features if pool is None else pool(features)).float()
-    with _without_projection(visual):
+    with _remove_projection(visual):
         found = visual(pixels)
     # CoCa's tower gives the tokens, too.
     return (found[0] if isinstance(found, tuple) else found).float()
 
 
 @contextlib.contextmanager
-def _without_projection(visual: Any) -> Iterator[None]:
+def _remove_projection(visual: Any) -> Iterator[None]:
     projection = getattr(visual, "proj", None)
     if projection is None:
         yield

@@ -49,7 +49,7 @@ def inherit(student: Clip, teacher: Clip, *, towers: Sequence[Tower] = ("image",
                 counterpart = f"{match[1]}{layer}{match[3]}"
             value = theirs.get(counterpart)
             if value is not None and _is_positions(name) and tower == "image":
-                value = _resized_positions(value, parameter)
+                value = _resize_positions(value, parameter)
             if value is None or not _fits(value, parameter):
                 fresh.append(name)
                 continue
@@ -145,7 +145,7 @@ def _fits(value: Tensor, parameter: Tensor) -> bool:
     return all(a <= b for a, b in zip(parameter.shape, value.shape, strict=True))
 
 
-def _resized_positions(value: Tensor, parameter: Tensor) -> Tensor:
+def _resize_positions(value: Tensor, parameter: Tensor) -> Tensor:
     """Resize the positions of a square grid of patches to the student's grid, bicubically."""
     (*_, count, width), num_own = value.shape, parameter.shape[-2]
     if count == num_own:

@@ -81,7 +81,7 @@ def load_weights(model: nn.Module, path: str, *, name: str) -> None:
     try:
         with files.local_copy(path) as local:
             if _is_archive(local):
-                model.load_state_dict(_archived_state(local))
+                model.load_state_dict(_read_archive(local))
             else:
                 open_clip.factory.load_checkpoint(model, local, weights_only=True)
     except pickle.UnpicklingError as error:
@@ -130,7 +130,7 @@ def _is_archive(path: str) -> bool:
         return torchscript.is_archive(file)
 
 
-def _archived_state(path: str) -> dict[str, Tensor]:
+def _read_archive(path: str) -> dict[str, Tensor]:
     with open(path, "rb") as file:
         state = torchscript.read_state(file)
     return {name: value for name, value in state.items() if name not in _OPENAI_RECORDS}

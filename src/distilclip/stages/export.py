@@ -141,16 +141,16 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
     elif config.what == "keys":
         found = dataclasses.asdict(write_keys(selection, folder))
     elif config.what == "subset":
-        num_samples = sum(_all(UidWriter(selection, folder), shards, engine=engine))
+        num_samples = sum(_map_parts(UidWriter(selection, folder), shards, engine=engine))
         found = {"num_samples": num_samples, "num_uids": join_uids(folder, len(shards))}
     else:
-        found = {"num_samples": sum(_all(PartitionWriter(selection, folder), shards, engine=engine))}
+        found = {"num_samples": sum(_map_parts(PartitionWriter(selection, folder), shards, engine=engine))}
     return {"num_rows": selection.store.num_rows, **found}
 
 
 def _write_tars(selection: Selection, folder: str, *, samples_per_tar: int | None, engine: Engine) -> dict[str, Any]:
     parts = plan_tars(selection, samples_per_tar=samples_per_tar)
-    written = _all(TarWriter(selection, folder), parts, engine=engine)
+    written = _map_parts(TarWriter(selection, folder), parts, engine=engine)
     return {
         "num_tars": sum(tar.num_samples > 0 for tar in written),
         "num_samples": sum(tar.num_samples for tar in written),
@@ -159,9 +159,9 @@ def _write_tars(selection: Selection, folder: str, *, samples_per_tar: int | Non
     }
 
 
-def _all(function: Callable[[Part], Result], parts: Sequence[Part], *, engine: Engine) -> list[Result]:
+def _map_parts(function: Callable[[Part], Result], parts: Sequence[Part], *, engine: Engine) -> list[Result]:
     """The results of all parts, in no order."""
-    found = map_parts(functools.partial(_itself, function), parts, engine=engine)
+    found = map_parts(functools.partial(_keep_function, function), parts, engine=engine)
     results = []
     with progress("export", len(parts)) as advance:
         for _, result in found:
@@ -170,7 +170,7 @@ def _all(function: Callable[[Part], Result], parts: Sequence[Part], *, engine: E
     return results
 
 
-def _itself(function: Callable[[Part], Result]) -> Callable[[Part], Result]:
+def _keep_function(function: Callable[[Part], Result]) -> Callable[[Part], Result]:
     return function
 
 
