@@ -14,7 +14,7 @@ from _embeddings import clip_like
 from _harness import Case, compare, is_quick
 
 from distilclip.clustering.assignment import assign
-from distilclip.clustering.kmeans import KMeans, first_centers, kmeans, sample_rows
+from distilclip.clustering.kmeans import FitOptions, KMeans, first_centers, kmeans, sample_rows
 from distilclip.vectors.points import Points
 
 NUM_ITERATIONS = 20
@@ -71,7 +71,7 @@ def seeding_note(num_rows: int, dim: int, num_centers: int) -> list[str]:
     """The objective after all rounds from rows drawn at random and from k-means++ on a sample."""
     x, drawn = make_inputs(num_rows, dim, num_centers)
     points, random = Points.of(x, metric="cosine"), np.random.default_rng(0)
-    _, sample = sample_rows(num_rows, num_centers=num_centers, points_per_center=None, random=random)
+    _, sample = sample_rows(num_rows, FitOptions(num_centers=num_centers), random)
     far = first_centers(points, sample, num_centers=num_centers, random=random)
     found = [ours((x, first)).objective for first in (drawn, far)]
     return [

@@ -1,10 +1,12 @@
 import itertools
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
 from distilclip.clustering import assign_cpu, sketches
-from distilclip.clustering.kmeans import KMeans, gini, is_finished, kmeans, size_histogram
+from distilclip.clustering.kmeans import FitOptions, KMeans, gini, is_finished, kmeans, size_histogram
 from distilclip.clustering.sums import CenterSums
 from distilclip.errors import InputError
 
@@ -65,6 +67,46 @@ def test_two_directions_by_hand() -> None:
     assert result.sizes.tolist() == [2, 2]
 
 
+def test_the_example_of_the_docstring() -> None:
+    angles = np.radians([0, 20, 90])
+    result = kmeans(np.stack([np.cos(angles), np.sin(angles)], axis=1), num_centers=2, initial=[[1.0, 0.0], [0.0, 1.0]])
+    assert result.labels.tolist() == [0, 0, 1]
+    assert result.distance == pytest.approx([0.0152, 0.0152, 0], abs=1e-4)
+    assert result.objective == pytest.approx(0.0101, abs=1e-4)
+
+
+WRONG_INPUTS = """
+import numpy as np, torch
+import distilclip as dc
+x = np.eye(4)
+same = dc.kmeans(x, num_centers=2).centers
+assert (dc.kmeans(x.tolist(), num_centers=2).centers == same).all()
+assert (dc.kmeans(torch.from_numpy(x), num_centers=np.int64(2)).centers == same).all()
+for given, options in [
+    (x, {"num_centers": 2.5}), (x, {"num_centers": 0}), (x, {"num_centers": 2, "seed": -1}),
+    (x, {"num_centers": 2, "num_iterations": 0}), (x, {"num_centers": 2, "tolerance": float("nan")}),
+    (x, {"num_centers": 2, "points_per_center": 0}), (x, {"num_centers": 2, "device": "nonsense"}),
+    ([[1.0, 2.0], [3.0]], {"num_centers": 1}), (x.astype(int), {"num_centers": 1}), ("rows", {"num_centers": 1}),
+    (x, {"num_centers": 2, "initial": [1.0, 2.0]}),
+]:
+    try:
+        dc.kmeans(given, **options)
+    except dc.InputError as error:
+        print(error)
+"""
+
+
+def test_wrong_inputs_are_named_and_lists_and_tensors_work() -> None:
+    """In a process of its own, as a user's: the tests check annotations, which would speak first."""
+    done = subprocess.run([sys.executable, "-c", WRONG_INPUTS], check=True, capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    starts = ["num_centers is 2.5; it must be a whole number of at least 1", "num_centers is 0", "seed is -1"]
+    starts += ["num_iterations is 0", "tolerance is nan", "points_per_center is 0", "The device 'nonsense' cannot"]
+    starts += ["Expected rows of equal length", "Expected rows of float16", "Expected rows of float16"]
+    starts += ["Expected rows of float16"]
+    assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
+
+
 def test_separate_blobs_are_found_and_the_objective_never_rises() -> None:
     x, truth = blobs()
     result = kmeans(x, num_centers=6)
@@ -120,11 +162,13 @@ def test_fewer_directions_than_centers_is_an_error() -> None:
 
 def test_when_a_fit_is_finished() -> None:
     full, lacking = np.array([3, 1]), np.array([4, 0])
-    assert not is_finished([0.5], 1, full, tolerance=0.0)
-    assert is_finished([0.5, 0.4], 1, full, tolerance=0.0)
-    assert not is_finished([0.5, 0.4], 1, lacking, tolerance=0.0)
-    assert is_finished([0.5, 0.499], 20, full, tolerance=0.01)
-    assert not is_finished([0.5, 0.49], 20, full, tolerance=0.01)
+    once = FitOptions(num_centers=2, num_iterations=1)
+    assert not is_finished([0.5], full, once)
+    assert is_finished([0.5, 0.4], full, once)
+    assert not is_finished([0.5, 0.4], lacking, once)
+    tolerant = FitOptions(num_centers=2, tolerance=0.01)
+    assert is_finished([0.5, 0.499], full, tolerant)
+    assert not is_finished([0.5, 0.49], full, tolerant)
 
 
 def test_a_fit_that_changes_nothing_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip.clustering import assignment as module
 from distilclip.clustering import assign_cpu, kmeans, sketches
+from distilclip.clustering import assignment as module
 from distilclip.clustering.assignment import Assignment, assign
-from distilclip.clustering.kmeans import first_centers, sample_rows
+from distilclip.clustering.kmeans import FitOptions, first_centers, sample_rows
 from distilclip.clustering.sketches import Sketches, choose_projection
 from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Projection
@@ -124,10 +124,10 @@ def test_first_centers_are_rows_and_far_apart() -> None:
 
 def test_samples_ascend_and_lie_in_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kmeans, "LEAST_ROWS", 70)
-    fit, first = sample_rows(1000, num_centers=10, points_per_center=30, random=np.random.default_rng(0))
+    fit, first = sample_rows(1000, FitOptions(num_centers=10, points_per_center=30), np.random.default_rng(0))
     assert len(fit) == len(np.unique(fit)) == 300
     assert len(first) == 70
     assert set(first) < set(fit)
     assert (np.diff(first) > 0).all()
-    fit, first = sample_rows(50, num_centers=10, points_per_center=None, random=np.random.default_rng(0))
+    fit, first = sample_rows(50, FitOptions(num_centers=10), np.random.default_rng(0))
     assert fit.tolist() == first.tolist() == list(range(50))

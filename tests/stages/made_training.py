@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distilclip import stage_folder
-from distilclip.data.decode import Crops
+from distilclip.data.views import Crops
 from distilclip.stages import balance, cluster, embed, train
 from distilclip.train.checkpoint import Checkpoints
 from distilclip.train.optimizer import Optimization
@@ -32,7 +32,7 @@ def prepare(pair_tars: Callable[..., list[str]], teacher: str, folder: Path) -> 
     store, groups, clusters = (str(folder / name) for name in ("store", "groups", "clusters"))
     embed.main(embed.Config(data=tuple(tars), out=store, model=teacher, num_workers=0))
     balance.main(balance.Config(store=store, out=groups, metric="cosine", threshold=1e-4))
-    cluster.main(cluster.Config(store=store, groups=groups, out=clusters, num_centers=5))
+    cluster.main(cluster.Config(store=store, groups=groups, out=clusters, fit=FitOptions(num_centers=5)))
     return Prepared(tars=tars, store=store, groups=groups, clusters=clusters)
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distilclip.clustering import rounds, sketches
-from distilclip.clustering.kmeans import kmeans
+from distilclip.clustering import fit_parts, sketches
+from distilclip.clustering.kmeans import FitOptions, kmeans
 from distilclip.data.side_files import read_centers, read_labels
 from distilclip.engine import Engine
 from distilclip.errors import InputError
@@ -21,6 +21,7 @@ from distilclip.stages.cluster import Config, main
 from tests.stages.conftest import contents, write_store
 
 SHARDS = [("one", 120, 1), ("three", 40, 3), ("twelve", 10, 12)]  # name, rows of a shard, shards: the same rows
+FIT = FitOptions(num_centers=6, num_iterations=2, seed=3)
 
 
 def balanced(tmp_path: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
@@ -36,7 +37,7 @@ def balanced(tmp_path: Path) -> tuple[str, str, np.ndarray, np.ndarray]:
 def test_labels_are_the_nearest_centers_of_the_kept_rows(tmp_path: Path) -> None:
     store, groups, x, keep = balanced(tmp_path)
     out = tmp_path / "cluster"
-    result = main(Config(store=store, groups=groups, out=str(out), num_centers=5, device="cpu"))
+    result = main(Config(store=store, groups=groups, out=str(out), fit=FitOptions(num_centers=5), device="cpu"))
     centers = read_centers(str(out))
     assert centers.shape == (5, 16)
     similarity = x.astype(np.float64) @ centers.astype(np.float64).T
@@ -58,14 +59,16 @@ def test_labels_are_the_nearest_centers_of_the_kept_rows(tmp_path: Path) -> None
 
 def test_without_groups_every_valid_row_is_labelled(tmp_path: Path) -> None:
     store, _, valid = write_store(tmp_path / "store")
-    result = main(Config(store=store, out=str(tmp_path / "c"), num_centers=4, points_per_center=5, device="cpu"))
+    result = main(
+        Config(store=store, out=str(tmp_path / "c"), fit=FitOptions(num_centers=4, points_per_center=5), device="cpu")
+    )
     assert result["num_labelled"] == valid.sum()
     assert result["sizes_before_balance"] is None
 
 
 def test_a_kill_after_any_file_leaves_the_same_bytes(tmp_path: Path) -> None:
     store, groups, _, _ = balanced(tmp_path)
-    config: dict[str, Any] = {"store": store, "groups": groups, "num_centers": 6, "device": "cpu"}
+    config: dict[str, Any] = {"store": store, "groups": groups, "fit": FitOptions(num_centers=6), "device": "cpu"}
     whole = tmp_path / "whole"
     result = main(Config(out=str(whole), **config))
     written = sorted(whole.rglob("*.*"), key=lambda p: p.stat().st_mtime_ns)
@@ -90,9 +93,7 @@ def test_centers_are_those_of_kmeans_whatever_the_shards_and_the_engine(tmp_path
                 Config(
                     store=store,
                     out=out,
-                    num_centers=6,
-                    num_iterations=2,
-                    seed=3,
+                    fit=FIT,
                     device="cpu",
                     execution=Engine(engine=engine),
                 )
@@ -108,7 +109,7 @@ def test_centers_are_those_of_kmeans_whatever_the_shards_and_the_engine(tmp_path
 @pytest.mark.xdist_group("ray")
 def test_ray_gives_the_bytes_of_local(tmp_path: Path) -> None:
     store, _, _ = write_store(tmp_path / "store")
-    config = {"store": store, "num_centers": 6, "num_iterations": 2, "seed": 3, "device": "cpu"}
+    config = {"store": store, "fit": FIT, "device": "cpu"}
     here = main(Config(out=str(tmp_path / "local"), **config))
     there = main(Config(out=str(tmp_path / "ray"), execution=Engine(engine="ray", engine_workers=2), **config))
     assert there == here
@@ -117,20 +118,21 @@ def test_ray_gives_the_bytes_of_local(tmp_path: Path) -> None:
 
 def test_a_kill_in_the_middle_of_a_round_leaves_the_same_bytes(tmp_path: Path) -> None:
     store, groups, _, _ = balanced(tmp_path)
-    config = {"store": store, "groups": groups, "num_centers": 6, "points_per_center": 12, "device": "cpu"}
+    config = {"store": store, "groups": groups, "fit": FitOptions(num_centers=6, points_per_center=12), "device": "cpu"}
     result = main(Config(out=str(tmp_path / "whole"), **config))
     assert len(result["objectives"]) > 3
     begun = """
 import os, signal, sys
-from distilclip.clustering import rounds
+from distilclip.clustering import fit_parts
+from distilclip.clustering.kmeans import FitOptions
 from distilclip.stages.cluster import Config, main
-write, kill_at, calls = rounds.write_tensors, int(sys.argv[1]), []
+write, kill_at, calls = fit_parts.write_tensors, int(sys.argv[1]), []
 def write_or_die(*arguments):
     calls.append(arguments)
     if len(calls) == kill_at:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*arguments)
-rounds.write_tensors = write_or_die
+fit_parts.write_tensors = write_or_die
 main(Config(**eval(sys.argv[2])))
 """
     for kill_at in (6, 13):  # in the middle of the first round, and of a later one
@@ -145,19 +147,19 @@ main(Config(**eval(sys.argv[2])))
 
 def test_machines_with_other_codes_may_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, groups, _, _ = balanced(tmp_path)
-    config: dict[str, Any] = {"store": store, "groups": groups, "num_centers": 6, "device": "cpu"}
+    config: dict[str, Any] = {"store": store, "groups": groups, "fit": FitOptions(num_centers=6), "device": "cpu"}
     result = main(Config(out=str(tmp_path / "whole"), **config))
     assert len(result["objectives"]) > 2
     kinds = itertools.cycle([np.int8, np.float32])
-    prepare = rounds.Rounds.prepare
+    prepare = fit_parts.Rounds.prepare
 
-    def prepare_elsewhere(self: rounds.Rounds, number: int) -> Callable[[rounds.Part], None]:
+    def prepare_elsewhere(self: fit_parts.Rounds, number: int) -> Callable[[fit_parts.ShardRun], None]:
         kind = next(kinds)
-        for module in (rounds, sketches):
+        for module in (fit_parts, sketches):
             monkeypatch.setattr(module, "fastest_code", lambda: kind)
         return prepare(self, number)
 
-    monkeypatch.setattr(rounds.Rounds, "prepare", prepare_elsewhere)
+    monkeypatch.setattr(fit_parts.Rounds, "prepare", prepare_elsewhere)
     assert main(Config(out=str(tmp_path / "mixed"), **config)) == result
     assert contents(tmp_path / "mixed") == contents(tmp_path / "whole")
 
@@ -165,13 +167,13 @@ def test_machines_with_other_codes_may_go_on(tmp_path: Path, monkeypatch: pytest
 def test_groups_of_another_store_are_refused(tmp_path: Path) -> None:
     _, groups, _, _ = balanced(tmp_path)
     other, _, _ = write_store(tmp_path / "other", rows=30)
-    with pytest.raises(InputError, match="was not made from"):
-        main(Config(store=other, groups=groups, out=str(tmp_path / "c"), num_centers=2, device="cpu"))
+    with pytest.raises(InputError, match="made for another store"):
+        main(Config(store=other, groups=groups, out=str(tmp_path / "c"), fit=FitOptions(num_centers=2), device="cpu"))
 
 
 def test_more_centers_than_kept_rows_is_an_error(tmp_path: Path) -> None:
     store, groups, _, keep = balanced(tmp_path)
     with pytest.raises(InputError, match=f"number of rows, {keep.sum()}"):
-        main(Config(store=store, groups=groups, out=str(tmp_path / "c"), num_centers=120, device="cpu"))
+        main(Config(store=store, groups=groups, out=str(tmp_path / "c"), fit=FitOptions(num_centers=120), device="cpu"))
     with pytest.raises(InputError, match="num_centers is 0"):
-        Config(store=store, out="c", num_centers=0)
+        FitOptions(num_centers=0)

@@ -27,7 +27,7 @@ DECIDED = 1 << 24  # elements of centers in float64 at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Known:
+class RowState:
     """What is kept of the same rows between rounds: the labels, and on the CPU the sketches.
 
     Labels are int32, -1 before the first round; those of a round are the guesses of the next.
@@ -37,7 +37,7 @@ class Known:
     sketches: Sketches | None
 
     @classmethod
-    def unlabelled(cls, count: int, sketches: Sketches | None) -> Known:
+    def unlabelled(cls, count: int, sketches: Sketches | None) -> RowState:
         """Before the first round."""
         return cls(labels=np.full(count, -1, np.int32), sketches=sketches)
 
@@ -62,18 +62,18 @@ class Assignment:
         else:
             self._ready = DeviceCenters(torch.from_numpy(centers).to(device))
 
-    def begin(self, points: Points, rows: Int[np.ndarray, " n"]) -> Known:
-        """What is known of rows before their first round."""
+    def begin(self, points: Points, rows: Int[np.ndarray, " n"]) -> RowState:
+        """Return the state of rows before their first round."""
         on_cpu = isinstance(self._ready, CenterSketches)
         sketches = Sketches.of(self._projection, points, rows) if on_cpu else None
-        return Known.unlabelled(len(rows), sketches)
+        return RowState.unlabelled(len(rows), sketches)
 
-    def update(self, known: Known, points: Points, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
+    def update(self, state: RowState, points: Points, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
         """Find the rows' labels, in place; the cosine distances to their centers."""
         if isinstance(self._ready, DeviceCenters):
-            return self._ready.update(known.labels, points, rows)
-        assert known.sketches is not None, "rows of the CPU have sketches"
-        return update_labels(known.labels, known.sketches, points, rows, self._ready)
+            return self._ready.update(state.labels, points, rows)
+        assert state.sketches is not None, "rows of the CPU have sketches"
+        return update_labels(state.labels, state.sketches, points, rows, self._ready)
 
     def assign(
         self, points: Points, rows: Int[np.ndarray, " n"]
@@ -82,9 +82,9 @@ class Assignment:
         labels, distance = np.empty(len(rows), np.int32), np.empty(len(rows), np.float32)
         for start in range(0, len(rows), PART):
             here = slice(start, min(start + PART, len(rows)))
-            known = self.begin(points, rows[here])
-            distance[here] = self.update(known, points, rows[here])
-            labels[here] = known.labels
+            state = self.begin(points, rows[here])
+            distance[here] = self.update(state, points, rows[here])
+            labels[here] = state.labels
         return labels, distance
 
 

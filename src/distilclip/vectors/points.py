@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +26,10 @@ class Points:
     norm: Float[np.ndarray, " n"]  # of the points, after scaling
 
     @classmethod
-    def of(cls, x: np.ndarray | Tensor, *, metric: str, valid: Bool[np.ndarray, " n"] | None = None) -> Points:
-        """Rows of `x` as points under `metric`; `InputError` names a valid row that has no place in that space."""
+    def of(
+        cls, x: np.ndarray | Tensor | Sequence[Any], *, metric: str, valid: Bool[np.ndarray, " n"] | None = None
+    ) -> Points:
+        """Take the rows of `x` as points under `metric`; `InputError` names a valid row that cannot be one."""
         check_metric(metric)
         values = as_rows(x)
         norms = row_norms(values)
@@ -92,11 +96,15 @@ def distinct(values: np.ndarray, rows: Int[np.ndarray, " k"]) -> Distinct:
     return Distinct(first=first, position=position)
 
 
-def as_rows(x: np.ndarray | Tensor) -> np.ndarray:
-    """A two-dimensional floating array, shared with `x` wherever its type and device allow."""
+def as_rows(x: np.ndarray | Tensor | Sequence[Any]) -> np.ndarray:
+    """Return a two-dimensional floating array, shared with `x` wherever its type and device allow."""
     if isinstance(x, Tensor):
         x = x.detach().cpu()
         x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    try:
+        x = np.asanyarray(x)
+    except ValueError as error:
+        raise InputError(f"Expected rows of equal length, n x dim: {error}.") from error
     if x.ndim != 2 or x.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(f"Expected rows of float16, float32 or float64, n x dim, not {x.dtype} of shape {x.shape}.")
     return x if x.flags.c_contiguous else np.ascontiguousarray(x)
