@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distilclip import stage_folder
+from distilclip.clustering.kmeans import FitOptions
 from distilclip.data.views import Crops
 from distilclip.stages import balance, cluster, embed, train
 from distilclip.train.checkpoint import Checkpoints

@@ -103,7 +103,7 @@ class PartialSums(NamedTuple):
         _, student, teacher = self.log_normaliser
         return self.mean_gap - student + teacher
 
-    def raised(self, maximum: Float[Tensor, "3 n"]) -> PartialSums:
+    def raise_to(self, maximum: Float[Tensor, "3 n"]) -> PartialSums:
         """Return the same sums relative to a larger maximum: after it, sums of several sets may be added up."""
         factor = torch.exp(self.maximum - maximum)  # [3, n]
         return PartialSums(maximum, self.total * factor, self.gap * factor[1], self.own)
@@ -112,7 +112,7 @@ class PartialSums(NamedTuple):
 def combine(parts: Sequence[PartialSums]) -> PartialSums:
     """Return the sums over the union of the parts' classes."""
     maximum = torch.stack([part.maximum for part in parts]).amax(0)  # [3, n]
-    _, *sums = zip(*(part.raised(maximum) for part in parts), strict=True)
+    _, *sums = zip(*(part.raise_to(maximum) for part in parts), strict=True)
     return PartialSums(maximum, *(torch.stack(values).sum(0) for values in sums))
 
 

@@ -109,7 +109,7 @@ def with_gradient(
     return _KnownGradient.apply(value, *inputs, *gradients)
 
 
-def wanted(*tensors: Tensor) -> list[bool]:
+def ask_gradients(*tensors: Tensor) -> list[bool]:
     """Say for which of the tensors a gradient will be asked."""
     return [torch.is_grad_enabled() and tensor.requires_grad for tensor in tensors]
 
@@ -129,7 +129,7 @@ def sum_over_rows(
     returns the sum over the rows of a block and replaces the logits by its gradient with respect to them.
     Differentiable in `queries`, `keys` and `scale`.
     """
-    need_queries, need_keys, need_scale = wanted(queries, keys, scale)
+    need_queries, need_keys, need_scale = ask_gradients(queries, keys, scale)
     query_gradient = torch.zeros_like(queries) if need_queries or need_scale else None
     key_gradient = torch.zeros_like(keys) if need_keys else None
     scale_gradient = None

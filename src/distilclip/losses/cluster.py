@@ -29,7 +29,7 @@ from distilclip.losses._cluster_tiles import (
     partial_gradients,
     partial_sums,
 )
-from distilclip.losses._tiling import full_precision, wanted
+from distilclip.losses._tiling import ask_gradients, full_precision
 from distilclip.losses.contrastive import check_pairs
 from distilclip.losses.features import RankRows
 
@@ -95,7 +95,7 @@ def cluster(
     # Rows of all ranks against this rank's classes; nothing below is recorded by autograd (see _Cluster).
     softmaxes = Softmaxes(class_scale=class_scale, temperature=temperature)
     student, teacher, centers = full_precision(shard.rows.all(student), shard.rows.all(teacher), centers)
-    needed = wanted(student, teacher, centers)
+    needed = ask_gradients(student, teacher, centers)
     inputs = ClusterInputs(
         student=student.detach(),
         teacher=teacher.detach(),
@@ -160,7 +160,7 @@ class _Cluster(torch.autograd.Function):
             weights = RowWeights(label=alpha / rows.count, distribution=(1 - alpha) / rows.count)
             sums, ctx.gradients = partial_gradients(inputs, weights, needed)
         else:
-            sums = _reduced(partial_sums(inputs), rows)
+            sums = _reduce_sums(partial_sums(inputs), rows)
         ctx.sums = sums
         # Means over the rows here, as their part of the mean over all.
         label, distribution = (
@@ -190,11 +190,11 @@ class _Cluster(torch.autograd.Function):
         return *gradients, None, None, None, None
 
 
-def _reduced(sums: PartialSums, rows: RankRows) -> PartialSums:
+def _reduce_sums(sums: PartialSums, rows: RankRows) -> PartialSums:
     """The sums over the classes of all ranks: their maxima first, then everything that adds up, in one message each."""
     if rows.whole:
         return sums
     maximum = rows.reduce(sums.maximum.clone(), "max")
-    raised = sums.raised(maximum)  # to the common maximum, so that sums of all ranks may be added up
+    raised = sums.raise_to(maximum)  # to the common maximum, so that sums of all ranks may be added up
     packed = rows.reduce(torch.cat([raised.total, raised.gap[None], raised.own[None]]), "sum")  # [5, n]
     return PartialSums(maximum, packed[:3], packed[3], packed[4])

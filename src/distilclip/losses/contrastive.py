@@ -19,6 +19,7 @@ from torch import Tensor
 
 from distilclip.losses._tiling import (
     add_exponentials_,
+    ask_gradients,
     blocks,
     full_precision,
     matmul,
@@ -26,7 +27,6 @@ from distilclip.losses._tiling import (
     scaled_exp,
     softmax_,
     sum_over_rows,
-    wanted,
     with_gradient,
 )
 from distilclip.losses.features import Features, RankRows
@@ -165,7 +165,7 @@ def _default_tile(image: Tensor) -> tuple[int, int]:
 def _tiled_contrastive(image: Tensor, text: Tensor, scale: Tensor, tile: tuple[int, int]) -> Tensor:
     """Log-normalisers of all rows and columns in a first sweep over the tiles, gradients in a second."""
     n = len(image)
-    need_image, need_text, need_scale = wanted(image, text, scale)
+    need_image, need_text, need_scale = ask_gradients(image, text, scale)
     image_gradient = text_gradient = scale_gradient = None
     with torch.no_grad(), no_autocast(image):
         scaled = image * scale  # [n, dim]

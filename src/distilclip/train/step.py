@@ -131,11 +131,11 @@ def compute_gradients(
         masked = None if masks is None else hide_patches(pixels, masks[part])
         return student.towers(pixels, inputs.tokens[part], masked)
 
-    def copied(features: list[Tensor]) -> list[Tensor]:  # a CUDA graph writes the next call's over them
+    def copy(features: list[Tensor]) -> list[Tensor]:  # a CUDA graph writes the next call's over them
         return [feature.clone() for feature in features]
 
     with stopwatch.measure("student"), torch.set_grad_enabled(len(slices) == 1):
-        parts = [embed(part) for part in slices] if len(slices) == 1 else [copied(embed(part)) for part in slices]
+        parts = [embed(part) for part in slices] if len(slices) == 1 else [copy(embed(part)) for part in slices]
         leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts, strict=True)]
     with stopwatch.measure("objective"):
         result = _evaluate(student, objective, leaves, inputs, classes, rows, diagnosing=diagnosing)
