@@ -51,7 +51,7 @@ def test_every_tensor_of_a_batch_is_pinned(pair_tars: PairTars, monkeypatch: pyt
     decoder = scanning._Decoder(preprocess, tokenize, 10**6, VIEWS, 4)
     entries = scanning.open_shard(pair_tars(shards=1, rows=3)[0]).index()
     decoded = decoder[scanning._Task(shard=0, path=pair_tars(shards=1, rows=3)[0], first=0, entries=entries)]
-    assert isinstance(decoded, scanning._Decoded)
+    assert isinstance(decoded, scanning._DecodedBatch)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 1)  # there is no page-locked memory without a GPU
     pinned = decoded.pin_memory()
     named = {name for name, kind in ScannedBatch.__annotations__.items() if "Tensor" in kind}
