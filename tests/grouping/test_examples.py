@@ -3,10 +3,10 @@ from types import ModuleType
 
 import pytest
 
-from distilclip.grouping import _tiles, balance, cells, forecast, forest, near_pairs, representatives
+from distilclip.grouping import _tiles, balance, cells, forecast, forest, near_pairs, representatives, search_parts
 from distilclip.vectors import metric
 
-MODULES = (_tiles, balance, cells, forecast, forest, near_pairs, representatives, metric)
+MODULES = (_tiles, balance, cells, forecast, forest, near_pairs, representatives, search_parts, metric)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -1,7 +1,13 @@
 """Search a store in parts: each compares two blocks of rows and writes the forest of the near pairs it finds.
 
 The forests of all parts merge to that of all pairs, so it does not matter how the rows are divided, who computes a
-part, or in what order; only names and counts travel between processes.
+part, or in what order; only names and counts travel between processes. Three blocks a, b, c make six parts, those
+that take longest first: a-b, a-c, b-c, a-a, b-b, c-c.
+
+>>> [(pair.left, pair.right) for pair in pair_blocks(6, block_rows=3)]
+[((0, 3), (3, 6)), ((0, 3), (0, 3)), ((3, 6), (3, 6))]
+>>> [pair.num_rows for pair in pair_blocks(6, block_rows=3)]
+[[3, 3], [3], [3]]
 """
 
 from __future__ import annotations
@@ -91,12 +97,14 @@ class StoreSearch:
         return self._search(images, self._is_copy(images), BlockPair((0, len(images)), (0, len(images))))
 
     def _search(self, images: ImageMatrix, copied: Bool[np.ndarray, " n"], pair: BlockPair) -> Finding:
+        # 1. The rows [m] of one block, or of two, one after the other; copies of image files are left out.
         rows = np.concatenate([np.arange(*block) for block in pair.blocks])
         searched = np.concatenate([images.valid(*block) for block in pair.blocks]) & ~copied[rows]
         values = [images.read(*block) for block in pair.blocks]
         points = Points.of(
             values[0] if len(values) == 1 else np.concatenate(values), metric=self.rule.metric, valid=searched
         )
+        # 2. Their forest: of two blocks, only the pairs across.
         found = search_forest(
             points,
             searched,
@@ -105,6 +113,7 @@ class StoreSearch:
             memory_gb=self.memory_gb,
             device=resolve_device(self.device),
         )
+        # 3. The same with rows of the whole store.
         left, right = rows[found.forest.left], rows[found.forest.right]
         forest = Forest(left=left, right=right, distance=found.forest.distance, num_rows=len(images))
         return Finding(forest=forest, saturated=found.saturated)

@@ -51,9 +51,9 @@ class Config:
     """Flags of `distilclip balance`."""
 
     store: str
-    """folder of `embed`"""
+    """folder that `embed` wrote"""
     out: str
-    """folder to write: groups, the spanning forest, result.json with the threshold curve"""
+    """folder to write: the groups, the spanning forest, and result.json with the threshold curve"""
     metric: Metric
     """unit of all distances here. The paper's 0.07 means three things: euclidean (cos > 0.9976), sqeuclidean
     (cos > 0.965, what faiss calls L2) or cosine distance (cos > 0.93)"""
@@ -62,19 +62,19 @@ class Config:
     target_removed: float | None = None
     """choose the threshold that removes this share of the images; needs --max-threshold"""
     max_threshold: float | None = None
-    """search this far, for the curve and for later re-thresholding (default: the threshold)"""
+    """search up to this distance, so that the curve shows thresholds up to it (default: the threshold)"""
     mode: Literal["threshold", "topk"] = "threshold"
-    """join by every pair, or only by each image's --top-k nearest as in the paper's text"""
+    """join every pair below the threshold, or (topk) each image with its --top-k nearest only, as the paper says"""
     top_k: int | None = None
-    """length of the lists in topk mode"""
+    """number of nearest images that each image is compared with in topk mode"""
     max_radius: float | None = None
-    """keep further images of a group until none is farther than this from a kept one"""
+    """keep more images of a group until every image is within this distance of a kept one"""
     memory_gb: float = stage_folder.execution(1.0)
-    """working memory of each worker's search, beyond the embeddings it reads in half precision"""
+    """working memory in GB of each worker's search, without the embeddings that it reads in half precision"""
     block_rows: int | None = stage_folder.execution(None)
-    """rows of a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
+    """number of rows in a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
     device: str = stage_folder.execution("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
+    """auto (CUDA, then MPS, then CPU) or a torch device; on Ray, cuda gives each worker a GPU of its own"""
     execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
@@ -94,9 +94,11 @@ def main(config: Config) -> dict[str, Any]:
     forest_path, search_path = folder.child("forest.parquet"), folder.child("search.json")
 
     def save(found: Finding) -> None:
-        stage_folder.write_json(search_path, {"saturated": found.saturated})
-        save_forest(forest_path, found.forest, images)
+        if not files.exists(forest_path):
+            stage_folder.write_json(search_path, {"saturated": found.saturated})
+            save_forest(forest_path, found.forest, images)
 
+    # A forest that an earlier run saved is the one part of this run.
     if files.exists(forest_path):
         saturated = stage_folder.read_json(search_path)["saturated"]
         parts = iter([Finding(forest=load_forest(forest_path, images), saturated=saturated)])
