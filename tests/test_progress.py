@@ -100,4 +100,5 @@ def test_the_summary_is_one_line() -> None:
     evaluated = {"stage": "evaluate", "rows": [1, 2], "models": [1], "sets": [1, 2, 3]}
     assert "measured 1 models on 3 sets" in summarise(evaluated, seconds=1.0, out="x")
     assert summarise({}, seconds=1.0, out="x") == ""
-    assert [duration(s) for s in (3.0, 119.0, 120.0, 7200.0, 200_000.0)] == ["3 s", "119 s", "2.0 min", "2.0 h", "2.3 days"]
+    seconds = (3.0, 119.0, 120.0, 7200.0, 200_000.0)
+    assert [duration(s) for s in seconds] == ["3 s", "119 s", "2.0 min", "2.0 h", "2.3 days"]
