@@ -20,7 +20,7 @@ from _harness import is_quick
 from torch import Tensor
 from torch.nn import functional as F
 
-from distilclip.clustering.assignment import ROWS, DeviceCenters
+from distilclip.clustering._assign_gpu import ROWS, DeviceCenters
 from distilclip.losses.cluster import cluster
 from distilclip.vectors.points import Points
 

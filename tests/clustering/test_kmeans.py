@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from distilclip.clustering import assign_cpu, sketches
+from distilclip.clustering import _assign_cpu, sketches
 from distilclip.clustering.kmeans import FitOptions, KMeans, gini, is_finished, kmeans, size_histogram
 from distilclip.clustering.sums import CenterSums
 from distilclip.errors import InputError
@@ -127,9 +127,9 @@ def test_same_seed_same_bytes_whatever_blocks_tiles_and_codes(monkeypatch: pytes
     first = kmeans(x, num_centers=40, seed=5)
     assert_same(kmeans(x, num_centers=40, seed=5), first)
     assert kmeans(x, num_centers=40, seed=6).centers.tobytes() != first.centers.tobytes()
-    monkeypatch.setattr(assign_cpu, "BLOCK", 64)
-    monkeypatch.setattr(assign_cpu, "BREADTH", 128)
-    monkeypatch.setattr(assign_cpu, "PROPOSALS", 130)
+    monkeypatch.setattr(_assign_cpu, "BLOCK", 64)
+    monkeypatch.setattr(_assign_cpu, "BREADTH", 128)
+    monkeypatch.setattr(_assign_cpu, "PROPOSALS", 130)
     assert_same(kmeans(x, num_centers=40, seed=5), first)
     monkeypatch.setattr(sketches, "WIDTHS", (4, 8))
     for dtype in (np.int8, np.float32):

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from distilclip.clustering import assign_cpu, kmeans, sketches
-from distilclip.clustering import assignment as module
+from distilclip.clustering import _assign_cpu, _assign_gpu, kmeans, sketches
 from distilclip.clustering.assignment import Assignment, assign
 from distilclip.clustering.kmeans import FitOptions, first_centers, sample_rows
 from distilclip.clustering.sketches import Sketches, choose_projection
@@ -29,8 +28,18 @@ def unit(x: np.ndarray) -> np.ndarray:
 def on_device(points: Points, centers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The path of accelerators, here."""
     labels = np.empty(len(points), np.int32)
-    tiles = module.DeviceCenters(torch.from_numpy(centers).to(CPU))
+    tiles = _assign_gpu.DeviceCenters(torch.from_numpy(centers).to(CPU))
     return labels, tiles.update(labels, points, np.arange(len(points)))
+
+
+@pytest.mark.parametrize("find", [assign, on_device])
+def test_the_example_of_the_docstring(find: Callable[..., tuple[np.ndarray, np.ndarray]]) -> None:
+    angles, places = np.radians(np.arange(0, 181, 20)), np.radians([0, 90, 180])
+    points = Points.of(np.stack([np.cos(angles), np.sin(angles)], axis=1), metric="cosine")
+    centers = np.stack([np.cos(places), np.sin(places)], axis=1).astype(np.float32)
+    labels, distance = find(points, centers)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1, 1, 2, 2, 2]
+    assert distance[2] == pytest.approx(0.23, abs=0.005)
 
 
 @pytest.mark.parametrize("find", [assign, on_device])
@@ -38,7 +47,7 @@ def on_device(points: Points, centers: np.ndarray) -> tuple[np.ndarray, np.ndarr
 def test_labels_are_those_of_all_inner_products(
     find: Callable[..., tuple[np.ndarray, np.ndarray]], k: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "ROWS", 256)
+    monkeypatch.setattr(_assign_gpu, "ROWS", 256)
     x, centers = rows(1500), unit(rows(k, seed=1)).astype(np.float32)
     labels, distance = find(Points.of(x, metric="cosine"), centers)
     product = unit(x) @ centers.astype(np.float64).T
@@ -66,7 +75,7 @@ def test_no_guess_no_width_and_no_code_changes_a_label(
     width: int, dtype: type, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sketches, "fastest_code", lambda: dtype)
-    monkeypatch.setattr(assign_cpu, "BREADTH", 256)
+    monkeypatch.setattr(_assign_cpu, "BREADTH", 256)
     x, centers = rows(700), unit(rows(300, seed=1)).astype(np.float32)
     points, everyone = Points.of(x, metric="cosine"), np.arange(700)
     assignment = Assignment(centers, Projection.fit(points, everyone, width=width))
