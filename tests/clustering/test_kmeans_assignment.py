@@ -109,6 +109,20 @@ def test_sketches_bound_inner_products(width: int, dtype: type, monkeypatch: pyt
     assert sketches.fastest_code() == dtype
 
 
+def test_the_example_of_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sketches, "fastest_code", lambda: np.int8)
+    x = np.array([[0.6, 0.2], [0.5, 0.1]])
+    found = Sketches.of(
+        Projection(mean=torch.zeros(2), directions=None), Points.of(x, metric="euclidean"), np.arange(2)
+    )
+    assert found.code.tolist() == [[127, 42], [127, 25]]
+    assert found.residual == pytest.approx([0.0016, 0.0016], abs=5e-5)
+    product = (found.step[:, None] * found.code)[0] @ (found.step[:, None] * found.code)[1]
+    error = found.residual[0] * found.length[1] + (found.length[0] + found.residual[0]) * found.residual[1]
+    assert (product, error) == pytest.approx((0.3195, 0.0018), abs=5e-5)
+    assert product + error >= x[0] @ x[1]
+
+
 def test_sketches_are_narrow_where_the_rows_are_and_wide_on_a_sphere() -> None:
     random = np.random.default_rng(0)
     flat = random.standard_normal((3000, 300)) * np.arange(1, 301) ** -1.5

@@ -19,6 +19,17 @@ def sums_of(points: Points, rows: np.ndarray, labels: np.ndarray) -> CenterSums:
     return sums
 
 
+def test_the_example_of_the_docstring() -> None:
+    points = Points.of(np.array([[1.0, 0.0], [0.6, 0.8]]), metric="cosine")
+    sums = CenterSums.zero(1, 2)
+    sums.move(points, np.arange(2), np.array([-1, -1]), np.array([0, 0]))
+    assert sums.total.tolist() == [[27487790694, 13743895347]]
+    centers = np.array([[1.0, 0.0]], np.float32)
+    assert sums.renew(centers)
+    assert centers == pytest.approx(np.array([[0.8944, 0.4472]]), abs=1e-4)
+    assert sums.objective(centers) == pytest.approx(0.1056, abs=1e-4)
+
+
 def test_sums_and_directions_equal_float64() -> None:
     unit, points, labels = made()
     sums = sums_of(points, np.arange(300), labels)
