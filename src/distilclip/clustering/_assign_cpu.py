@@ -174,7 +174,7 @@ class _Worker:
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
 def inner_product(row, factor, center):
-    """x . c in float64."""
+    """Return x . c in float64."""
     total = 0.0
     for k in range(len(center)):
         total += stored(row[k]) * np.float64(center[k])

@@ -1,4 +1,4 @@
-"""Spherical k-means of the kept images: unit centers for the cluster term, and every kept image's label."""
+"""Cluster the kept images by spherical k-means: unit centers for the cluster term, and every kept image's label."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Config:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Cluster the images of a store; the folder's result."""
+    """Cluster the images of a store; return the folder's result."""
     inputs = [(config.store, "embed")] + ([(config.groups, "balance")] if config.groups else [])
     folder = stage_folder.open_folder(config.out, stage="cluster", config=config, inputs=inputs)
     if folder.finished:
@@ -93,7 +93,7 @@ def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix) -> No
 
 
 def _start(config: Config, rounds: Rounds, images: ImageMatrix) -> Float32[np.ndarray, "k dim"]:
-    """Choose the rows to fit to and write them down; the first centers."""
+    """Choose the rows to fit to and write them down; return the first centers."""
     kept = _kept_rows(images, config.groups)
 
     def read(rows: Int[np.ndarray, " m"]) -> tuple[Points, Int[np.ndarray, " m"]]:
@@ -125,7 +125,7 @@ def _map(prepare: Callable[[], Callable[[Any], Any]], parts: Any, config: Config
 
 
 def _describe_labels(labelling: Labelling, shards: range, num_centers: int) -> dict[str, Any]:
-    """Sizes and objective, from the labels of all shards."""
+    """Return sizes and objective, from the labels of all shards."""
     sizes, removed_sizes = np.zeros(num_centers, np.int64), np.zeros(num_centers, np.int64)
     total = 0.0
     for shard in shards:

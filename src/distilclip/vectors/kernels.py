@@ -24,29 +24,29 @@ PIECE = 128  # terms of a sum between two looks at whether it is too large alrea
 
 
 def kernel_view(values: np.ndarray) -> np.ndarray:
-    """Rows as kernels take them: float16 as uint16 bits, read-only memory maps as plain read-only arrays."""
+    """View rows as kernels take them: float16 as uint16 bits, memory maps as plain read-only arrays."""
     values = values.view(np.ndarray)
     return values.view(np.uint16) if values.dtype == np.float16 else values
 
 
 def squared_product(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
-    """Squared Euclidean distances as |a|^2 + |b|^2 - 2ab; see `product_error`."""
+    """Return squared Euclidean distances as |a|^2 + |b|^2 - 2ab; see `product_error`."""
     squared = torch.addmm(b.square().sum(1)[None, :], a, b.T, alpha=-2)
     return squared.add_(a.square().sum(1)[:, None])
 
 
 def product_error(dim: int, radius: float) -> float:
-    """A bound on the error of `squared_product` for points no longer than `radius`.
+    """Return a bound on the error of `squared_product` for points no longer than `radius`.
 
     Each of three sums of `dim` float32 terms errs by at most dim 2^-24 radius^2, the product counting twice; the points
-    themselves are rounded to float32, and the sums are added up.
+    themselves are rounded to float32, and the sums are added up. With 512 dimensions and unit vectors: 1.2e-4.
     """
     return 4 * (dim + 8) * ROUNDING * radius**2
 
 
 @contextlib.contextmanager
 def float32_sums() -> Iterator[None]:
-    """A block in which CUDA sums products of half-precision factors in float32, partial sums too."""
+    """Let CUDA sum products of half-precision factors in float32, partial sums too, inside a block."""
     settings = torch.backends.cuda.matmul
     names = ("allow_fp16_reduced_precision_reduction", "allow_bf16_reduced_precision_reduction")
     before = {name: getattr(settings, name) for name in names}
@@ -62,7 +62,7 @@ def float32_sums() -> Iterator[None]:
 @intrinsic
 @no_type_check
 def stored(typing_context, value):
-    """A stored number as float64; uint16 holds the bits of a float16."""
+    """Widen a stored number to float64; uint16 holds the bits of a float16."""
 
     def convert(context, builder, signature, arguments):
         (number,) = arguments
@@ -76,7 +76,7 @@ def stored(typing_context, value):
 @intrinsic
 @no_type_check
 def widened(typing_context, value):
-    """A number of a tile as float32; int16 holds the bits of a bfloat16, the upper half of a float32."""
+    """Widen a number of a tile to float32; int16 holds the bits of a bfloat16, the upper half of a float32."""
 
     def convert(context, builder, signature, arguments):
         (number,) = arguments
@@ -112,7 +112,7 @@ def norms_of(values, out):
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
 def squared_distance(values, scale, i, j, limit):
-    """Squared distance of two points in float64; infinite once a partial sum exceeds the limit."""
+    """Return the squared distance of two points in float64, or infinity once a partial sum exceeds the limit."""
     # Slices, because a loop that starts elsewhere than at 0 checks for negative indices and fills no vector register.
     total = 0.0
     for first in range(0, values.shape[1], PIECE):

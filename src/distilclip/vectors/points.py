@@ -1,4 +1,8 @@
-"""Stored rows as points of a Euclidean space: read in place, compared in float64, never copied whole."""
+"""Take stored rows as points of a Euclidean space: read in place, compared in float64, never copied whole.
+
+Example: under the cosine metric the rows (3, 4) and (0, 2) are the points (0.6, 0.8) and (0, 1), with the scales 0.2
+and 0.5; their squared distance is 0.4.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +56,7 @@ class Points:
         return self.values.shape[1]
 
     def block(self, rows: Int[np.ndarray, " m"], *, device: torch.device | None = None) -> Float[Tensor, "m dim"]:
-        """The points of some rows, in float32."""
+        """Return the points of some rows, in float32."""
         block = np.empty((len(rows), self.dim), np.float32)
         bits = kernel_view(self.values)
         in_threads(
@@ -61,7 +65,7 @@ class Points:
         return torch.from_numpy(block).to(device)
 
     def squared(self, left: Int[np.ndarray, " m"], right: Int[np.ndarray, " m"]) -> Float[np.ndarray, " m"]:
-        """Squared Euclidean distances of pairs by direct difference in float64: no cancellation, equal rows give 0."""
+        """Return squared Euclidean distances of pairs by difference in float64: no cancellation, equal rows give 0."""
         result = np.empty(len(left))
         bits = kernel_view(self.values)
         in_threads(
@@ -84,12 +88,14 @@ class Distinct:
 
 def distinct(values: np.ndarray, rows: Int[np.ndarray, " k"]) -> Distinct:
     """Collapse equal rows among `rows` (ascending), by hash and then by comparing the bytes."""
+    # Rows of equal bytes have equal hashes; sorted, they are neighbours.
     bits = _words(values)
     hashes = np.empty(len(rows), np.uint64)
     in_threads(lambda start, stop: hash_rows(bits, rows[start:stop], hashes[start:stop]), len(rows), at_least=4096)
     order = np.argsort(hashes, kind="stable")
     smallest = np.empty(len(rows), np.int64)
     match_rows(bits, rows, hashes, order, smallest)
+    # Number the distinct rows, and give each row the number of the one it equals.
     first, position_in_first = np.unique(smallest, return_inverse=True)
     position = np.full(len(values), -1, np.int64)
     position[rows] = position_in_first
@@ -111,7 +117,7 @@ def as_rows(x: np.ndarray | Tensor | Sequence[Any]) -> np.ndarray:
 
 
 def row_norms(values: np.ndarray) -> Float[np.ndarray, " n"]:
-    """Euclidean norms in float64."""
+    """Return Euclidean norms in float64."""
     norms = np.empty(len(values))
     bits = kernel_view(values)
     in_threads(lambda start, stop: norms_of(bits[start:stop], norms[start:stop]), len(values), at_least=4096)
@@ -119,7 +125,7 @@ def row_norms(values: np.ndarray) -> Float[np.ndarray, " n"]:
 
 
 def _words(values: np.ndarray) -> np.ndarray:
-    """Rows as unsigned integers, as wide as divides a row."""
+    """View rows as unsigned integers, as wide as divides a row."""
     row_bytes = values.shape[1] * values.dtype.itemsize
     width = next(w for w in (8, 4, 2) if row_bytes % w == 0)
     return values.view(np.ndarray).view(f"u{width}")
