@@ -31,6 +31,7 @@ def kernel_view(values: np.ndarray) -> np.ndarray:
 
 def squared_product(a: Float[Tensor, "n dim"], b: Float[Tensor, "m dim"]) -> Float[Tensor, "n m"]:
     """Return squared Euclidean distances as |a|^2 + |b|^2 - 2ab; see `product_error`."""
+    # |b|^2 - 2ab as one product [n, m]; |a|^2 is added in place.
     squared = torch.addmm(b.square().sum(1)[None, :], a, b.T, alpha=-2)
     return squared.add_(a.square().sum(1)[:, None])
 
@@ -93,6 +94,7 @@ def widened(typing_context, value):
 def gather(values, scale, rows, out):
     """Write the points of some rows in float32."""
     for e in range(len(rows)):
+        # Multiplied in float64 and rounded once, so that a point does not depend on who gathers it.
         row, factor = values[rows[e]], scale[rows[e]]
         for k in range(len(row)):
             out[e, k] = factor * stored(row[k])
@@ -116,12 +118,14 @@ def squared_distance(values, scale, i, j, limit):
     # Slices, because a loop that starts elsewhere than at 0 checks for negative indices and fills no vector register.
     total = 0.0
     for first in range(0, values.shape[1], PIECE):
+        # A piece of both rows; the difference is taken before squaring, so that nothing cancels.
         a, b = values[i, first : first + PIECE], values[j, first : first + PIECE]
         part = 0.0
         for k in range(len(a)):
             difference = scale[i] * stored(a[k]) - scale[j] * stored(b[k])
             part += difference * difference
         total += part
+        # Far pairs are left after the first pieces.
         if total > limit:
             return np.inf
     return total
@@ -140,6 +144,7 @@ def squared_distances(values, scale, left, right, out):
 def hash_rows(words, rows, out):
     """Write a hash of the bytes of some rows."""
     for e in range(len(rows)):
+        # Multiply by an odd number and fold the upper half down: every bit of a row moves many bits of the hash.
         state = np.uint64(0x9E3779B97F4A7C15)
         for k in range(words.shape[1]):
             state = (state ^ np.uint64(words[rows[e], k])) * np.uint64(0xFF51AFD7ED558CCD)
@@ -154,12 +159,14 @@ def match_rows(words, rows, hashes, order, out):
     # Rows of one hash are compared with every distinct row of that hash so far; there is nearly always only one.
     start = 0
     while start < len(order):
+        # The rows from start to stop have one hash.
         stop = start + 1
         while stop < len(order) and hashes[order[stop]] == hashes[order[start]]:
             stop += 1
         for a in range(start, stop):
             i = rows[order[a]]
             out[order[a]] = i
+            # Look among earlier rows that are the smallest of their bytes; a stable order puts the smallest first.
             for b in range(start, a):
                 j = rows[order[b]]
                 if out[order[b]] == j and (words[i] == words[j]).all():

@@ -42,7 +42,7 @@ class Points:
         if len(wrong):
             what = "is not finite" if not np.isfinite(norms[wrong[0]]) else "is zero, so it has no cosine"
             raise InputError(f"Row {wrong[0]} {what} ({len(wrong)} such rows). Mark such rows invalid.")
-        norms[~ok] = 1
+        norms[~ok] = 1  # invalid rows are never compared; 1 keeps their scale finite
         if metric == "cosine":
             return cls(values=values, scale=1 / norms, norm=np.ones(len(values)))
         return cls(values=values, scale=np.ones(len(values)), norm=norms)
@@ -118,6 +118,7 @@ def as_rows(x: np.ndarray | Tensor | Sequence[Any]) -> np.ndarray:
 
 def row_norms(values: np.ndarray) -> Float[np.ndarray, " n"]:
     """Return Euclidean norms in float64."""
+    # In one pass over the rows, each thread with a slice of its own.
     norms = np.empty(len(values))
     bits = kernel_view(values)
     in_threads(lambda start, stop: norms_of(bits[start:stop], norms[start:stop]), len(values), at_least=4096)
