@@ -121,6 +121,9 @@ def test_overrides_replace_weights_and_constants() -> None:
         ("clip", {"task": 0.0}, "All term weights are 0"),
         ("clip-cid", {"alpha": 1.5}, "alpha is 1.5"),
         ("clip-cid", {"temperature": 0.0}, "must be positive"),
+        ("clip-cid", {"class_scale": float("inf")}, "class_scale is inf"),
+        ("clip-kd", {"feature": float("nan")}, "'feature' is nan; weights are 0 or more"),
+        ("clip-kd", {"feature": -1.0}, "'feature' is -1.0; weights are 0 or more"),
         ("clip-cid", {"sample_rate": 0.0}, "sample_rate is 0.0"),
     ],
 )

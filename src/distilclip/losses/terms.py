@@ -7,6 +7,7 @@ number of ranks. A new loss is a function in this package, and one more function
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
@@ -46,8 +47,9 @@ class Constants:
         for name in ("alpha", "gamma", "mask_ratio"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1.")
-        if self.temperature <= 0 or self.class_scale <= 0:
-            raise InputError("temperature and class_scale must be positive.")
+        for name in ("temperature", "class_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
         if not 0 < self.sample_rate <= 1:
             raise InputError(f"sample_rate is {self.sample_rate}; it is a share of the classes, over 0 and up to 1.")
 

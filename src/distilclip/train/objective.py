@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
@@ -50,7 +51,7 @@ class Objective:
                 raise InputError(f"The objective has no term or constant {name!r}. {did_you_mean(name, known)}")
         weights = {name: values.get(name, term.default) for name, term in TERMS.items()}
         for name, value in weights.items():
-            if value < 0:
+            if not 0 <= value < math.inf:  # so that nan is refused, too
                 raise InputError(f"The weight of the term {name!r} is {value}; weights are 0 or more.")
         if not any(weights.values()):
             raise InputError("All term weights are 0: nothing would be learned.")
