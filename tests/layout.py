@@ -1,7 +1,7 @@
 """Measure the layout of src/ and write the list of files in ARCHITECTURE.md.
 
-    python -m tests.layout            # print the measurements
-    python -m tests.layout --write    # bring ARCHITECTURE.md up to date
+python -m tests.layout            # print the measurements
+python -m tests.layout --write    # bring ARCHITECTURE.md up to date
 """
 
 from __future__ import annotations
