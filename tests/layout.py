@@ -57,15 +57,15 @@ def listing() -> str:
     return "\n".join(lines[1:])
 
 
-def functions() -> Iterator[tuple[int, int]]:
-    """Lines of the body and number of parameters of every function."""
-    for path in modules().values():
+def functions() -> Iterator[tuple[str, int, int]]:
+    """Name, lines of the body and number of parameters of every function."""
+    for module, path in modules().items():
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
                 lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
                 arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
-                yield lines, len([a for a in arguments if a.arg not in ("self", "cls", "ctx")])
+                yield f"{module}.{node.name}", lines, len([a for a in arguments if a.arg not in ("self", "cls", "ctx")])
 
 
 def num_comments(path: Path) -> int:
@@ -99,7 +99,7 @@ def measure() -> dict[str, str]:
     clients = Counter(module for path in names.values() for module in imports_of(path))
     per_folder = Counter(name.split(".")[0] for name in names if "." in name)
     repeated = Counter(name.split(".")[-1] for name in names if not name.startswith("stages."))
-    bodies, parameters = zip(*functions(), strict=True)
+    _, bodies, parameters = zip(*functions(), strict=True)
     numeric = [path for name, path in names.items() if name.split(".")[0] in NUMERIC]
     comments = sum(map(num_comments, names.values()))
     numeric_lines = sum(len(path.read_text().splitlines()) for path in numeric)
