@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from _harness import Case, compare, is_quick
 from torch import Tensor
 
-from distilclip.losses.cluster import cluster, positions, sample_classes
+from distilclip.losses.cluster import cluster, sample_classes
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 Result = tuple[Tensor, ...]
@@ -38,7 +38,7 @@ def ours(inputs: Inputs) -> Result:
 def ours_sampled(inputs: Inputs) -> Result:
     student, teacher, centers, labels = inputs
     classes = sample_classes(labels, len(centers), SAMPLE_RATE, torch.Generator().manual_seed(0))
-    total = cluster(student, teacher, F.embedding(classes, centers), positions(labels, classes)).total
+    total = cluster(student, teacher, centers, labels, classes=classes).total
     return total.detach(), *torch.autograd.grad(total, [student, centers])
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -61,6 +62,7 @@ def cluster(
     alpha: float = 0.999,
     temperature: float = 0.07,
     class_scale: float = 1.0,
+    classes: Int[Tensor, " c"] | None = None,
     shard: ClassShard | None = None,
 ) -> ClusterLoss:
     """Return the cluster loss of n rows, or what the rows of one rank add to that of the global batch of m rows.
@@ -68,8 +70,8 @@ def cluster(
     `student` and `teacher` have unit rows of the centers' width; `centers` may have any length. Gradients reach the
     student, the centers and, if it asks for one, the teacher. With all classes here, that of `total` is found in the
     forward pass, block by block while the logits are at hand (differentiating `label` or `distribution` alone costs a
-    second sweep). The memory beyond inputs and gradients is O(n dim + 256 k). For a sample of the classes give their
-    rows of `centers` and the labels' `positions` among them.
+    second sweep). The memory beyond inputs and gradients is O(n dim + 256 k). `classes` restricts the softmaxes to some
+    centers (see `sample_classes`); other centers get a gradient of zero.
 
     With a `shard`, `centers` are the classes of this rank (there may be none) and `labels` those of the global batch,
     numbered as the classes of all ranks together. The ranks' values add up to the loss. Every rank must give its value
@@ -92,6 +94,8 @@ def cluster(
             f"labels lie in {int(labels.min())}..{int(labels.max())}, but there are {len(centers)} centers: "
             "labels and centers must come from the same `cluster` run."
         )
+    if classes is not None:
+        labels, centers = positions(labels, classes), F.embedding(classes, centers)
     # Rows of all ranks against this rank's classes; nothing below is recorded by autograd (see _Cluster).
     softmaxes = Softmaxes(class_scale=class_scale, temperature=temperature)
     student, teacher, centers = full_precision(shard.rows.all(student), shard.rows.all(teacher), centers)
