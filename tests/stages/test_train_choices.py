@@ -137,7 +137,7 @@ def test_a_tracker_without_its_package_is_refused_before_anything_is_written(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"data": ("a.tar",), "views": 1}, "belong beside a --store"),
+        ({"data": ("a.tar",), "views": 1}, "--other-stores and --views need a --store"),
         ({"store": "s", "views": -1}, "views is -1"),
         ({"store": "s", "views": 1, "min_crop": 0.5}, "leave out --min-crop and --flip"),
         ({"store": "s", "live_teacher": "t", "other_stores": ("x",)}, "leave out --live-teacher"),
