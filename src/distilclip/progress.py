@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import threading
@@ -142,7 +143,7 @@ def _lines(description: str, total: float | int) -> Iterator[Advance]:
         stream.flush()
 
     def watch() -> None:
-        for due in (*FIRST_LINES, *range(60, 10**9, 60)):
+        for due in itertools.chain(FIRST_LINES, itertools.count(60, 60)):
             if finished.wait(max(0.0, started + due - time.perf_counter())):
                 return
             show()
