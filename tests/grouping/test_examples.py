@@ -3,10 +3,20 @@ from types import ModuleType
 
 import pytest
 
-from distilclip.grouping import _tiles, balance, cells, forecast, forest, near_pairs, representatives, search_parts
+from distilclip.grouping import (
+    _tiles,
+    balance,
+    cautions,
+    cells,
+    forecast,
+    forest,
+    near_pairs,
+    representatives,
+    search_parts,
+)
 from distilclip.vectors import metric
 
-MODULES = (_tiles, balance, cells, forecast, forest, near_pairs, representatives, search_parts, metric)
+MODULES = (_tiles, balance, cautions, cells, forecast, forest, near_pairs, representatives, search_parts, metric)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

@@ -27,6 +27,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from distilclip.errors import InputError
+from distilclip.grouping.cautions import Outcome, list_cautions
 from distilclip.grouping.forest import Curve, Forest, ForestBuilder, threshold_curve
 from distilclip.grouping.representatives import choose_representatives
 from distilclip.grouping.rule import Rule
@@ -94,6 +95,22 @@ class Balance:
     def num_chained(self) -> int:
         """Rows farther than the threshold from their representative: only a chain of others joins them to it."""
         return int((self.distance[self.representative >= 0] >= np.float32(self.threshold)).sum())
+
+    @property
+    def warnings(self) -> list[str]:
+        """What is doubtful: nearly all removed, one group with much of all, or most of the removed joined by chains.
+
+        Each text says the number, why it matters, and what to try. The list is empty where nothing is.
+        """
+        outcome = Outcome(
+            num_valid=self.num_valid,
+            num_removed=self.num_valid - int(self.keep.sum()),
+            largest_group=self.largest_group,
+            num_chained=self.num_chained,
+            threshold=self.threshold,
+            metric=self.metric,
+        )
+        return list_cautions(outcome, forest=self.forest, curve=self.curve)
 
     def borderline(self, count: int) -> tuple[Forest, Forest]:
         """Return the pairs of the forest just under the threshold, nearest to it first, and those from it on."""

@@ -113,7 +113,10 @@ def main(config: Config) -> dict[str, Any]:
     balance = balance_parts(rule, images.valid(), parts=parts, represent=represent, save=save)
     remove_parts(folder.path)
     _write_groups(folder.path, images, balance)
-    return folder.finish({**_result(balance), **_examples(balance, images)})
+    result = {**_result(balance), **_examples(balance, images)}
+    for warning in result["warnings"]:
+        say(f"balance: warning: {warning}")
+    return folder.finish(result)
 
 
 def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Iterator[Finding]:
@@ -191,6 +194,7 @@ def _result(balance: Balance) -> dict[str, Any]:
         "removed_ratio": balance.removed_ratio,
         "largest_group": balance.largest_group,
         "saturated": balance.saturated,
+        "warnings": balance.warnings,
         "curve": [
             {**dict(zip(columns, values, strict=True)), "equivalents": equivalents(values[0], balance.metric)}
             for values in zip(*(c.tolist() for c in columns.values()), strict=True)
