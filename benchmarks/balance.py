@@ -21,7 +21,7 @@ from distilclip.data.images import ImageMatrix
 from distilclip.data.store import Store
 from distilclip.grouping.balance import Balance, balance
 from distilclip.grouping.near_pairs import pairs_within
-from distilclip.vectors.metric import Tolerance
+from distilclip.vectors.tolerance import Tolerance
 
 THRESHOLD = 0.07
 METRICS = ("euclidean", "sqeuclidean", "cosine")

@@ -16,8 +16,8 @@ from _harness import is_quick
 from distilclip.grouping.forest import ForestBuilder
 from distilclip.grouping.near_pairs import tile_rows
 from distilclip.grouping.search_gpu import compare_all
-from distilclip.vectors.metric import Tolerance
 from distilclip.vectors.points import Points, distinct
+from distilclip.vectors.tolerance import Tolerance
 
 
 def product_peak(size: int, dim: int) -> float:

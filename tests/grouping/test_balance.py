@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import typing
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,12 @@ from scipy.sparse.csgraph import connected_components
 from distilclip.errors import InputError
 from distilclip.grouping import search_cpu
 from distilclip.grouping.balance import Balance, balance
-from distilclip.vectors.metric import equivalents
+from distilclip.grouping.near_pairs import pairs_within
+from distilclip.vectors.metric import Metric
+from distilclip.vectors.tolerance import equivalents
+
+# Examples by hand are points of a line, not unit rows.
+by_hand = pytest.mark.filterwarnings("ignore:Row . has length:UserWarning")
 
 
 def copies_of_scenes(n: int = 300, dim: int = 24, *, seed: int = 0) -> np.ndarray:
@@ -57,6 +63,7 @@ def test_balance_equals_its_definition(metric: str) -> None:
     assert result.removed_ratio == pytest.approx(1 - len(np.unique(group)) / len(x))
 
 
+@by_hand
 def test_five_rows_by_hand() -> None:
     x = np.array([[0.0], [1.0], [1.9], [10.0], [10.5]])
     result = balance(x, threshold=1.2, metric="euclidean")
@@ -120,6 +127,7 @@ def test_invalid_rows_belong_to_no_group_and_are_never_kept() -> None:
     assert (result.num_valid, result.removed_ratio) == (len(rows), alone.removed_ratio)
 
 
+@by_hand
 def test_max_radius_covers_a_chain_with_several_representatives() -> None:
     x = np.arange(11, dtype=np.float64)[:, None]
     chained = balance(x, threshold=1.5, metric="euclidean")
@@ -133,6 +141,7 @@ def test_max_radius_covers_a_chain_with_several_representatives() -> None:
     np.testing.assert_array_equal(covered.distance, to_kept.min(axis=1))
 
 
+@by_hand
 def test_top_k_mode_joins_by_each_rows_nearest_and_reports_saturation() -> None:
     x = copies_of_scenes()
     assert same(
@@ -163,7 +172,6 @@ def test_top_k_mode_joins_by_each_rows_nearest_and_reports_saturation() -> None:
         ({"threshold": 0.3, "mode": "topk", "top_k": 3, "memory_gb": -1.0}, "positive number"),
         ({"threshold": 0.3, "mode": "topk"}, "top_k"),
         ({"threshold": 0.3, "top_k": 3}, "top_k"),
-        ({"threshold": 0.3, "mode": "top-k"}, "Did you mean 'topk'"),
         ({"threshold": -0.3}, "positive"),
     ],
 )
@@ -180,7 +188,8 @@ rows = [[0.0, 1.0], [1.0, 0.0]]
 for change in (
     {"x": [[0.0, 1.0], [1.0]]}, {"x": "rows"}, {"x": [0.0, 1.0]}, {"top_k": 2.5, "mode": "topk"},
     {"threshold": "0.3"}, {"metric": None}, {"target_removed": "half", "max_threshold": 0.3, "threshold": None},
-    {"valid": [True]}, {"mode": 3},
+    {"valid": [True]}, {"mode": 3}, {"mode": "top-k"}, {"metric": "cosin"}, {"memory_gb": "1"}, {"device": 3},
+    {"x": [[], []]},
 ):
     try:
         dc.balance(**{"x": rows, "threshold": 0.3, "metric": "euclidean", **change})
@@ -194,9 +203,58 @@ print(dc.balance(rows, threshold=0.3, metric="euclidean", valid=[True, False]).g
     *messages, group = done.stdout.splitlines()
     expected = ["rows of equal length", "Expected rows", "shape (2,)", "top_k=2.5"]
     expected += ["threshold='0.3'", "metric=None", "target_removed='half'", "each of the 2 rows", "mode=3"]
+    expected += ["Did you mean 'topk'", "Did you mean 'cosine'", "memory_gb='1'", "device 3 cannot", "shape (2, 0)"]
     for part, message in zip(expected, messages, strict=True):
         assert part in message
     assert group == "[0, -1]"
+
+
+def test_whole_numbers_typed_as_lists_are_rows() -> None:
+    assert balance([[1, 0], [0, 1], [1, 0]], threshold=0.1, metric="cosine").group.tolist() == [0, 1, 0]
+
+
+def test_metric_and_mode_are_literals_that_editors_list() -> None:
+    hints = typing.get_type_hints(balance)
+    assert typing.get_args(hints["metric"]) == ("euclidean", "sqeuclidean", "cosine")
+    assert typing.get_args(hints["mode"]) == ("threshold", "topk")
+    assert typing.get_type_hints(pairs_within)["metric"] == hints["metric"]
+
+
+@pytest.mark.parametrize("metric", ["euclidean", "sqeuclidean"])
+def test_rows_without_unit_length_are_named_where_lengths_count(metric: Metric) -> None:
+    x = copies_of_scenes().astype(np.float32)
+    valid = np.ones(len(x), bool)
+    long = x.copy()
+    long[[3, 7]] *= 11
+    with pytest.warns(UserWarning, match=r"Row 3 has length 11, not 1 \(2 such rows\).*Normalise.*metric='cosine'"):
+        balance(long, threshold=0.3, metric=metric)
+    valid[[3, 7]] = False
+    balance(long, threshold=0.3, metric=metric, valid=valid)  # warnings are errors here
+    balance(x.astype(np.float16), threshold=0.3, metric=metric)
+
+
+def test_cosine_does_not_look_at_lengths() -> None:
+    x = copies_of_scenes().astype(np.float64)
+    lengths = 2.0 ** np.random.default_rng(5).integers(-3, 4, (len(x), 1))  # exact factors
+    assert same(balance(x * lengths, threshold=0.05, metric="cosine"), balance(x, threshold=0.05, metric="cosine"))
+
+
+def test_to_frame_is_the_balance_as_a_table() -> None:
+    pandas = pytest.importorskip("pandas")
+    result = balance(copies_of_scenes(60), threshold=0.3, metric="cosine", valid=np.arange(60) != 4)
+    frame = result.to_frame()
+    assert isinstance(frame, pandas.DataFrame)
+    assert list(frame.columns) == ["row", "group", "representative", "distance", "keep"]
+    np.testing.assert_array_equal(frame["row"], np.arange(60))
+    for name in ("group", "representative", "distance", "keep"):
+        np.testing.assert_array_equal(frame[name], getattr(result, name))
+    assert not frame["keep"][4]
+
+
+def test_to_frame_says_where_pandas_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)  # as where it is not installed
+    with pytest.raises(InputError, match="pip install pandas"):
+        balance(copies_of_scenes(10), threshold=0.3, metric="cosine").to_frame()
 
 
 def test_lists_and_tensors_are_taken_as_arrays_are() -> None:

@@ -8,15 +8,28 @@ from distilclip.grouping import (
     balance,
     cautions,
     cells,
+    explanation,
     forecast,
     forest,
     near_pairs,
     representatives,
     search_parts,
 )
-from distilclip.vectors import metric
+from distilclip.vectors import tolerance
 
-MODULES = (_tiles, balance, cautions, cells, forecast, forest, near_pairs, representatives, search_parts, metric)
+MODULES = (
+    _tiles,
+    balance,
+    cautions,
+    cells,
+    explanation,
+    forecast,
+    forest,
+    near_pairs,
+    representatives,
+    search_parts,
+    tolerance,
+)
 
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)

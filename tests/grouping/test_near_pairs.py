@@ -10,8 +10,8 @@ from distilclip.grouping.forest import ForestBuilder
 from distilclip.grouping.near_pairs import nearest, pairs_within
 from distilclip.grouping.search_cpu import AllPairs, search
 from distilclip.grouping.search_gpu import compare_all
-from distilclip.vectors.metric import Tolerance, equivalents
 from distilclip.vectors.points import Points, distinct
+from distilclip.vectors.tolerance import Tolerance, equivalents
 
 METRICS = ("euclidean", "sqeuclidean", "cosine")
 

@@ -8,8 +8,8 @@ from distilclip.grouping import search_cpu as module
 from distilclip.grouping._tiles import product_in_bfloat16, product_in_float32
 from distilclip.grouping.forest import Forest, ForestBuilder, spanning_forest
 from distilclip.grouping.search_cpu import AllPairs, search
-from distilclip.vectors.metric import Tolerance
 from distilclip.vectors.points import Points
+from distilclip.vectors.tolerance import Tolerance
 
 METRICS = {"euclidean": 0.3, "sqeuclidean": 0.09, "cosine": 0.045}
 

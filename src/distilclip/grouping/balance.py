@@ -4,22 +4,31 @@
 pairs (`search_forest`), `balance_parts` merges them, cuts the forest at the threshold and chooses the representatives.
 `dc.balance` has one part.
 
->>> x = np.array([[0.0], [1.0], [1.9], [10.0], [10.5]])
->>> result = balance(x, threshold=1.2, metric="euclidean")
->>> result.group.tolist()  # 0 and 1.9 are joined by 1; a group is called after its smallest row
+Unit rows at the angles 0, 10, 19, 100 and 105 degrees; 10 degrees are the distance 0.174, 9 degrees 0.157, 19 degrees
+0.330:
+
+>>> angles = np.deg2rad([0, 10, 19, 100, 105])
+>>> x = np.column_stack([np.cos(angles), np.sin(angles)])
+>>> result = balance(x, threshold=0.2, metric="euclidean")
+>>> result.group.tolist()  # 0 and 19 degrees are joined by 10; a group is called after its smallest row
 [0, 0, 0, 3, 3]
->>> result.representative.tolist()  # 1 is nearest to the mean 0.967
+>>> result.representative.tolist()  # 10 degrees are nearest to the mean
 [1, 1, 1, 3, 3]
 >>> result.keep.tolist(), result.removed_ratio
 ([False, True, False, True, False], 0.6)
+>>> print(result.explain(0))
+Row 0 is removed: row 1 of its group of 3 rows stands for it, at euclidean distance 0.1743.
+That is below the threshold 0.2; a chain of 1 link joins them, the largest 0.1743: 0 -0.1743- 1
 """
 
 from __future__ import annotations
 
+import numbers
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -28,12 +37,17 @@ from torch import Tensor
 
 from distilclip.errors import InputError
 from distilclip.grouping.cautions import Outcome, list_cautions
-from distilclip.grouping.forest import Curve, Forest, ForestBuilder, threshold_curve
-from distilclip.grouping.representatives import choose_representatives
-from distilclip.grouping.rule import Rule
+from distilclip.grouping.explanation import Explanation, explain_row
+from distilclip.grouping.forest import Curve, Forest, ForestBuilder, threshold_curve, threshold_for
+from distilclip.grouping.representatives import choose_representatives, radius_of
+from distilclip.grouping.rule import Mode, Rule
 from distilclip.grouping.search_forest import Finding, search_forest
-from distilclip.vectors.metric import Tolerance
+from distilclip.vectors.metric import Metric
 from distilclip.vectors.points import Points, as_rows
+from distilclip.vectors.tolerance import Tolerance
+
+if TYPE_CHECKING:
+    import pandas
 
 NUM_CURVE_POINTS = 100
 
@@ -54,7 +68,7 @@ class Balance:
     representative: Int[np.ndarray, " n"]
     distance: Float[np.ndarray, " n"]
     threshold: float
-    metric: str
+    metric: Metric
     max_threshold: float
     forest: Forest
     saturated: float | None = None  # topk mode: share of rows whose list is full, where edges may be missing
@@ -112,6 +126,52 @@ class Balance:
         )
         return list_cautions(outcome, forest=self.forest, curve=self.curve)
 
+    def members(self, row: int) -> Int[np.ndarray, " m"]:
+        """Return the rows of a row's group, ascending, the row itself among them.
+
+        Raises:
+            InputError: there is no such row, or it is not valid and so belongs to no group.
+        """
+        return np.flatnonzero(self.group == self.group[self._checked(row)])
+
+    def explain(self, row: int) -> Explanation:
+        """Say why a row was removed, or what it stands for: its representative, and the links that join the two.
+
+        Print the answer, or read its fields. Raises `InputError` as `members` does.
+        """
+        row = self._checked(row)
+        return explain_row(
+            row,
+            forest=self.forest.below(self.threshold),
+            members=self.members(row),
+            representative=int(self.representative[row]),
+            distance=float(self.distance[row]),
+            threshold=self.threshold,
+            metric=self.metric,
+        )
+
+    def to_frame(self) -> pandas.DataFrame:
+        """Return a table of pandas with the columns row, group, representative, distance and keep.
+
+        Raises `InputError` where pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise InputError(
+                "pandas is not installed: pip install pandas. Balance.group, .representative, .distance and .keep hold "
+                "the same columns as arrays."
+            ) from error
+        columns = {name: getattr(self, name) for name in ("group", "representative", "distance", "keep")}
+        return pandas.DataFrame({"row": np.arange(len(self.group)), **columns})
+
+    def _checked(self, row: int) -> int:
+        if not isinstance(row, numbers.Integral) or not 0 <= row < len(self.group):
+            raise InputError(f"row={row!r}: there are the rows 0 to {len(self.group) - 1}.")
+        if self.group[row] < 0:
+            raise InputError(f"Row {row} was marked as not valid: it belongs to no group.")
+        return int(row)
+
     def borderline(self, count: int) -> tuple[Forest, Forest]:
         """Return the pairs of the forest just under the threshold, nearest to it first, and those from it on."""
         stop = len(self.forest.below(self.threshold))
@@ -139,8 +199,8 @@ def balance(
     x: np.ndarray | Tensor | Sequence[Any],
     *,
     threshold: float | None = None,
-    metric: str,
-    mode: str = "threshold",
+    metric: Metric,
+    mode: Mode = "threshold",
     top_k: int | None = None,
     max_radius: float | None = None,
     target_removed: float | None = None,
@@ -155,7 +215,9 @@ def balance(
         x: image embeddings, one row each, as an array or tensor of float16, float32 or float64, or as lists; a memory
             map is read in place.
         threshold: rows with distance < threshold are joined. Leave it out when `target_removed` is given.
-        metric: `euclidean`, `sqeuclidean` or `cosine`, the unit of every distance here.
+        metric: `euclidean`, `sqeuclidean` or `cosine`, the unit of every distance here. Cosine looks at directions
+            only. The other two take rows as they are, and published thresholds are for rows of unit length: other
+            rows are grouped, too, with a `UserWarning` that names the first of them.
         mode: `threshold` joins by every pair; `topk` only by each row's `top_k` nearest, as the paper's text does.
         top_k: list length in topk mode.
         max_radius: cover members farther than this from their representative by further representatives.
@@ -180,9 +242,10 @@ def balance(
     values = as_rows(x)
     used = _as_mask(valid, len(values))
     points = Points.of(values, metric=metric, valid=used)
+    _warn_off_unit(points, used, metric)
     whole = search_forest(points, used, rule, memory_gb=memory_gb, device=device)
     return balance_parts(
-        rule, used, parts=[whole], represent=partial(choose_representatives, points, radius=rule.radius)
+        rule, used, parts=[whole], represent=partial(choose_representatives, points, radius=radius_of(rule))
     )
 
 
@@ -213,7 +276,11 @@ def balance_parts(
     if save is not None:
         save(Finding(forest=forest, saturated=saturated))
     # 2. The threshold, the groups below it, and their representatives.
-    tolerance = rule.tolerance(forest, int(valid.sum()))
+    threshold = rule.threshold
+    if threshold is None:
+        assert rule.target_removed is not None
+        threshold = threshold_for(forest, removed_ratio=rule.target_removed, num_valid=int(valid.sum()))
+    tolerance = Tolerance(threshold, rule.metric)
     group, representative, distance = _cut(forest, tolerance, valid, represent)
     return Balance(
         group=group,
@@ -221,7 +288,7 @@ def balance_parts(
         distance=distance,
         threshold=tolerance.threshold,
         metric=rule.metric,
-        max_threshold=rule.reach.threshold,
+        max_threshold=rule.farthest,
         forest=forest,
         saturated=saturated,
         _represent=represent,
@@ -235,6 +302,18 @@ def _cut(
     group = np.where(valid, forest.below(tolerance.threshold).groups(), -1)
     representative, squared = represent(group)
     return group, representative, tolerance.distance_of(squared)
+
+
+def _warn_off_unit(points: Points, valid: Bool[np.ndarray, " n"], metric: Metric) -> None:
+    """Warn of rows without unit length; distances between such rows are right, and mostly not what was meant."""
+    off = points.off_unit(valid)
+    if len(off):
+        warnings.warn(
+            f"Row {off[0]} has length {points.norm[off[0]]:.4g}, not 1 ({len(off)} such rows): {metric} thresholds "
+            "that are published, or found on other embeddings, are for unit rows. Normalise them "
+            "(x / np.linalg.norm(x, axis=1, keepdims=True)) or use metric='cosine'. If lengths are meant, ignore this.",
+            stacklevel=3,
+        )
 
 
 def _as_mask(valid: np.ndarray | Tensor | Sequence[bool] | None, num_rows: int) -> Bool[np.ndarray, " n"]:

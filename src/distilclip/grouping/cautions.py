@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Float
 
 from distilclip.grouping.forest import Curve, Forest, threshold_curve
-from distilclip.vectors.metric import equivalents
+from distilclip.vectors.tolerance import equivalents
 
 # Shares of the valid images (removed, in one group) and of the removed ones (chained) from which on to speak.
 MOST_REMOVED, LARGEST_SHARE, MOST_CHAINED = 0.8, 0.1, 0.5

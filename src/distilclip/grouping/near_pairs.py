@@ -12,6 +12,7 @@ the tiles and few of the dimensions; on an accelerator `search_gpu` compares all
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,8 +27,9 @@ from distilclip.errors import InputError
 from distilclip.grouping.search_cpu import AllPairs, Collector, search
 from distilclip.grouping.search_gpu import compare_all
 from distilclip.vectors.kernels import squared_product
-from distilclip.vectors.metric import Tolerance
+from distilclip.vectors.metric import Metric
 from distilclip.vectors.points import Points, distinct
+from distilclip.vectors.tolerance import Tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +56,7 @@ def pairs_within(
     x: np.ndarray | Tensor | Sequence[Any],
     *,
     threshold: float,
-    metric: str,
+    metric: Metric,
     memory_gb: float | None = None,
     device: str | torch.device | None = None,
 ) -> Pairs:
@@ -96,6 +98,7 @@ def near_pairs(
 
     With `split`, only pairs of one of `rows[:split]` and one of `rows[split:]`.
     """
+    check_budget(memory_gb)
     where = as_device(device)
     if where.type == "cpu":
         search(points, rows, tolerance, into=into, memory_gb=memory_gb, split=split)
@@ -151,12 +154,17 @@ def nearest(
 
 def tile_rows(dim: int, memory_gb: float | None, *, most: int = 4096) -> int:
     """Return the rows of a square tile whose product, mask and two blocks of rows fit the budget."""
-    if memory_gb is not None and not memory_gb > 0:
-        raise InputError(f"memory_gb={memory_gb!r}: a budget is a positive number.")
+    check_budget(memory_gb)
     budget = (1.0 if memory_gb is None else memory_gb) * 2**30 / 4
     per_row = 3 * dim * 4
     size = int((-per_row + (per_row**2 + 4 * 9 * budget) ** 0.5) / (2 * 9))
     return max(64, min(most, size))
+
+
+def check_budget(memory_gb: float | None) -> None:
+    """Raise `InputError` unless the budget is a positive number, or left to the default."""
+    if memory_gb is not None and not (isinstance(memory_gb, numbers.Real) and memory_gb > 0):
+        raise InputError(f"memory_gb={memory_gb!r}: a budget is a positive number.")
 
 
 def as_device(device: str | torch.device | None) -> torch.device:

@@ -18,13 +18,19 @@ import numpy as np
 from jaxtyping import Float, Int
 from numba import njit
 
+from distilclip.grouping.rule import Rule
 from distilclip.vectors.kernels import SUM, kernel_view, stored
-from distilclip.vectors.metric import Tolerance
 from distilclip.vectors.points import Points
 from distilclip.vectors.threads import in_threads
+from distilclip.vectors.tolerance import Tolerance
 
 # Two members of a pair are equally far from their mean; rounding must not choose between them, the smaller row must.
 TIE = 1e-12
+
+
+def radius_of(rule: Rule) -> Tolerance | None:
+    """Return how far a row may be from the one kept for it; None for any distance."""
+    return None if rule.max_radius is None else Tolerance(rule.max_radius, rule.metric)
 
 
 def choose_representatives(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import numbers
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from distilclip.errors import InputError, did_you_mean
-from distilclip.grouping.forest import Forest, threshold_for
-from distilclip.vectors.metric import Tolerance, check_distance, check_metric
+from distilclip.vectors.metric import Metric, check_distance, check_metric
+
+Mode = Literal["threshold", "topk"]
+"""Join by every pair below the threshold, or only by the lists of each row's nearest, as CLIP-CID's text does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,9 +21,9 @@ class Rule:
         InputError: arguments that contradict each other or lie outside their range.
     """
 
-    metric: str
+    metric: Metric
     threshold: float | None = None
-    mode: str = "threshold"
+    mode: Mode = "threshold"
     top_k: int | None = None
     max_radius: float | None = None
     target_removed: float | None = None
@@ -28,8 +31,8 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_metric(self.metric)
-        if self.mode not in ("threshold", "topk"):
-            raise InputError(f"mode={self.mode!r} is unknown. {did_you_mean(str(self.mode), ('threshold', 'topk'))}")
+        if self.mode not in get_args(Mode):
+            raise InputError(f"mode={self.mode!r} is unknown. {did_you_mean(str(self.mode), get_args(Mode))}")
         whole = isinstance(self.top_k, numbers.Integral) and self.top_k >= 1
         if not (whole if self.mode == "topk" else self.top_k is None):
             raise InputError(
@@ -47,25 +50,12 @@ class Rule:
                 raise InputError(f"target_removed={share!r} must lie between 0 and 1.")
             if self.max_threshold is None:
                 raise InputError("target_removed needs max_threshold: how far to search for the threshold it needs.")
-        if self.threshold is not None and self.threshold > self.reach.threshold:
+        if self.threshold is not None and self.threshold > self.farthest:
             raise InputError(f"max_threshold={self.max_threshold!r} is below threshold={self.threshold!r}.")
 
     @property
-    def reach(self) -> Tolerance:
-        """How far to search."""
+    def farthest(self) -> float:
+        """How far to search, in the metric's unit."""
         farthest = self.threshold if self.max_threshold is None else self.max_threshold
         assert farthest is not None  # there is a max_threshold where there is no threshold
-        return Tolerance(farthest, self.metric)
-
-    @property
-    def radius(self) -> Tolerance | None:
-        """How far a row may be from the one kept for it."""
-        return None if self.max_radius is None else Tolerance(self.max_radius, self.metric)
-
-    def tolerance(self, forest: Forest, num_valid: int) -> Tolerance:
-        """Return the threshold given, or the one that removes the share of the valid rows that is asked for."""
-        threshold = self.threshold
-        if threshold is None:
-            assert self.target_removed is not None
-            threshold = threshold_for(forest, removed_ratio=self.target_removed, num_valid=num_valid)
-        return Tolerance(threshold, self.metric)
+        return farthest

@@ -37,10 +37,10 @@ from distilclip.grouping._tiles import (
 from distilclip.grouping.cells import Cells, Side, partition
 from distilclip.grouping.forest import NO_DISTANCES, NO_LINKS, NO_ROWS, ForestBuilder, Links
 from distilclip.vectors.kernels import kernel_view
-from distilclip.vectors.metric import Tolerance
 from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Projection
 from distilclip.vectors.threads import workers
+from distilclip.vectors.tolerance import Tolerance
 
 HEIGHT = 1024  # most points on the left of a product
 BREADTH = 4096  # most points on the right

@@ -12,6 +12,7 @@ from distilclip.grouping.forest import Forest, ForestBuilder
 from distilclip.grouping.near_pairs import near_pairs, nearest
 from distilclip.grouping.rule import Rule
 from distilclip.vectors.points import Distinct, Points, distinct
+from distilclip.vectors.tolerance import Tolerance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +42,16 @@ def search_forest(
     rows = np.flatnonzero(valid)
     same = distinct(points.values, rows)
     forest = ForestBuilder(len(points))
+    reach = Tolerance(rule.farthest, rule.metric)
     _join_copies(same, rows, forest)
     if rule.top_k is None:
         # 2a. Every near pair, reduced to a forest as it is found.
         across = None if split is None else int(np.searchsorted(same.first, split))
-        near_pairs(points, same.first, rule.reach, into=forest, split=across, memory_gb=memory_gb, device=device)
+        near_pairs(points, same.first, reach, into=forest, split=across, memory_gb=memory_gb, device=device)
         return Finding(forest=forest.forest())
     # 2b. The nearest [m, top_k] of every distinct row, as edges.
     assert split is None
-    lists = nearest(points, same.first, rule.reach, k=rule.top_k, memory_gb=memory_gb, device=device)
+    lists = nearest(points, same.first, reach, k=rule.top_k, memory_gb=memory_gb, device=device)
     near = lists.row >= 0
     forest.add(np.repeat(same.first, near.sum(axis=1)), lists.row[near], lists.distance[near])
     full = near.sum(axis=1) == rule.top_k

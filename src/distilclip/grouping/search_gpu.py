@@ -19,8 +19,8 @@ from torch import Tensor
 from distilclip.grouping.forest import ForestBuilder
 from distilclip.grouping.search_cpu import Collector
 from distilclip.vectors.kernels import ROUNDING, float32_sums
-from distilclip.vectors.metric import Tolerance
 from distilclip.vectors.points import Points
+from distilclip.vectors.tolerance import Tolerance
 
 HALF_ROUNDING = 2.0**-11  # of one float16 number, relative
 HALF_LEAST = 2.0**-25  # absolute, of a number too small for that

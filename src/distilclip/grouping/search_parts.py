@@ -23,8 +23,9 @@ from jaxtyping import Bool, Int
 from distilclip import files
 from distilclip.data import side_files
 from distilclip.data.images import ImageMatrix
-from distilclip.data.store import Store
+from distilclip.data.store import Store, split_id
 from distilclip.devices import resolve_device
+from distilclip.errors import InputError
 from distilclip.grouping.forest import Forest
 from distilclip.grouping.rule import Rule
 from distilclip.grouping.search_forest import Finding, search_forest
@@ -104,6 +105,14 @@ class StoreSearch:
         points = Points.of(
             values[0] if len(values) == 1 else np.concatenate(values), metric=self.rule.metric, valid=searched
         )
+        off = points.off_unit(searched)
+        if len(off):
+            shard, row = split_id(images.ids(rows[off[:1]]))
+            raise InputError(
+                f"{self.store}: the image embedding of row {row[0]} of shard {shard[0]} has length "
+                f"{points.norm[off[0]]:.4g}, not 1; {self.rule.metric} distances of a store are those of unit rows. "
+                "Normalise the rows before they are stored, or use --metric cosine."
+            )
         # 2. Their forest: of two blocks, only the pairs across.
         found = search_forest(
             points,

@@ -10,12 +10,13 @@ import jinja2
 
 from distilclip.report import phrases
 from distilclip.report.charts import Chart, standings_chart, training_charts
-from distilclip.report.comparison import Model, Table, compare, models
+from distilclip.report.comparison import Model, compare, models
 from distilclip.report.figures import PALETTE
+from distilclip.report.headline import story
 from distilclip.report.load import Results
 from distilclip.report.sections import GallerySize, balance_sections, cluster_sections
 from distilclip.sets.score import Score, title
-from distilclip.vectors.metric import equivalents
+from distilclip.vectors.tolerance import equivalents
 
 # The order in which a run makes them; other stages follow.
 STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate")
@@ -48,6 +49,8 @@ def build(results: Results, *, heading: str, size: GallerySize) -> Page:
         models=compared,
         table=table,
         baseline=next((row.model.name for row in table.rows if row.model.role == "baseline"), ""),
+        several_seeds=any(row.num_seeds > 1 for row in table.rows),
+        is_paired=any(c.difference and c.difference.basis == "images" for row in table.rows for c in row.cells),
         agreement=agreement,
         all_scores=_all_scores(scores, compared),
         remarks=_remarks(scores),
@@ -69,40 +72,6 @@ def build(results: Results, *, heading: str, size: GallerySize) -> Page:
     )
 
 
-def story(table: Table, results: Results) -> str:
-    """Tell the results in two sentences: the best student with its gain, and what balance removed."""
-    sentences = [_best_student(table)] if table.columns else []
-    for folder in results.finished("balance")[:1]:
-        kept, valid = phrases.count(folder.result["num_kept"]), phrases.count(folder.result["num_valid"])
-        removed = phrases.percent(folder.result["removed_ratio"])
-        sentences.append(f"Semantic balance kept {kept} of {valid} pictures ({removed} % removed).")
-    return " ".join(filter(None, sentences)) or f"Results of {_number(len(results.folders), 'stage folder')}."
-
-
-def _best_student(table: Table) -> str:
-    """Return the sentence about the best student of the first column; empty where no student has a score."""
-    found = [(row.cells[0].value, row) for row in table.rows if row.model.role in ("baseline", "student")]
-    scored = [(value, row) for value, row in found if value is not None]
-    if not scored:
-        return ""
-    value, best = max(scored, key=lambda pair: pair[0])
-    column, gain = table.columns[0], best.cells[0].gain
-    task = title(column.task).lower()
-    measure = f"mean {task} {column.set.removeprefix('mean ')}" if column.members else f"{task} on {column.set}"
-    text = f"{best.model.name} is the best of {_number(len(scored), 'student')}: {phrases.percent(value)} % {measure}"
-    if gain is not None:
-        baseline = next(row.model.name for row in table.rows if row.model.role == "baseline")
-        text += f", {phrases.gain(gain)} points against {baseline}, which had no teacher,"
-    teacher = next((row.cells[0].value for row in table.rows if row.model.role == "teacher"), None)
-    if teacher:
-        text += f" and {100 * value / teacher:.0f} % of its teacher's score"
-    return text.rstrip(",") + "."
-
-
-def _number(value: int, noun: str) -> str:
-    return f"{value} {noun}" + ("" if value == 1 else "s")
-
-
 def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict[str, Any]]:
     """Return a row for every metric of every set, with each model's score or None."""
     found = {(s.model, s.task, s.set, s.metric): s for s in scores}
@@ -122,19 +91,26 @@ def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict
 
 
 def _remarks(scores: Sequence[Score]) -> list[str]:
-    """Return what a reader must know: one model under several names, missing scores, unreadable pictures."""
+    """Return what a reader must know: one model under several names, missing scores, unreadable pictures.
+
+    What holds for several sets is said once.
+    """
     names: dict[str, dict[str, None]] = {}
     for score in scores:
         names.setdefault(score.model_digest, {})[score.model] = None
-    remarks = dict.fromkeys(f"{' = '.join(same)}: the same weights." for same in names.values() if len(same) > 1)
+    remarks = [f"{' = '.join(same)}: the same weights." for same in names.values() if len(same) > 1]
+    missing: dict[tuple[str, str, str], dict[str, None]] = {}
+    unreadable: dict[str, int] = {}
     for score in scores:
         if score.value is None and score.reason:
-            remarks[f"{score.set}, {title(score.task).lower()}: no {title(score.metric)} score, {score.reason}."] = None
+            missing.setdefault((score.task, score.metric, score.reason), {})[score.set] = None
         elif score.num_unreadable:
-            remarks[f"{score.set}: {_number(score.num_unreadable, 'picture')} could not be read and are left out."] = (
-                None
-            )
-    return list(remarks)
+            unreadable[score.set] = max(score.num_unreadable, unreadable.get(score.set, 0))
+    for (task, metric, reason), sets in missing.items():
+        remarks.append(f"{title(task)}: no {title(metric)} score on {', '.join(sets)}, {reason}.")
+    for name, pictures in unreadable.items():
+        remarks.append(f"{name}: {phrases.number(pictures, 'picture')} could not be read and are left out.")
+    return remarks
 
 
 def _absent(results: Results, *, has_diagnostics: bool) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from distilclip.errors import InputError
 from distilclip.grouping.balance import Balance, balance_parts
 from distilclip.grouping.forecast import BYTES_PER_EDGE, calibrate
 from distilclip.grouping.forest import Forest
-from distilclip.grouping.representatives import choose_in_batches
+from distilclip.grouping.representatives import choose_in_batches, radius_of
 from distilclip.grouping.rule import Rule
 from distilclip.grouping.search_forest import Finding
 from distilclip.grouping.search_parts import (
@@ -38,8 +38,9 @@ from distilclip.grouping.search_parts import (
     save_forest,
 )
 from distilclip.progress import duration, progress, say
-from distilclip.vectors.metric import Metric, equivalents
+from distilclip.vectors.metric import Metric
 from distilclip.vectors.points import Points
+from distilclip.vectors.tolerance import equivalents
 
 FORECAST_FROM = 100_000  # rows; fewer are searched in about the time that a forecast takes
 NUM_BLOCKS_SHARED = 8  # blocks at least, where parts are shared among workers: 36 parts
@@ -108,7 +109,7 @@ def main(config: Config) -> dict[str, Any]:
         choose_in_batches,
         lambda rows: Points.of(images.take(rows), metric=config.metric),
         batch_rows=int(config.memory_gb * 2**30) // (4 * images.store.dim) + 1,
-        radius=rule.radius,
+        radius=radius_of(rule),
     )
     balance = balance_parts(rule, images.valid(), parts=parts, represent=represent, save=save)
     remove_parts(folder.path)
