@@ -1,20 +1,23 @@
 import functools
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import ray
 
-from distilclip.engine import Engine, map_parts
+from distilclip.engine import Engine, connected, map_parts
 from distilclip.errors import InputError
 
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
     """One Ray for all tests here: it takes seconds to start."""
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
@@ -76,6 +79,109 @@ def test_workers_that_keep_dying_are_an_error(tmp_path: Path) -> None:
     engine = Engine(engine="processes", engine_workers=1)
     with pytest.raises(InputError, match=r"keep dying.*--engine-workers"):
         list(map_parts(functools.partial(prepare_doom, str(tmp_path)), [7], engine=engine))
+
+
+def prepare_sum(term: int) -> Callable[[int], tuple[int, int]]:
+    return lambda part: (os.getpid(), part + term)
+
+
+@pytest.mark.parametrize("engine", ENGINES, ids=lambda e: e.engine)
+def test_several_calls_share_their_workers_and_each_has_its_own_function(engine: Engine, tmp_path: Path) -> None:
+    processes = set()
+    with connected(engine) as workers:
+        for term in (10, 20, 30):
+            found = dict(workers.map_parts(functools.partial(prepare_sum, term), range(6)))
+            assert {part: value for part, (_, value) in found.items()} == {part: part + term for part in range(6)}
+            processes |= {process for process, _ in found.values()}
+        with pytest.raises(InputError, match="part 3 is wrong"):
+            list(workers.map_parts(functools.partial(prepare_fault, str(tmp_path)), range(8)))
+        assert dict(workers.map_parts(functools.partial(prepare_death, str(tmp_path)), [1, 2])) == {1: 1, 2: 2}
+        left = workers.map_parts(functools.partial(prepare_sum, 40), range(6))
+        next(left)
+        left.close()  # type: ignore[attr-defined]
+        assert {value for _, (_, value) in workers.map_parts(functools.partial(prepare_sum, 50), [1, 2])} == {51, 52}
+        if engine.engine != "local":
+            died = workers.map_parts(functools.partial(prepare_death, str(tmp_path)), range(6))
+            assert dict(died) == {part: part for part in range(6)}
+            assert (tmp_path / "died").exists()
+    assert len(processes) <= (engine.engine_workers or 1)
+
+
+# One CPU and three actors wanted: two are ready when the work is done, and what they were to prepare is gone.
+LATE = """
+import functools, os, ray, time
+from pathlib import Path
+from distilclip.engine import Engine, connected
+
+def prepare(path):
+    Path(path).read_text()
+    return functools.partial(pow, 2)
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+with connected(Engine(engine="ray", engine_workers=3)) as workers:
+    for call in range(3):
+        Path(str(call)).touch()
+        assert sum(result for _, result in workers.map_parts(functools.partial(prepare, str(call)), range(4))) == 15
+        os.remove(str(call))
+ray.shutdown()
+print("finished", flush=True)
+"""
+
+
+def test_an_actor_that_is_ready_too_late_is_no_error(tmp_path: Path) -> None:
+    done = run_driver(LATE, tmp_path).communicate(timeout=120)
+    assert done[0] == "finished\n"
+    assert "Traceback" not in done[1]
+    assert "Unhandled" not in done[1]
+
+
+# A driver whose workers say who they are; it is killed, and can tell them nothing.
+LEFT = """
+import functools, os, time
+from pathlib import Path
+from distilclip.engine import Engine, map_parts
+
+def note(part):
+    Path(f"worker-{os.getpid()}").touch()
+    time.sleep(600 if part > 1 else 0.5)
+
+def prepare():
+    return note
+
+if __name__ == "__main__":
+    list(map_parts(prepare, range(4), engine=Engine(engine="processes", engine_workers=2)))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_processes_end_with_their_driver(number: int, tmp_path: Path) -> None:
+    driver = run_driver(LEFT, tmp_path)
+    wait_until(lambda: len(list(tmp_path.glob("worker-*"))) == 2)
+    workers = [int(path.name.removeprefix("worker-")) for path in tmp_path.glob("worker-*")]
+    driver.send_signal(number)
+    driver.communicate(timeout=60)
+    wait_until(lambda: not any(Path(f"/proc/{worker}/status").exists() for worker in workers), seconds=10)
+
+
+def run_driver(code: str, folder: Path) -> subprocess.Popen[str]:
+    """Run a program in a folder; from a file, since workers import what it defines."""
+    (folder / "driver.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), *sys.path])}
+    return subprocess.Popen(
+        [sys.executable, "driver.py"],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_until(condition: Callable[[], bool], *, seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(

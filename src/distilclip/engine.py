@@ -11,20 +11,24 @@ import contextlib
 import functools
 import multiprocessing
 import os
+import pickle
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from multiprocessing import connection
+from typing import Any, Literal, Protocol, TypeVar
 
-from distilclip import stage_folder
 from distilclip.errors import InputError
+from distilclip.options import changeable
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
 
 MAX_DEATHS = 3  # of workers in succession, without a part finished between them
+SECONDS_TO_END = 10  # that an actor may take to be told that it ends
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +39,11 @@ class Engine:
         InputError: an address without Ray, or a number of workers below one.
     """
 
-    engine: Literal["local", "processes", "ray"] = stage_folder.execution("local")
+    engine: Literal["local", "processes", "ray"] = changeable("local")
     """where parts of the work are computed: here, in processes, or on a Ray cluster; the files are the same"""
-    engine_address: str | None = stage_folder.execution(None)
+    engine_address: str | None = changeable(None)
     """address of a running Ray cluster, as HOST:PORT or auto (default: $RAY_ADDRESS, or start one on this machine)"""
-    engine_workers: int | None = stage_folder.execution(None)
+    engine_workers: int | None = changeable(None)
     """number of parts computed at the same time (default: one per core; on Ray with --device cuda, one per GPU)"""
 
     def __post_init__(self) -> None:
@@ -47,6 +51,15 @@ class Engine:
             raise InputError(f"engine_address={self.engine_address!r} is for --engine ray, not {self.engine}.")
         if self.engine_workers is not None and self.engine_workers < 1:
             raise InputError(f"engine_workers={self.engine_workers}; it must be at least 1.")
+
+
+class Workers(Protocol):
+    """Where the parts of several calls are computed; see `connected`."""
+
+    def map_parts(
+        self, prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]
+    ) -> Iterator[tuple[Part, Result]]:
+        """Compute as `map_parts` does. Begin a call when the one before is at its end."""
 
 
 def map_parts(
@@ -65,58 +78,81 @@ def map_parts(
     Raises:
         InputError: workers die again and again, or Ray is not installed.
     """
-    if not parts:
-        return iter(())
-    if engine.engine == "local":
-        return _here(prepare, parts)
-    if engine.engine == "processes":
-        return _in_processes(prepare, parts, engine.engine_workers or os.cpu_count() or 1)
-    return _on_ray(prepare, parts, engine, num_gpus=1.0 if device.startswith("cuda") else 0.0)
+    if parts:
+        with connected(engine, device=device) as workers:
+            yield from workers.map_parts(prepare, parts)
 
 
 @contextlib.contextmanager
-def connected(engine: Engine) -> Iterator[None]:
-    """Keep one connection to Ray for several calls of `map_parts`, which else make one each."""
-    with _cluster(_import_ray(), engine.engine_address) if engine.engine == "ray" else contextlib.nullcontext():
-        yield
+def connected(engine: Engine, *, device: str = "cpu") -> Iterator[Workers]:
+    """Keep the workers of an engine for several calls of their `map_parts`: to start them takes seconds to minutes.
+
+    At the end of the block they end.
+    """
+    if engine.engine == "local":
+        yield _Here()
+    elif engine.engine == "processes":
+        with contextlib.closing(_Processes(engine.engine_workers or os.cpu_count() or 1)) as processes:
+            yield processes
+    else:
+        ray = _import_ray()
+        num_gpus = 1.0 if device.startswith("cuda") else 0.0
+        with (
+            _cluster(ray, engine.engine_address),
+            contextlib.closing(_Actors(ray, engine.engine_workers, num_gpus)) as actors,
+        ):
+            yield actors
 
 
-def _here(prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]) -> Iterator[tuple[Part, Result]]:
-    function = prepare()
-    for part in parts:
-        yield part, function(part)
+class _Here:
+    """Computes in this process."""
+
+    def map_parts(
+        self, prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]
+    ) -> Iterator[tuple[Part, Result]]:
+        function = prepare()
+        for part in parts:
+            yield part, function(part)
 
 
-_function: Callable[[Any], Any] | None = None  # of a worker process
+_prepared: tuple[int, Callable[[Any], Any]] | None = None  # of a worker: the call, and the function of its parts
 
 
-def _begin(prepare: Callable[[], Callable[[Any], Any]], num_threads: int) -> None:
-    global _function
-    os.environ["OMP_NUM_THREADS"] = str(num_threads)
-    if "torch" in sys.modules:  # imported with what is to be prepared: too late for the environment
-        sys.modules["torch"].set_num_threads(num_threads)
-    _function = prepare()
+def _compute(call: int, load: Callable[[], Callable[[], Callable[[Any], Any]]], num_threads: int, part: Any) -> Any:
+    """Compute a part in a worker; what `load()` prepares is kept for all parts of a call."""
+    global _prepared
+    if _prepared is None or _prepared[0] != call:
+        _prepared = None  # it may hold much: let it go before there is more
+        os.environ["OMP_NUM_THREADS"] = str(num_threads)
+        prepare = load()
+        if "torch" in sys.modules:  # imported with what is to be prepared: too late for the environment
+            sys.modules["torch"].set_num_threads(num_threads)
+        _prepared = call, prepare()
+    return _prepared[1](part)
 
 
-def _compute(part: Any) -> Any:
-    assert _function is not None
-    return _function(part)
+class _Processes:
+    """Computes in processes of this machine, which end with this one, however it ends."""
 
+    def __init__(self, num_workers: int) -> None:
+        self._num_workers, self._num_calls = num_workers, 0
+        self._pool: ProcessPoolExecutor | None = None
 
-def _in_processes(
-    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], num_workers: int
-) -> Iterator[tuple[Part, Result]]:
-    num_workers = min(num_workers, len(parts))
-    begin = functools.partial(_begin, prepare, max(1, (os.cpu_count() or 1) // num_workers))
-    todo = list(parts)
-    deaths = 0
-    while todo:
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(num_workers, mp_context=context, initializer=begin)
-        try:
-            running: dict[Future[Any], int] = {pool.submit(_compute, part): i for i, part in enumerate(todo)}
+    def map_parts(
+        self, prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]
+    ) -> Iterator[tuple[Part, Result]]:
+        self._num_calls += 1
+        num_threads = max(1, (os.cpu_count() or 1) // min(self._num_workers, len(parts)))
+        load = functools.partial(pickle.loads, pickle.dumps(prepare))
+        compute = functools.partial(_compute, self._num_calls, load, num_threads)
+        todo = list(parts)
+        deaths = 0
+        while todo:
+            pool = self._pool = self._pool or _start_pool(self._num_workers)
             finished: set[int] = set()
-            with contextlib.suppress(BrokenProcessPool):
+            running: dict[Future[Any], int] = {}
+            try:
+                running |= {pool.submit(compute, part): i for i, part in enumerate(todo)}
                 while running:
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         i = running.pop(future)
@@ -124,69 +160,113 @@ def _in_processes(
                         finished.add(i)
                         deaths = 0
                         yield todo[i], result
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-        todo = [part for i, part in enumerate(todo) if i not in finished]
-        deaths += 1
-        if todo and deaths > MAX_DEATHS:
-            raise InputError(_dying(todo))
+            except BrokenProcessPool:
+                self.close()
+            finally:
+                for future in running:
+                    future.cancel()
+            todo = [part for i, part in enumerate(todo) if i not in finished]
+            deaths += 1
+            if todo and deaths > MAX_DEATHS:
+                raise InputError(_dying(todo))
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
 
-def _on_ray(
-    prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part], engine: Engine, num_gpus: float
-) -> Iterator[tuple[Part, Result]]:
-    """Compute in a pool of actors; one whose node died is replaced when there is room for it.
+def _start_pool(num_workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
 
-    Only a running actor holds a part.
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended: killed, that cannot tell its workers to."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+class _Actors:
+    """Computes in a pool of actors on Ray; one whose node died is replaced when there is room for it.
+
+    Only a running actor holds a part. One that is ready too late for a call waits for the next.
     """
-    ray = _import_ray()
-    with _cluster(ray, engine.engine_address):
-        worker = ray.remote(num_cpus=1, num_gpus=num_gpus)(_Worker)
-        num_workers = min(len(parts), engine.engine_workers or _room(ray, num_gpus))
+
+    def __init__(self, ray: Any, num_workers: int | None, num_gpus: float) -> None:
+        self._ray, self._num_workers, self._num_gpus = ray, num_workers, num_gpus
+        self._worker = ray.remote(num_cpus=1, num_gpus=num_gpus)(_Worker)
+        self._num_calls = 0
+        self._free: list[Any] = []
+        self._late: dict[Any, Any] = {}  # what actors will answer to no call any more, and which are then free
+
+    def map_parts(
+        self, prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]
+    ) -> Iterator[tuple[Part, Result]]:
+        self._num_calls += 1
+        shared = [self._ray.put(prepare)]  # in a list, so that an actor fetches it once and not for each part
+        num_workers = min(len(parts), self._num_workers or _room(self._ray, self._num_gpus))
         todo = collections.deque(parts)
-        waiting: dict[Any, tuple[Any, list[Part]]] = {}  # what an actor will answer: the actor, and its part
+        busy: dict[Any, tuple[Any, Part]] = {}
         deaths = 0
+        try:
+            while todo or busy:
+                for _ in range(num_workers - len(busy) - len(self._free) - len(self._late)):
+                    actor = self._worker.remote()
+                    self._late[actor.ready.remote()] = actor
+                while todo and self._free:
+                    actor, part = self._free.pop(), todo.popleft()
+                    busy[actor.compute.remote(self._num_calls, shared, part)] = actor, part
+                (answer,), _ = self._ray.wait([*busy, *(self._late if todo else ())], num_returns=1)
+                held = busy.pop(answer, None)
+                actor = self._late.pop(answer) if held is None else held[0]
+                try:
+                    result = self._answer(answer, of_this_call=held is not None)
+                except self._ray.exceptions.RayActorError as error:
+                    deaths += 1
+                    todo.extendleft([] if held is None else [held[1]])
+                    if deaths > MAX_DEATHS * num_workers:
+                        raise InputError(_dying(todo)) from error
+                    continue
+                self._free.append(actor)
+                if held is not None:
+                    deaths = 0
+                    yield held[1], result
+        finally:
+            self._late |= {answer: actor for answer, (actor, _) in busy.items()}
 
-        def begin() -> None:
-            actor = worker.remote(prepare)
-            waiting[actor.ready.remote()] = (actor, [])
+    def _answer(self, answer: Any, *, of_this_call: bool) -> Any:
+        """Return what an actor answers. What a part of this call raised is raised here, as if it had run here."""
+        try:
+            return self._ray.get(answer)
+        except self._ray.exceptions.RayTaskError as error:
+            if of_this_call:
+                raise error.cause from error
+            return None
 
-        for _ in range(num_workers):
-            begin()
-        while todo or any(held for _, held in waiting.values()):
-            (answer,), _ = ray.wait(list(waiting), num_returns=1)
-            actor, held = waiting.pop(answer)
-            try:
-                result = ray.get(answer)
-            except ray.exceptions.RayActorError as error:
-                deaths += 1
-                todo.extendleft(held)
-                if deaths > MAX_DEATHS * num_workers:
-                    raise InputError(_dying(held or todo)) from error
-                begin()
-                continue
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error  # what the part raised, as if it had run here
-            if held:
-                deaths = 0
-                yield held[0], result
-            if todo:
-                part = todo.popleft()
-                waiting[actor.compute.remote(part)] = (actor, [part])
+    def close(self) -> None:
+        """End all actors. Their last answers are taken, or Ray would report each as an error that nobody handled."""
+        for actor in [*self._free, *self._late.values()]:
+            self._ray.kill(actor)
+        for answer in self._late:
+            with contextlib.suppress(self._ray.exceptions.RayError):
+                self._ray.get(answer, timeout=SECONDS_TO_END)
 
 
 class _Worker:
     """A Ray actor."""
 
-    def __init__(self, prepare: Callable[[], Callable[[Any], Any]]) -> None:
-        self._prepare = prepare
-
     def ready(self) -> None:
-        """Prepare, here and not above, so that what goes wrong is raised as it is and not as the death of an actor."""
-        _begin(self._prepare, 1)
+        """Answer, which shows that this actor runs."""
 
-    def compute(self, part: Any) -> Any:
-        return _compute(part)
+    def compute(self, call: int, shared: list[Any], part: Any) -> Any:
+        return _compute(call, lambda: _import_ray().get(shared[0]), 1, part)
 
 
 @contextlib.contextmanager

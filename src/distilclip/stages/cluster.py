@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -12,33 +11,18 @@ from jaxtyping import Float32, Int
 
 from distilclip import files, stage_folder
 from distilclip.clustering.fit_parts import Labelling, Rounds, shard_runs
-from distilclip.clustering.kmeans import REPAIRS, FitOptions, fit_centers, gini, size_histogram, start_fit
+from distilclip.clustering.kmeans import REPAIRS, fit_centers, gini, size_histogram, start_fit
 from distilclip.clustering.sums import CenterSums
+from distilclip.configs.cluster import Config
 from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import kept_rows, write_centers
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
-from distilclip.engine import Engine, connected, map_parts
+from distilclip.engine import Workers, connected
 from distilclip.progress import progress, say
 from distilclip.vectors.points import Points
 
 ROUNDS = "rounds"  # the folder of what a fit needs between its rounds; gone when the stage is finished
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip cluster`."""
-
-    store: str
-    """folder of `embed`"""
-    out: str
-    """folder to write: centers.safetensors, labels, result.json"""
-    fit: FitOptions
-    groups: str | None = None
-    """folder of `balance`: cluster kept images only (default: every valid image)"""
-    device: str = stage_folder.execution("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
-    execution: Engine = field(default_factory=Engine)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -56,10 +40,10 @@ def main(config: Config) -> dict[str, Any]:
         device=config.device,
     )
     shards = range(images.store.num_shards)
-    with connected(config.execution):
+    with connected(config.execution, device=config.device) as workers:
         if not files.exists(folder.child("centers.safetensors")):
-            _fit(config, folder, images)
-        _map(labelling.prepare, shards, config, f"label {folder.path}")
+            _fit(config, folder, images, workers)
+        _map(labelling.prepare, shards, workers, f"label {folder.path}")
     described = _describe_labels(labelling, shards, config.fit.num_centers)
     files.remove_folder(folder.child(ROUNDS))
     return folder.finish(
@@ -67,7 +51,7 @@ def main(config: Config) -> dict[str, Any]:
     )
 
 
-def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix) -> None:
+def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix, workers: Workers) -> None:
     """Write centers.safetensors, and before it fit.json; each round is a checkpoint."""
     rounds = Rounds(store=config.store, folder=folder.child(ROUNDS), device=config.device)
     number = rounds.current(config.fit.num_iterations + REPAIRS)
@@ -81,7 +65,7 @@ def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix) -> No
     def compute_round(centers: Float32[np.ndarray, "k dim"], objectives: Sequence[float]) -> CenterSums:
         number = len(objectives)
         rounds.begin(number, centers, objectives)
-        _map(partial(rounds.prepare, number), parts, config, f"round {number} of {folder.path}")
+        _map(partial(rounds.prepare, number), parts, workers, f"round {number} of {folder.path}")
         return rounds.sums(number, parts)
 
     def report(objective: float, num_empty: int) -> None:
@@ -118,9 +102,9 @@ def _write_centers(path: str, centers: Float32[np.ndarray, "k dim"], store: Stor
     write_centers(path, centers, {f"teacher_{name}": str(store.teacher[name]) for name in ("name", "digest")})
 
 
-def _map(prepare: Callable[[], Callable[[Any], Any]], parts: Any, config: Config, description: str) -> None:
+def _map(prepare: Callable[[], Callable[[Any], Any]], parts: Any, workers: Workers, description: str) -> None:
     with progress(description, len(parts)) as advance:
-        for _ in map_parts(prepare, parts, engine=config.execution, device=config.device):
+        for _ in workers.map_parts(prepare, parts):
             advance(1, 0)
 
 
