@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ LEVELS = [
 RUNNERS = {
     "config": {"errors", "files", "options"},
     "engine": {"errors", "stage_folder"},
-    "distributed": {"errors", "devices"},
+    "distributed": {"errors", "devices", "losses"},  # of losses only the record of what is where
 }
 USERS_OF_RUNNERS = {"config": {"stages", "cli"}, "engine": {"stages"}, "distributed": {"stages", "train"}}
 FILES = [p for p in sorted(SOURCE.rglob("*.py")) if p.name != "__init__.py"]
@@ -165,6 +166,20 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert "balance" in done.stdout
     assert time.perf_counter() - started < 5  # the set of modules above is the real check; this catches a hang
+
+
+def test_the_version_is_that_of_the_installed_package_and_costs_nothing() -> None:
+    code = (
+        "import sys, distilclip; heavy = {'torch', 'numpy', 'importlib.metadata'} & set(sys.modules); "
+        "assert not heavy, heavy; print(distilclip.__version__)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", f"import sys; sys.path += {sys.path!r}; {code}"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == importlib.metadata.version("distilclip")
 
 
 def test_public_names_exist_and_have_docstrings() -> None:

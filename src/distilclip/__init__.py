@@ -18,13 +18,16 @@ if TYPE_CHECKING:
     from distilclip.clustering.kmeans import KMeans as KMeans
     from distilclip.clustering.kmeans import kmeans as kmeans
     from distilclip.data.store import Store as Store
+    from distilclip.distributed import rows_of_this_rank as rows_of_this_rank
     from distilclip.errors import InputError as InputError
     from distilclip.evaluate.zero_shot import zero_shot as zero_shot
     from distilclip.grouping.balance import Balance as Balance
     from distilclip.grouping.balance import balance as balance
+    from distilclip.grouping.explanation import Explanation as Explanation
     from distilclip.grouping.near_pairs import Pairs as Pairs
     from distilclip.grouping.near_pairs import pairs_within as pairs_within
     from distilclip.losses.features import Features as Features
+    from distilclip.losses.features import RankRows as RankRows
     from distilclip.measures.probe import Probe as Probe
     from distilclip.measures.probe import linear_probe as linear_probe
     from distilclip.measures.retrieval import retrieval as retrieval
@@ -33,15 +36,19 @@ if TYPE_CHECKING:
     from distilclip.train.objective import Objective as Objective
     from distilclip.train.objective import objective as objective
 
+    __version__: str
+
 _HOMES = {
     "Balance": "distilclip.grouping.balance",
     "Clip": "distilclip.models.clip",
+    "Explanation": "distilclip.grouping.explanation",
     "Features": "distilclip.losses.features",
     "InputError": "distilclip.errors",
     "KMeans": "distilclip.clustering.kmeans",
     "Objective": "distilclip.train.objective",
     "Pairs": "distilclip.grouping.near_pairs",
     "Probe": "distilclip.measures.probe",
+    "RankRows": "distilclip.losses.features",
     "Store": "distilclip.data.store",
     "balance": "distilclip.grouping.balance",
     "kmeans": "distilclip.clustering.kmeans",
@@ -50,6 +57,7 @@ _HOMES = {
     "objective": "distilclip.train.objective",
     "pairs_within": "distilclip.grouping.near_pairs",
     "retrieval": "distilclip.measures.retrieval",
+    "rows_of_this_rank": "distilclip.distributed",
     "zero_shot": "distilclip.evaluate.zero_shot",
 }
 
@@ -57,6 +65,10 @@ __all__ = [*sorted(_HOMES), "losses"]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("distilclip")
     if name == "losses":
         return importlib.import_module("distilclip.losses")
     if name not in _HOMES:

@@ -1,7 +1,7 @@
 """Exchange tensors between the processes that train together. For one process alone, every function does nothing.
 
 `torchrun` starts the processes and tells each its place by environment variables; `job` makes a process group of them.
-Only stages and train know that there are other processes.
+Only stages and train know that there are other processes; a user's own loop tells the losses by `rows_of_this_rank`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
+from distilclip.losses.features import RankRows
 
 T = TypeVar("T")
 
@@ -76,6 +77,22 @@ def gather(rows: Shaped[Tensor, "n ..."]) -> Shaped[Tensor, "m ..."]:
     The gradient of a process's rows is the sum over all processes' losses, so these losses may be parts of one sum.
     """
     return _Gather.apply(rows) if world() > 1 else rows
+
+
+def rows_of_this_rank(num_rows: int) -> RankRows:
+    """Say to a loss which rows of the global batch are here, and how to reach the others: its argument `rows`.
+
+    Without a process group, all rows are here. Else every process must hold `num_rows` rows; rank 2 of 4 with 8 rows
+    has the rows 16 to 23 of 32. Each process's loss is then its part of the loss of the global batch, with all rows as
+    keys: the sum over the processes is the loss, and so is the sum of the gradients. DistributedDataParallel takes the
+    mean of the gradients, so multiply by the number of processes first:
+
+        rows = rows_of_this_rank(len(image))
+        loss = contrastive(image, text, scale=scale, rows=rows)
+        (loss * dist.get_world_size()).backward()
+    """
+    start = rank() * num_rows
+    return RankRows(here=slice(start, start + num_rows), count=world() * num_rows, gather=gather, reduce=reduce_)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from distilclip import distributed
+from distilclip.distributed import rows_of_this_rank
 from distilclip.losses.cluster import ClassShard, cluster, positions
 from distilclip.train.class_head import class_range
-from distilclip.train.parallel import rows_of_this_rank
 from tests.ranks import run_ranks
 
 N, DIM, K = 12, 6, 11

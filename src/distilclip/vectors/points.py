@@ -17,8 +17,11 @@ from torch import Tensor
 
 from distilclip.errors import InputError
 from distilclip.vectors.kernels import gather, hash_rows, kernel_view, match_rows, norms_of, squared_distances
-from distilclip.vectors.metric import check_metric
+from distilclip.vectors.metric import Metric, check_metric
 from distilclip.vectors.threads import in_threads
+
+UNIT_TOLERANCE = 0.01
+"""How far from 1 the length of a unit row may be: half precision alone makes it up to 0.001, bfloat16 0.004."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +34,7 @@ class Points:
 
     @classmethod
     def of(
-        cls, x: np.ndarray | Tensor | Sequence[Any], *, metric: str, valid: Bool[np.ndarray, " n"] | None = None
+        cls, x: np.ndarray | Tensor | Sequence[Any], *, metric: Metric, valid: Bool[np.ndarray, " n"] | None = None
     ) -> Points:
         """Take the rows of `x` as points under `metric`; `InputError` names a valid row that cannot be one."""
         check_metric(metric)
@@ -54,6 +57,11 @@ class Points:
     def dim(self) -> int:
         """Width of a row."""
         return self.values.shape[1]
+
+    def off_unit(self, valid: Bool[np.ndarray, " n"] | None = None) -> Int[np.ndarray, " m"]:
+        """Return the points, among the valid ones, that do not have unit length; under the cosine metric all have."""
+        off = np.abs(self.norm - 1) > UNIT_TOLERANCE
+        return np.flatnonzero(off if valid is None else off & valid)
 
     def block(self, rows: Int[np.ndarray, " m"], *, device: torch.device | None = None) -> Float[Tensor, "m dim"]:
         """Return the points of some rows, in float32."""
@@ -107,11 +115,14 @@ def as_rows(x: np.ndarray | Tensor | Sequence[Any]) -> np.ndarray:
     if isinstance(x, Tensor):
         x = x.detach().cpu()
         x = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    typed_in = not isinstance(x, np.ndarray)
     try:
         x = np.asanyarray(x)
     except ValueError as error:
         raise InputError(f"Expected rows of equal length, n x dim: {error}.") from error
-    if x.ndim != 2 or x.dtype not in (np.float16, np.float32, np.float64):
+    if typed_in and x.dtype.kind == "i":
+        x = x.astype(np.float64)  # [[1, 0], [0, 1]] as one types it
+    if x.ndim != 2 or 0 in x.shape[1:] or x.dtype not in (np.float16, np.float32, np.float64):
         raise InputError(f"Expected rows of float16, float32 or float64, n x dim, not {x.dtype} of shape {x.shape}.")
     return x if x.flags.c_contiguous else np.ascontiguousarray(x)
 
