@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -143,3 +145,27 @@ def test_what_is_wrong_with_an_input_is_said(change: dict[str, Callable[[Any], A
     values: dict[str, Any] = {"train": x, "train_labels": y, "test": x, "test_labels": y, "l2": 1.0, "validation": None}
     with pytest.raises(InputError, match=message):
         linear_probe(**values | {name: edit(values[name]) for name, edit in change.items()})
+
+
+def test_numbers_of_the_wrong_kind_are_named() -> None:
+    """In a process of its own: here, the types themselves are checked before the function is called."""
+    code = """
+import numpy as np, distilclip as dc
+x, y = np.eye(4, dtype=np.float32), np.array([0, 1, 0, 1])
+for change in (
+    {"l2": "1"}, {"l2": 1.0, "seed": -1}, {"seed": 2.5}, {"l2": 1.0, "tolerance": float("nan")},
+    {"l2": 1.0, "tolerance": -1.0}, {"validation": x}, {"validation": (x, y[:3])},
+):
+    try:
+        dc.linear_probe(x, y, x, y, **change)
+    except dc.InputError as error:
+        print(error)
+    else:
+        print("accepted", change)
+print(dc.linear_probe(x.tolist(), y.tolist(), x.tolist(), y.tolist(), l2=1e-3).accuracy)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    expected = ["l2='1'", "seed=-1", "seed=2.5", "tolerance=nan", "tolerance=-1.0", "a pair, (features, labels)"]
+    expected += ["validation_labels has 3 entries for 4 rows", "1.0"]
+    for part, message in zip(expected, done.stdout.splitlines(), strict=True):
+        assert part in message

@@ -22,6 +22,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from distilclip.errors import InputError
+from distilclip.losses._checks import check_share
 from distilclip.losses._cluster_tiles import (
     ClusterInputs,
     PartialSums,
@@ -78,9 +80,11 @@ def cluster(
     the same weight; then the gradient of `centers` is whole, and the backward pass of the gather adds up the parts for
     `student`.
 
-    Raises `ValueError` for shapes that differ, for labels without a center and for impossible scales.
+    Raises `ValueError` for shapes that differ, for labels without a center, for impossible scales and shares, and for
+    `classes` that are not centers in ascending order, each once.
     """
     check_pairs(student, teacher, names=("student", "teacher"))
+    check_share(alpha, name="alpha")
     shard = shard or ClassShard(rows=RankRows.alone(len(student)), first=0)
     if centers.ndim != 2 or centers.shape[1] != student.shape[1]:
         raise ValueError(
@@ -95,6 +99,7 @@ def cluster(
             "labels and centers must come from the same `cluster` run."
         )
     if classes is not None:
+        _check_classes(classes, len(centers))
         labels, centers = positions(labels, classes), F.embedding(classes, centers)
     # Rows of all ranks against this rank's classes; nothing below is recorded by autograd (see _Cluster).
     softmaxes = Softmaxes(class_scale=class_scale, temperature=temperature)
@@ -143,6 +148,20 @@ def positions(labels: Int[Tensor, " n"], classes: Int[Tensor, " c"]) -> Int[Tens
             "ascending order: draw them with sample_classes."
         )
     return index
+
+
+def _check_classes(classes: Int[Tensor, " c"], num_centers: int) -> None:
+    """Raise `InputError` unless the classes are centers, each named once, ascending: a double would count twice."""
+    wrong = (classes.diff() <= 0).nonzero()[:, 0].tolist()
+    if wrong:
+        first, second = classes[wrong[0] : wrong[0] + 2].tolist()
+        raise InputError(
+            f"classes[{wrong[0] + 1}] is {second} after {first}: classes are ascending and each is named once, as "
+            "sample_classes draws them."
+        )
+    if len(classes) == 0 or classes[0] < 0 or classes[-1] >= num_centers:
+        shown = f"from {int(classes[0])} to {int(classes[-1])}" if len(classes) else "empty"
+        raise InputError(f"classes are {shown}; there are the centers 0 to {num_centers - 1}.")
 
 
 class _Cluster(torch.autograd.Function):

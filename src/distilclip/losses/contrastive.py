@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from distilclip.losses._checks import check_scale, check_share
 from distilclip.losses._tiling import (
     add_exponentials_,
     ask_gradients,
@@ -49,9 +50,10 @@ def contrastive(
 
     Differentiable in `image`, `text` and `scale`. `tile` (rows, columns) forces the tiled form, which holds
     O((rows + columns) dim + rows columns) numbers; by default it is used above 2,048 pairs. Raises `ValueError` where
-    the shapes differ.
+    the shapes differ, and for a `scale` that is not positive.
     """
     check_pairs(image, text, names=("image", "text"))
+    check_scale(scale)
     if rows is not None and not rows.whole:
         # Each direction has other keys on every rank: own images to all texts, own texts to all images.
         by_image = info_nce(image, rows.all(text), scale=scale, offset=rows.offset, count=rows.count)
@@ -86,6 +88,7 @@ def info_nce(
     """
     if queries.shape[1] != keys.shape[1]:
         raise ValueError(_width_message("queries", queries, "keys", keys))
+    check_scale(scale)
     if not 0 <= offset <= len(keys) - len(queries):
         raise ValueError(
             f"offset={offset} with {len(queries)} queries and {len(keys)} keys: key offset + i must exist for every "
@@ -122,6 +125,7 @@ def instance(
 
     u, v are the student's image and text embeddings projected to the teacher's width (CLIP-CID, section 3.3).
     """
+    check_share(gamma, name="gamma")
     check_pairs(student.image, teacher.text, names=("student", "teacher"))
     check_pairs(student.text, teacher.image, names=("student", "teacher"))
     # Two contrastive losses, each of them both ways.

@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from distilclip.errors import InputError
+from distilclip.losses._checks import check_scale
 from distilclip.losses._tiling import full_precision, no_autocast, softmax_, sum_over_rows
 from distilclip.losses.contrastive import PLAIN_ENTRIES, check_pairs, contrastive, info_nce, row_block
 from distilclip.losses.features import Features, RankRows
@@ -63,6 +65,8 @@ def row_divergence(
     to that of the whole batch. Differentiable in `queries`, `keys` and `scale`. Raises `ValueError` where the student's
     and the teacher's rows differ in number.
     """
+    check_scale(scale)
+    check_scale(teacher_scale, name="teacher_scale")
     for own, target, name in ((queries, teacher_queries, "queries"), (keys, teacher_keys, "keys")):
         if len(own) != len(target):
             raise ValueError(
@@ -176,7 +180,7 @@ def draw_masks(
     """
     if not 0 <= ratio <= 1:
         raise ValueError(f"ratio={ratio}: the masked share of patches lies in 0..1.")
-    rows, columns = -(-size[0] // patch), -(-size[1] // patch)  # rounded up
+    rows, columns = _grid(size, patch)
     drawn_on = device if generator is None else generator.device
     # Random numbers, ranked within each image: the lowest ranks are hidden.
     draws = torch.rand(num_images, rows * columns, generator=generator, device=drawn_on)
@@ -189,12 +193,26 @@ def hide_patches(
 ) -> Float[Tensor, "n channels height width"]:
     """Set the masked squares of images to the image's own mean colour.
 
-    Works on pixels, so that any architecture can be the student.
+    Works on pixels, so that any architecture can be the student. Raises `InputError` where the masks were drawn for
+    pictures of another size or number, or with another `patch`.
     """
     _, _, height, width = pixels.shape
+    grid = _grid((height, width), patch)
+    if masks.shape != (len(pixels), *grid):
+        raise InputError(
+            f"masks are {tuple(masks.shape)}; {len(pixels)} pictures of {height} x {width} pixels in squares of "
+            f"{patch} need {(len(pixels), *grid)}: draw and hide with the same `patch` and size."
+        )
     # From squares to pixels: repeat each square's mark, and cut what reaches over the edge.
     hidden = masks[:, None].repeat_interleave(patch, dim=2).repeat_interleave(patch, dim=3)[:, :, :height, :width]
     return torch.where(hidden, pixels.mean(dim=(2, 3), keepdim=True), pixels)
+
+
+def _grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
+    """Rows and columns of squares over a picture, rounded up: those at the edges may be smaller."""
+    if patch < 1:
+        raise InputError(f"patch is {patch}; a square has a side of at least 1 pixel.")
+    return -(-size[0] // patch), -(-size[1] // patch)
 
 
 def _check_same_space(student: Features, teacher: Features) -> None:

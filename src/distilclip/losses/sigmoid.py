@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from distilclip.losses._checks import check_scale
 from distilclip.losses._tiling import full_precision, no_autocast, sum_over_rows
 from distilclip.losses.contrastive import PLAIN_ENTRIES, row_block
 from distilclip.losses.features import Features, RankRows
@@ -43,6 +44,7 @@ def sigmoid(
     """
     if queries.shape[1] != keys.shape[1]:
         raise ValueError(f"queries are {queries.shape[1]} wide, keys {keys.shape[1]}: both must lie in one space.")
+    check_scale(scale)
     if not 0 <= offset <= len(keys) - len(queries):
         raise ValueError(
             f"offset={offset} with {len(queries)} queries and {len(keys)} keys: key offset + i must exist."

@@ -7,7 +7,9 @@ It predicts 4 for -9 and 7 for 9, so on test labels 4 and 7 its accuracy is 1.
 from __future__ import annotations
 
 import math
+import numbers
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -61,16 +63,16 @@ def linear_probe(
     by the accuracy on `validation`, or on a fifth of each class's training rows, drawn with `seed`; equal accuracies
     are decided by the smaller cross-entropy. The last fit has training and validation rows together.
 
-    Arrays, tensors and lists are taken alike. Features are used as they are, neither normalised nor standardised, on
-    the device of `train`. Two classes have a softmax too; scikit-learn's one-vector form at C = 2 / l2 has the same
-    optimum. A test row of a class without any training row counts as wrong. Raises `InputError` for shapes that do not
-    fit, features that are not finite, labels below 0, a penalty that is not positive, fewer than two classes, or a
-    validation label that no training row has.
+    Arrays, tensors and lists are taken alike. Features are used as they are, neither normalised nor standardised (those
+    before a model's projection, which CLIP's protocol takes, have no unit length), on the device of `train`. Two
+    classes have a softmax too; scikit-learn's one-vector form at C = 2 / l2 has the same optimum. A test row of a class
+    without any training row counts as wrong. Raises `InputError` for shapes that do not fit, features that are not
+    finite, labels below 0, a penalty that is not positive, a negative seed, fewer than two classes, or a validation
+    label that no training row has.
     """
-    if l2 is not None and not 0 < l2 < math.inf:
-        raise InputError(f"l2={l2}: the penalty must be positive and finite; leave it out to sweep it.")
+    _check_numbers(l2=l2, seed=seed, tolerance=tolerance)
     fitted = _examples("train", train, train_labels)
-    checked = _examples("validation", *validation, like=fitted) if validation is not None else None
+    checked = None if validation is None else _examples("validation", *_as_pair(validation), like=fitted)
     tested = _examples("test", test, test_labels, like=fitted)
     # Columns of the classifier are the classes that occur, whatever their numbers: labels become 0 to k - 1.
     classes = fitted.labels.unique()
@@ -132,6 +134,22 @@ def hold_out(block: Block, *, share: float, seed: int) -> tuple[Block, Block]:
         Block(features=block.features, labels=block.labels, rows=kept_rows),
         Block(features=block.features, labels=block.labels, rows=held_rows),
     )
+
+
+def _check_numbers(*, l2: float | None, seed: int, tolerance: float) -> None:
+    """Raise `InputError` for numbers that a fit cannot have."""
+    if l2 is not None and not (isinstance(l2, numbers.Real) and 0 < l2 < math.inf):
+        raise InputError(f"l2={l2!r}: the penalty must be positive and finite; leave it out to sweep it.")
+    if not isinstance(seed, numbers.Integral) or seed < 0:
+        raise InputError(f"seed={seed!r}: it must be a whole number of at least 0.")
+    if not (isinstance(tolerance, numbers.Real) and 0 < tolerance < 1):
+        raise InputError(f"tolerance={tolerance!r}: it must lie between 0 and 1.")
+
+
+def _as_pair(validation: Any) -> tuple[Rows, Labels]:
+    if not isinstance(validation, tuple | list) or len(validation) != 2:
+        raise InputError("validation must be a pair, (features, labels).")
+    return validation[0], validation[1]
 
 
 def _examples(name: str, x: Rows, y: Labels, *, like: Block | None = None) -> Block:
