@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -10,7 +12,17 @@ import pytest
 from distilclip.report.load import load
 from distilclip.report.page import Page, build
 from distilclip.report.sections import GallerySize
-from tests.report.made_run import NASTY, digest, write_balance, write_evaluate, write_run, write_stage
+from tests.conftest import write_tar
+from tests.report.made_run import (
+    NASTY,
+    NUM_ROWS,
+    digest,
+    write_balance,
+    write_embed,
+    write_evaluate,
+    write_run,
+    write_stage,
+)
 
 
 def page_of(folder: Path) -> Page:
@@ -75,11 +87,14 @@ def test_every_picture_has_a_text_and_a_size(page: Page) -> None:
 def test_the_page_tells_the_whole_story(page: Page) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", page.html))
     for words in (
-        "clip-cid is the best of 3 students: 45.5 % mean zero-shot of 2 sets, +16.5 points against plain, which had no "
-        "teacher, and 81 % of its teacher&#39;s score.",
+        "clip-cid scores highest of 3 students: 45.5 % mean zero-shot of 2 sets (95 % interval 42.7 to 48.3), 81 % of "
+        "its teacher&#39;s score.",
+        "That is +16.5 points against plain, which had no teacher (+12.5 to +20.5 from the intervals of the two "
+        "scores): more than the choice of test pictures explains. Each student was trained with one seed only: another "
+        "seed can change the order.",
         "Semantic balance kept 14 of 22 pictures (36.4 % removed).",
         "task + relational + 2000 feature + interactive",
-        "sketch, linear probe: no top-1 score, the set has no training images.",
+        "Linear probe: no top-1 score on sketch, the set has no training images.",
         "0.07 sqeuclidean = 0.265 euclidean = 0.035 cosine",
         "truncated image",
         "Gini",
@@ -147,10 +162,59 @@ def test_one_model_under_several_names_is_pointed_out(tmp_path: Path) -> None:
     assert "centers-400 = all-terms: the same weights." in html
 
 
-def test_chaining_is_pointed_out(tmp_path: Path) -> None:
+def test_what_balance_warns_of_stands_on_the_page(tmp_path: Path) -> None:
     write_run(tmp_path)
-    assert "chained together" not in page_of(tmp_path).html
+    page = page_of(tmp_path)
+    assert "doubtful" not in page.html
     result = json.loads((tmp_path / "balance" / "result.json").read_text())
-    result |= {"num_valid": 1000, "largest_group": 920}
+    result["warnings"] = ["99.3% of the images are removed <b>", "One group holds 920 of 1,000 images"]
     (tmp_path / "balance" / "result.json").write_text(json.dumps(result))
-    assert "The largest group holds 92.0 % of all pictures" in page_of(tmp_path).html
+    html = page_of(tmp_path).html
+    assert '<p class="problem">99.3% of the images are removed &lt;b&gt;</p>' in html
+    assert '<p class="problem">One group holds 920 of 1,000 images</p>' in html
+    assert "(36.4 % removed, which is doubtful, see below)" in html
+
+
+def test_what_holds_for_several_sets_is_said_once(tmp_path: Path) -> None:
+    row = {"model": "a", "model_digest": digest("a"), "task": "linear-probe", "metric": "top1", "value": None}
+    rows = [{**row, "set": name, "reason": "no training images"} for name in ("shape", "sketch", "colour")]
+    rows += [
+        {**row, "set": "shape", "task": "zero-shot", "metric": metric, "value": 0.5, "num_unreadable": 2}
+        for metric in ("top1", "top5")
+    ]
+    write_stage(tmp_path, "evaluate", {"rows": rows, "models": []})
+    html = page_of(tmp_path).html
+    assert html.count("no training images") == 1
+    assert "Linear probe: no top-1 score on shape, sketch, colour, no training images." in html
+    assert html.count("shape: 2 pictures could not be read") == 1
+
+
+def test_a_table_shows_intervals_and_a_broad_chart_has_a_narrow_twin(page: Page) -> None:
+    assert '<small class="interval">47.5\N{EN DASH}55.5</small>' in page.html
+    broad = page.html.count('<figure class="broad">')
+    assert broad == page.html.count('<div class="narrow">') == 3
+    labels = [attributes["aria-label"] for attributes in Elements(page.html).named("svg")]
+    assert all(labels)
+
+
+def test_the_corpus_own_truth_stands_on_the_page(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    assert "The corpus knows" not in page_of(run).html
+    (run / "pairs").rename(run / "made")
+    for tar in (run / "made").iterdir():
+        with tarfile.open(tar) as source:
+            members = [(m.name, source.extractfile(m).read()) for m in source.getmembers()]  # type: ignore[union-attr]
+        with_truth = []
+        for row in range(NUM_ROWS):
+            truth = {"group": {1: 0, 2: 0, 4: 4, 6: 6, 5: 6}.get(row, row)}
+            with_truth += [m for m in members if m[0].startswith(f"{row:05d}.")]
+            with_truth.append((f"{row:05d}.json", json.dumps(truth).encode()))
+        tar.unlink()
+        write_tar(run / "corpus" / "train" / tar.name, with_truth)
+    write_stage(run / "corpus", "corpus", {})
+    shutil.rmtree(run / "embed")
+    write_embed(run / "embed", sorted(map(str, (run / "corpus" / "train").iterdir())), teacher="teacher")
+    text = re.sub(r"\s+", " ", page_of(run).html)
+    # Of each shard: 1 and 2 go for 0, rightly; 4 for 0, wrongly: its scene is lost; 6 for 5, rightly.
+    assert "75.0 % of the removed pictures (6 of 8) were removed for a picture of the same scene" in text
+    assert "% of the scenes (1 of 8) lost every picture" in text

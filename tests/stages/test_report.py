@@ -93,9 +93,16 @@ def test_the_report_needs_no_torch(run: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "report" / "result.json").read_text())["absent"] == []
 
 
+IN_SIGHT = """(selector => [...document.querySelectorAll(selector)].filter(e => e.getClientRects().length)
+    .map(e => e.getBoundingClientRect()).map(b => [b.left, b.right, b.width, b.height]))"""
+
+
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1200, 400])
-def test_a_browser_shows_tables_and_pictures_without_errors_or_requests(run: Path, tmp_path: Path, width: int) -> None:
+@pytest.mark.parametrize("width", [1280, 390])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_browser_shows_tables_and_pictures_without_errors_or_requests(
+    run: Path, tmp_path: Path, width: int, scheme: str
+) -> None:
     chromium = shutil.which("chromium")
     if chromium is None:
         pytest.skip("no chromium: install Debian's package chromium to look at the page in a browser")
@@ -106,15 +113,19 @@ def test_a_browser_shows_tables_and_pictures_without_errors_or_requests(run: Pat
     requests: list[str] = []
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])
-        page = browser.new_page(viewport={"width": width, "height": 900})
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page.on("console", lambda message: errors.append(message.text))
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(address)
         pictures = page.evaluate("[...document.images].map(i => i.complete && i.naturalWidth > 0)")
         tables = page.evaluate("[...document.querySelectorAll('section > .scroll table')].map(t => t.offsetHeight)")
-        charts = page.evaluate("[...document.querySelectorAll('figure svg')].map(s => s.getBoundingClientRect().width)")
+        charts = page.evaluate(f"{IN_SIGHT}('figure svg')")
+        words = page.evaluate(f"{IN_SIGHT}('figure svg text, caption, p, li, dd')")
+        text = page.evaluate("parseFloat(getComputedStyle(document.querySelector('figure svg text')).fontSize)")
         overflow = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+        main_width = page.evaluate("document.querySelector('main').getBoundingClientRect().right")
+        wide = page.evaluate(f"{IN_SIGHT}('section > .scroll table')") if width > 1000 else []
         browser.close()
     assert errors == []
     assert [url for url in requests if not url.startswith("data:")] == [address]
@@ -123,5 +134,8 @@ def test_a_browser_shows_tables_and_pictures_without_errors_or_requests(run: Pat
     assert len(tables) >= 3
     assert all(height > 50 for height in tables)
     assert len(charts) >= 10
-    assert all(chart > 200 for chart in charts)
+    assert all(right - left > 200 for left, right, *_ in charts)
+    assert all(0 <= left < right <= width for left, right, *_ in [*charts, *words]), "no plot and no text is cut"
+    assert text >= 9, "letters of a plot can be read"
     assert overflow <= 0, "the page itself never scrolls sideways"
+    assert all(right <= main_width for _, right, *_ in wide), "tables end where the text ends"

@@ -54,9 +54,12 @@ def retrieval_scores(found: Retrieval, pairs: Int[Tensor, " m"], base: Score) ->
         for k in RECALL_AT:
             hits = ranks < k
             low, high = share_interval(hits.numpy(), clusters=clusters)
+            # Rows that are compared one by one must be independent: images are, several captions of one are not.
+            independent = direction == "image_to_text" or int(owned.max()) == 1
+            kept = base.with_hits(hits.numpy()) if k == 1 and independent else base
             scores.append(
                 dataclasses.replace(
-                    base,
+                    kept,
                     metric=f"{direction}_r{k}",
                     value=hits.double().mean().item(),
                     headline=k == 1,
@@ -110,7 +113,7 @@ def _accuracies(
         low, high = share_interval(hits.numpy(), strata=within)
         scores.append(
             dataclasses.replace(
-                base,
+                base.with_hits(hits.numpy()) if metric == "top1" else base,
                 metric=metric,
                 value=hits.double().mean().item() if within is None else mean_per_class(hits, labels),
                 headline=metric == headline,

@@ -9,23 +9,32 @@ from typing import Any
 from markupsafe import Markup
 
 from distilclip.report import figures
-from distilclip.report.comparison import Model, Table
+from distilclip.report.comparison import Cell, Model, Table
 from distilclip.sets.score import title
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
-    """A figure: its SVG, the name of its file without suffix, and what it shows in words."""
+    """A figure: its SVG, the name of its file without suffix, and what it shows in words.
+
+    `narrow` is the same figure for a phone, where the other would be too wide.
+    """
 
     name: str
     svg: str
     label: str
     caption: str = ""
+    narrow: str = ""
 
     @property
     def inline(self) -> Markup:
         """Return the SVG as an element of the page."""
         return figures.inline(self.svg, label=self.label)
+
+    @property
+    def inline_narrow(self) -> Markup:
+        """Return the narrow SVG as an element of the page; nothing where there is none."""
+        return figures.inline(self.narrow, label=self.label) if self.narrow else Markup()
 
 
 def training_charts(models: Sequence[Model]) -> list[Chart]:
@@ -59,20 +68,34 @@ def standings_chart(table: Table) -> Chart | None:
     """Draw the scores of all models on every set of the table, or return None for a single model."""
     rows = []
     for place, column in enumerate(table.columns):
-        values = {r.model.name: v for r in table.rows if (v := r.cells[place].value) is not None}
+        cells = {row.model.name: row.cells[place] for row in table.rows}
+        values = {name: cell.value for name, cell in cells.items() if cell.value is not None}
         if column.metric and values:
             label = f"{title(column.task)}: {column.set}"
             if column.task == "retrieval":
                 label = f"{column.set}: {title(column.metric)}"
-            rows.append(figures.Standing(label=label, values=values, chance=column.chance))
+            reach = {name: reach for name, cell in cells.items() if (reach := _reach(cell)) is not None}
+            rows.append(figures.Standing(label=label, values=values, chance=column.chance, reach=reach))
     if not rows or len(table.rows) < 2:
         return None
     series = {row.model.name: row.model.series for row in table.rows}
+    several = any(row.num_seeds > 1 for row in table.rows)
     return Chart(
         name="standings",
         svg=figures.standings(rows, series),
+        narrow=figures.standings(rows, series, width=figures.NARROW),
         label=f"One row per evaluation set with a dot for each of {', '.join(series)}; the numbers are in the table",
+        caption="Lines: 95 % intervals over the test pictures"
+        + ("; where a dot is a mean over seeds, one standard deviation to either side." if several else "."),
     )
+
+
+def _reach(cell: Cell) -> tuple[float, float] | None:
+    if cell.low is not None and cell.high is not None:
+        return cell.low, cell.high
+    if cell.spread is not None and cell.value is not None:
+        return cell.value - cell.spread, cell.value + cell.spread
+    return None
 
 
 def threshold_chart(curve: Sequence[figures.CurvePoint], metric: str, threshold: float, number: int) -> Chart:
@@ -80,6 +103,7 @@ def threshold_chart(curve: Sequence[figures.CurvePoint], metric: str, threshold:
     return Chart(
         name="threshold" + (f"-{number + 1}" if number else ""),
         svg=figures.threshold_curve(curve, metric=metric, threshold=threshold),
+        narrow=figures.threshold_curve(curve, metric=metric, threshold=threshold, width=figures.NARROW),
         label="Removed share, number of groups and largest group against the threshold; the table has the numbers",
     )
 
@@ -90,9 +114,11 @@ def cluster_chart(result: dict[str, Any], number: int) -> Chart:
     label = f"Cluster sizes, from {sizes['smallest']} to {sizes['largest']} images"
     if before:
         label += f"; before balance from {before['smallest']} to {before['largest']}"
+    histograms = sizes["histogram"], before["histogram"] if before else None
     return Chart(
         name="cluster-sizes" + (f"-{number + 1}" if number else ""),
-        svg=figures.cluster_sizes(sizes["histogram"], before["histogram"] if before else None),
+        svg=figures.cluster_sizes(*histograms),
+        narrow=figures.cluster_sizes(*histograms, width=figures.NARROW),
         label=label,
     )
 
@@ -100,4 +126,4 @@ def cluster_chart(result: dict[str, Any], number: int) -> Chart:
 def _training_caption(name: str, words: dict[str, str]) -> str:
     if name == "loss":
         return "weighted sum of each model's own terms: compare shapes, not heights"
-    return words.get(name, "mean over the batch, against the teacher")
+    return words.get(name, "")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
+from distilclip.report.evidence import Difference, difference, mean_interval_of, mean_of, seeds_difference
 from distilclip.report.load import Results, TrainRun
+from distilclip.report.seeds import common_name, recipe_digests
 from distilclip.sets.score import AVERAGED, TASKS, Score, means, title
 
 Role = Literal["teacher", "baseline", "student", "other"]
@@ -18,13 +20,17 @@ MAX_COLUMNS = 12  # a wider table does not fit a page, so each task gets a table
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """One compared model. `series` is its place in the palette, the same in every table and figure."""
+    """One compared model. `series` is its place in the palette, the same in every table and figure.
+
+    Models of one `recipe` differ in their seeds only, and share a place in the palette.
+    """
 
     name: str
     role: Role
     series: int
     num_parameters: int | None = None
     training: TrainRun | None = None
+    recipe: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,19 +47,32 @@ class Column:
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One score and its gain over the baseline, as fractions; None where there is none."""
+    """One score and its difference to the baseline, as fractions; None where there is none.
+
+    `low` and `high` are a 95 % interval over the test images. Of several seeds, `value` is their mean, and `spread`,
+    their standard deviation, stands in place of an interval.
+    """
 
     value: float | None
-    gain: float | None
+    difference: Difference | None
     best: bool
+    low: float | None = None
+    high: float | None = None
+    spread: float | None = None
+
+    @property
+    def gain(self) -> float | None:
+        """Return how much higher the score is than the baseline's."""
+        return self.difference.value if self.difference is not None else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One model's scores, a cell per column."""
+    """The scores of one model, or of all seeds of a recipe, a cell per column."""
 
     model: Model
     cells: list[Cell]
+    num_seeds: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +95,7 @@ class Table:
     def select(self, columns: Iterable[Column]) -> Table:
         """Return the same models with only some of the columns."""
         places = [self.columns.index(column) for column in columns]
-        rows = [Row(model=row.model, cells=[row.cells[i] for i in places]) for row in self.rows]
+        rows = [replace(row, cells=[row.cells[i] for i in places]) for row in self.rows]
         return Table(columns=[self.columns[i] for i in places], rows=rows)
 
     def of_task(self, task: str) -> Table:
@@ -94,10 +113,10 @@ def models(results: Results) -> list[Model]:
     """Return every model that was scored or trained: the teacher first, then baseline, students and others.
 
     Scores and trainings are joined by the digest of the weights. A teacher is a model that an embed, train or evaluate
-    folder names as its teacher. The baseline is the first student that was trained with the task term alone. Any other
-    model without a train folder is `other`.
+    folder names as its teacher. The baseline is the first student that was trained with the task term alone, in all
+    its seeds. Any other model without a train folder is `other`.
     """
-    teachers = _teachers(results)
+    teachers, recipes = _teachers(results), recipe_digests(results.folders)
     by_digest = {training.digest: training for training in reversed(results.trainings)}
     digests = {score.model: score.model_digest for score in results.scores}
     named = {name: by_digest.get(digest) for name, digest in digests.items()}
@@ -107,52 +126,101 @@ def models(results: Results) -> list[Model]:
             named[name], digests[name] = unscored, unscored.digest
 
     roles: dict[str, Role] = {}
+    recipe = {n: f"{recipes[t.path]} {t.weights}" if t is not None else "" for n, t in named.items()}
     for name, training in named.items():
         path = training.path.rstrip("/") if training is not None else None
         if {name, digests[name]} & teachers or (path and any(f"{t}/".startswith(f"{path}/") for t in teachers)):
             roles[name] = "teacher"
         elif training is None:
             roles[name] = "other"
-        elif not training.distilled and "baseline" not in roles.values():
+        elif not training.distilled and {recipe[n] for n, role in roles.items() if role == "baseline"} <= {
+            recipe[name]
+        }:
             roles[name] = "baseline"
         else:
             roles[name] = "student"
     order: list[Role] = ["teacher", "baseline", "student", "other"]
     ordered = sorted(named, key=lambda name: order.index(roles[name]))
     num_teachers = sum(role == "teacher" for role in roles.values())
+    places = {key: place for place, key in enumerate(dict.fromkeys(recipe[n] or n for n in ordered[num_teachers:]))}
     return [
         Model(
             name=name,
             role=roles[name],
-            series=max(0, place - num_teachers + 1),
+            series=0 if roles[name] == "teacher" else 1 + places[recipe[name] or name],
             num_parameters=results.num_parameters.get(digests[name]),
             training=named[name],
+            recipe=recipe[name],
         )
-        for place, name in enumerate(ordered)
+        for name in ordered
     ]
 
 
 def compare(scores: Sequence[Score], compared: Sequence[Model]) -> Table:
-    """Return the headline scores of all models, and their gains over the baseline."""
+    """Return the headline scores of all models, the seeds of a recipe together, and their gains over the baseline."""
     columns = _headline_columns(scores)
-    values = {(s.model, s.task, s.set, s.metric): s.value for s in scores}
-    scored = [model for model in compared if any(score.model == model.name for score in scores)]
-    grid = {m.name: [_value(values, m.name, column, columns) for column in columns] for m in scored}
-    baseline = next((grid[m.name] for m in scored if m.role == "baseline"), [None] * len(columns))
-    students = [grid[m.name] for m in scored if m.role in ("baseline", "student")]
+    known = {(s.model, s.task, s.set, s.metric): s for s in scores if s.value is not None}
+    seeds = _seeds_of([model for model in compared if any(score.model == model.name for score in scores)])
+    grid = [[_measured(known, models, column, columns) for column in columns] for models in seeds]
+    baseline = next((g for models, g in zip(seeds, grid, strict=True) if models[0].role == "baseline"), None)
+    students = [g for models, g in zip(seeds, grid, strict=True) if models[0].role in ("baseline", "student")]
     best = [
-        max((value for value in column if value is not None), default=None) for column in zip(*students, strict=True)
+        max((value for measured in column if (value := _value(measured)) is not None), default=None)
+        for column in zip(*students, strict=True)
     ]
     rows = []
-    for model in scored:
-        cells = []
-        for place, value in enumerate(grid[model.name]):
-            base = baseline[place] if model.role != "baseline" else None
-            top = best[place] if len(students) > 1 and model.role in ("baseline", "student") else None
-            gain = None if value is None or base is None else value - base
-            cells.append(Cell(value=value, gain=gain, best=value is not None and _ties(value, top)))
-        rows.append(Row(model=model, cells=cells))
+    for models, measured in zip(seeds, grid, strict=True):
+        first, several = models[0], len(models) > 1
+        base = baseline if baseline is not None and first.role != "baseline" else [[] for _ in columns]
+        ranked = best if len(students) > 1 and first.role in ("baseline", "student") else [None] * len(columns)
+        cells = [_cell(ours, theirs, top) for ours, theirs, top in zip(measured, base, ranked, strict=True)]
+        named = replace(first, name=common_name([model.name for model in models])) if several else first
+        rows.append(Row(model=named, cells=cells, num_seeds=len(models)))
     return Table(columns=columns, rows=rows)
+
+
+Measured = list[list[Score]]  # of every seed, the scores that a cell is the mean of
+
+
+def _seeds_of(scored: Sequence[Model]) -> list[list[Model]]:
+    """Return the models by recipe, in their order; weights that have two names count once each."""
+    found: dict[str, list[Model]] = {}
+    for model in scored:
+        found.setdefault(model.recipe or f"model {model.name}", []).append(model)
+    split = []
+    for models in found.values():
+        digests = {model.training.digest for model in models if model.training is not None}
+        split += [models] if len(digests) == len(models) else [[model] for model in models]
+    return split
+
+
+def _measured(
+    known: Mapping[tuple[str, str, str, str], Score], models: Sequence[Model], column: Column, columns: Sequence[Column]
+) -> Measured:
+    """Return the scores of a cell; only a model with a score on every set has a mean."""
+    averaged = [column]
+    if column.members:
+        averaged = [c for c in columns if c.task == column.task and c.metric and c.set in column.members]
+    keys = [[(model.name, c.task, c.set, c.metric) for c in averaged] for model in models]
+    return [[known[key] for key in seed] for seed in keys if known.keys() >= set(seed)]
+
+
+def _value(measured: Measured) -> float | None:
+    return statistics.fmean(mean_of(scores) for scores in measured) if measured else None
+
+
+def _cell(measured: Measured, baseline: Measured, best: float | None) -> Cell:
+    value = _value(measured)
+    if value is None:
+        return Cell(value=None, difference=None, best=False)
+    gained = None
+    if baseline and len(measured) == len(baseline) == 1:
+        gained = difference(measured[0], baseline[0])
+    elif baseline:
+        gained = seeds_difference(*([mean_of(scores) for scores in seeds] for seeds in (measured, baseline)))
+    low, high = (mean_interval_of(measured[0]) if len(measured) == 1 else None) or (None, None)
+    spread = statistics.stdev(mean_of(scores) for scores in measured) if len(measured) > 1 else None
+    return Cell(value=value, difference=gained, best=_ties(value, best), low=low, high=high, spread=spread)
 
 
 def _ties(value: float, best: float | None) -> bool:
@@ -189,18 +257,6 @@ def _mean_columns(task: str, columns: Sequence[Column], sets: Sequence[str]) -> 
         chance = statistics.fmean(known) if len(known) == len(chances) else None
         found.append(Column(task=task, set=mean.name, metric="", chance=chance, members=mean.sets))
     return found
-
-
-def _value(
-    values: dict[tuple[str, str, str, str], float | None], model: str, column: Column, columns: Sequence[Column]
-) -> float | None:
-    """Return the value of one cell; only a model with a score on every set has a mean."""
-    if not column.members:
-        return values.get((model, column.task, column.set, column.metric))
-    averaged = [c for c in columns if c.task == column.task and c.metric and c.set in column.members]
-    parts = [values.get((model, c.task, c.set, c.metric)) for c in averaged]
-    known = [part for part in parts if part is not None]
-    return statistics.fmean(known) if len(known) == len(parts) else None
 
 
 def _teachers(results: Results) -> set[str]:

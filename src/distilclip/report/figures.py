@@ -9,23 +9,26 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import matplotlib as mpl
 import numpy as np
+from jaxtyping import Float
 from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from distilclip.report.load import Series
 from distilclip.report.phrases import magnitude, significant
-from distilclip.vectors.metric import equivalents
+from distilclip.vectors.tolerance import equivalents
 
 # CSS variable -> colour on white. The page's style sheet holds the colours on black under the same names.
 PALETTE = {
+    "--paper": "#ffffff",
     "--ink": "#1c2127",
     "--muted": "#5d6773",
     "--line": "#dde1e6",
@@ -42,6 +45,7 @@ NUM_SERIES = 8
 MAX_POINTS = 250  # of a line: more cannot be seen at the width of a page
 
 WIDTH = 10.9  # inches of a figure as wide as the text; one inch is 96 px on the page
+NARROW = 3.7  # inches of the same figure for a phone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,15 @@ class Line:
 
 @dataclass(frozen=True, kw_only=True)
 class Standing:
-    """The scores of all models on one set: fractions by model name, and chance where it is known."""
+    """The scores of all models on one set: fractions by model name, and chance where it is known.
+
+    `reach` holds the low and the high end of the line through a model's dot, where it has one.
+    """
 
     label: str
     values: dict[str, float]
     chance: float | None
+    reach: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +104,10 @@ def thin(series: Series, num_points: int = MAX_POINTS) -> Series:
     return Series(step=series.step[bounds[1:] - 1], value=means)
 
 
-def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: float) -> str:
+def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: float, width: float = WIDTH) -> str:
     """Draw removed share, number of groups and largest group against the threshold, in all three metrics.
 
-    The dashed line is the chosen `threshold`; it and the points are in `metric`.
+    The dashed line is the chosen `threshold`; it and the points are in `metric`. `width` is in inches.
     """
     x = [point.threshold for point in points]
     rows: dict[str, tuple[Sequence[float], str]] = {
@@ -107,8 +115,9 @@ def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: flo
         "groups": ([point.num_groups for point in points], "--series-4"),
         "largest group": ([point.largest_group for point in points], "--series-3"),
     }
-    with _style("threshold"):
-        figure, panels = _panels(list(rows), width=WIDTH, height=5.6, left=1.6, bottom=0.75)
+    with _style(f"threshold {width}"):
+        left = 1.6 if width == WIDTH else 1.1
+        figure, panels = _panels(list(rows), width=width, height=5.6, left=left, bottom=0.75)
         for axes, (values, colour) in zip(panels, rows.values(), strict=True):
             axes.plot(x, values, color=PALETTE[colour], linewidth=1.7)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -125,69 +134,112 @@ def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: flo
             textcoords="offset points",
             ha="right" if late else "left",
         )
-        _metric_axis(panels[-1], metric)
+        _metric_axis(panels[-1], metric, narrow=width < WIDTH)
         return _svg(figure)
 
 
-def cluster_sizes(after: Sequence[int], before: Sequence[int] | None) -> str:
-    """Draw how many clusters have 0, 1, 2 to 3, 4 to 7, ... images, after balance and before it."""
+def cluster_sizes(after: Sequence[int], before: Sequence[int] | None, *, width: float = WIDTH) -> str:
+    """Draw how many clusters have 0, 1, 2 to 3, 4 to 7, ... images, after balance and before it.
+
+    `width` is in inches; a narrow figure names each bar by the smallest size.
+    """
     names = ["0", "1", *(f"{2**i} to {2 ** (i + 1) - 1}" for i in range(1, 64))][: max(len(after), len(before or ()))]
-    with _style("cluster sizes"):
-        figure, (axes,) = _panels(["number of clusters"], width=WIDTH, height=2.5, left=0.6, bottom=0.5)
+    if width < WIDTH:
+        names = [name.split(" ")[0] for name in names]
+    with _style(f"cluster sizes {width}"):
+        top = 0.28 if width == WIDTH else 0.5  # of a narrow figure the legend stands below the name
+        figure, (axes,) = _panels(["number of clusters"], width=width, height=2.22 + top, left=0.5, bottom=0.5, top=top)
+        axes.set_title("number of clusters", loc="left", fontsize=9.5, fontweight="bold", pad=72 * (top - 0.2))
         bars = [("kept images", after, "--series-2")]
         if before is not None:
             bars.insert(0, ("before balance", before, "--muted"))
-        width = 0.8 / len(bars)
+        bar = 0.8 / len(bars)
         for place, (label, heights, colour) in enumerate(bars):
-            left = np.arange(len(heights)) - 0.4 + place * width
-            axes.bar(left, heights, width=0.94 * width, align="edge", color=PALETTE[colour], label=label)
+            left = np.arange(len(heights)) - 0.4 + place * bar
+            axes.bar(left, heights, width=0.94 * bar, align="edge", color=PALETTE[colour], label=label)
         if before is not None:
-            axes.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2, borderaxespad=0.2)
+            side, place = ("lower right", (1, 1)) if width == WIDTH else ("lower left", (0, 1))
+            axes.legend(loc=side, bbox_to_anchor=place, ncols=2, borderaxespad=0.2)
         axes.grid(axis="x", visible=False)
         axes.set_xticks(range(len(names)), names)
-        axes.set_xlabel("images in a cluster", loc="right")
+        axes.set_xlabel("images in a cluster" + (", at least" if width < WIDTH else ""), loc="right")
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
         return _svg(figure)
 
 
-def standings(rows: Sequence[Standing], series: dict[str, int]) -> str:
-    """Draw a dot for each model and set: the teacher hollow, chance a tick. `series` are places in the palette."""
+def standings(rows: Sequence[Standing], series: dict[str, int], *, width: float = WIDTH) -> str:
+    """Draw a dot for each model and set: the teacher hollow, chance a tick, and a line for the reach of each score.
+
+    `series` are places in the palette. Models lie one below the other in a row: no line hides another.
+    A `width` (inches) of less than the page's puts the names of the sets above the rows.
+    """
+    narrow = width < WIDTH
     longest = max(len(row.label) for row in rows)
+    columns = 6 if not narrow else 3
+    row_height, top = (0.16 + 0.075 * len(series)) + 0.2 * narrow, 0.2 + 0.2 * -(-(len(series) + 1) // columns)
     heights = np.arange(len(rows))[::-1]
-    with _style("standings"):
-        figure, (axes,) = _panels(
-            [""], width=WIDTH, height=0.75 + 0.3 * len(rows), left=0.3 + 0.075 * longest, bottom=0.3, top=0.4
-        )
+    with _style(f"standings {width}"):
+        left = 0.12 if narrow else 0.3 + 0.075 * longest
+        height = 0.35 + top + row_height * len(rows)
+        figure, (axes,) = _panels([""], width=width, height=height, left=left, bottom=0.3, top=top)
         axes.grid(axis="y", visible=False)
-        for height, row in zip(heights, rows, strict=True):
-            values = [100 * value for value in row.values.values()]
-            axes.hlines(height, min(values), max(values), color=PALETTE["--line"], linewidth=3, zorder=1)
+        for place, row in zip(heights, rows, strict=True):
             if row.chance is not None:
-                axes.plot([100 * row.chance], [height], "|", color=PALETTE["--muted"], markersize=9, zorder=2)
-        dots = []
-        for name, place in series.items():
-            colour = _line_style(place)["color"]
-            places = [(100 * row.values[name], h) for row, h in zip(rows, heights, strict=True) if name in row.values]
-            dots += axes.plot(
-                *zip(*places, strict=True),
-                "o",
-                color=colour,
-                markerfacecolor="none" if place == 0 else colour,
-                markeredgewidth=1.6,
-                markersize=6.5,
-                zorder=3 + place,
-            )
+                axes.plot([100 * row.chance], [place], "|", color=PALETTE["--muted"], markersize=9, zorder=2)
+            if place:
+                axes.axhline(place - 0.5, color=PALETTE["--line"], linewidth=0.7, zorder=0)
+            if narrow:
+                axes.text(0, place + 0.46, row.label, va="top", transform=axes.get_yaxis_transform())
+        dots = _dots(axes, rows, heights - 0.2 * narrow, series, spread=0.5 if narrow else 0.66)
         if any(row.chance is not None for row in rows):
             dots += axes.plot([], [], "|", color=PALETTE["--muted"], markersize=9)
-        axes.set_yticks(heights, [row.label for row in rows])
+        axes.set_yticks(heights, ["" if narrow else row.label for row in rows])
         axes.tick_params(axis="y", labelcolor=PALETTE["--ink"])
-        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_ylim(-0.5, len(rows) - 0.5)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
         names = [*series, "chance"][: len(dots)]  # as labels, matplotlib would leave out those that begin with `_`
-        axes.legend(dots, names, loc="lower left", bbox_to_anchor=(0, 1), ncols=6, handletextpad=0.2, columnspacing=1.4)
+        axes.legend(
+            dots,
+            names,
+            loc="lower left",
+            bbox_to_anchor=(0, 1),
+            ncols=columns,
+            borderaxespad=0.3,
+            handletextpad=0.2,
+            columnspacing=1.4,
+        )
         return _svg(figure)
+
+
+def _dots(
+    axes: Axes, rows: Sequence[Standing], heights: Float[np.ndarray, " r"], series: dict[str, int], *, spread: float
+) -> list[Line2D]:
+    """Draw the dots of each model with their lines, the models spread over a share of a row; return the dots."""
+    dots = []
+    offsets = spread * (0.5 - (np.arange(len(series)) + 0.5) / len(series))
+    for (name, place), offset in zip(series.items(), offsets, strict=True):
+        colour = _line_style(place)["color"]
+        for row, height in zip(rows, heights, strict=True):
+            if name in row.reach:
+                low, high = row.reach[name]
+                axes.hlines(height + offset, 100 * low, 100 * high, color=colour, linewidth=1.3, zorder=2)
+        places = [
+            (100 * row.values[name], height + offset)
+            for row, height in zip(rows, heights, strict=True)
+            if name in row.values
+        ]
+        dots += axes.plot(
+            *zip(*places, strict=True),
+            "o",
+            color=colour,
+            markerfacecolor=PALETTE["--paper"] if place == 0 else colour,
+            markeredgewidth=1.4,
+            markersize=5,
+            zorder=3 + place,
+        )
+    return dots
 
 
 def inline(svg: str, *, label: str) -> Markup:
@@ -263,7 +315,7 @@ def _line_style(series: int) -> dict[str, Any]:
     return {"color": PALETTE[f"--series-{series % NUM_SERIES}"], "linestyle": dashes, "linewidth": 1.4}
 
 
-def _metric_axis(axes: Axes, metric: str) -> None:
+def _metric_axis(axes: Axes, metric: str, *, narrow: bool) -> None:
     """Label the threshold's axis in three rows: the metric of balance first, then the same in the other two."""
     others = [name for name in equivalents(1.0, metric) if name != metric]
 
@@ -273,11 +325,11 @@ def _metric_axis(axes: Axes, metric: str) -> None:
         same = equivalents(value, metric)
         return "\n".join(significant(same[name]) for name in (metric, *others))
 
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=3 if narrow else 7, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(label))
     axes.set_xlim(left=0)
     axes.annotate(
-        "\n".join([f"{metric} distance", *(f"= {name}" for name in others)]),
+        "\n".join([metric if narrow else f"{metric} distance", *(f"= {name}" for name in others)]),
         (0, 0),
         xycoords="axes fraction",
         xytext=(-18, -3.5),

@@ -149,6 +149,7 @@ def _template() -> jinja2.Template:
         percent=phrases.percent,
         gain=phrases.gain,
         shorten=phrases.shorten,
+        breakable=phrases.breakable,
         plain=phrases.plain,
         title=title,
         in_metrics=in_metrics,

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
+
+from markupsafe import Markup, escape
 
 DASH = "\N{EN DASH}"  # where there is no number
 MINUS = "\N{MINUS SIGN}"
@@ -11,6 +14,11 @@ MINUS = "\N{MINUS SIGN}"
 def count(value: int | float | None) -> str:
     """Return 1234567 as `1,234,567`; a dash where there is none."""
     return DASH if value is None else f"{int(value):,}"
+
+
+def number(value: int, noun: str) -> str:
+    """Return `1 set`, `2 sets`."""
+    return f"{count(value)} {noun}" + ("" if value == 1 else "s")
 
 
 def magnitude(value: int | float | None) -> str:
@@ -50,6 +58,11 @@ def gain(fraction: int | float | None) -> str:
 def shorten(text: str, length: int = 300) -> str:
     """Cut a text to `length` characters with an ellipsis: a caption can be as long as a web page."""
     return text if len(text) <= length else text[: length - 1].rstrip() + "…"
+
+
+def breakable(name: str) -> Markup:
+    """Let a browser break a long name after its underscores and slashes."""
+    return Markup(re.sub(r"([_/])", r"\1<wbr>", str(escape(name))))
 
 
 def plain(value: Any) -> str:

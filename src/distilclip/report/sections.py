@@ -23,6 +23,7 @@ from distilclip.report.gallery import (
     read_strips,
 )
 from distilclip.report.load import Results
+from distilclip.report.truth import Truth, read_truth
 from distilclip.stage_folder import StageRecord
 
 
@@ -44,7 +45,8 @@ class GallerySize:
 class Section:
     """What the page shows of one balance or cluster folder. `problem` says why there are no pictures.
 
-    Of balance, `curve` holds a few points of the chart for the table, `chosen` the one nearest to the threshold.
+    Of balance, `curve` holds a few points of the chart for the table, `chosen` the one nearest to the threshold, and
+    `truth` what the made-up corpus knows of the choice.
     """
 
     record: StageRecord
@@ -54,6 +56,7 @@ class Section:
     problem: str
     curve: tuple[CurvePoint, ...] = ()
     chosen: CurvePoint | None = None
+    truth: Truth | None = None
 
 
 def balance_sections(results: Results, size: GallerySize) -> list[Section]:
@@ -75,6 +78,7 @@ def balance_sections(results: Results, size: GallerySize) -> list[Section]:
                 problem=problem,
                 curve=tuple(curve[place] for place in _few_places(len(curve), nearest)),
                 chosen=curve[nearest] if curve else None,
+                truth=_truth(record, results) if not problem else None,
             )
         )
     return found
@@ -88,6 +92,13 @@ def cluster_sections(results: Results, size: GallerySize) -> list[Section]:
         chart = cluster_chart(record.result, number)
         found.append(Section(record=record, chart=chart, strips=strips, problem=problem))
     return found
+
+
+def _truth(record: StageRecord, results: Results) -> Truth | None:
+    try:
+        return read_truth(record, _open_store(record, results), results.finished("corpus"))
+    except InputError:
+        return None  # other tars lie there now; the gallery says what it could read
 
 
 Strips = dict[str, list[Strip]]  # by the heading over them

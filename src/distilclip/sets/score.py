@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool
 
 from distilclip.sets.catalogue import CATALOGUE, GROUPS
-
-Task = Literal["zero-shot", "linear-probe", "retrieval", "agreement"]
 
 TASKS = {
     "zero-shot": "Zero-shot",
@@ -43,7 +45,8 @@ class Score:
 
     `value` is None where there is none, and `reason` says why. `headline` marks the metric that the set is known by.
     `chance` is what guessing gets, `majority` what always answering the most frequent class gets. `details` say how the
-    score was measured.
+    score was measured. `outcomes` say which test images counted (see `hits`), so that two models can be compared image
+    by image.
     """
 
     model: str = ""
@@ -62,6 +65,7 @@ class Score:
     num_classes: int | None = None
     reason: str = ""
     details: dict[str, Any] = field(default_factory=dict)
+    outcomes: str = ""
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any]) -> Score:
@@ -80,6 +84,18 @@ class Score:
     def with_details(self, **details: Any) -> Score:
         """Return the same score with more details of how it was measured."""
         return dataclasses.replace(self, details={**self.details, **details})
+
+    def with_hits(self, hits: Bool[np.ndarray, " n"]) -> Score:
+        """Return the same score with whether each test image counted: a bit each, in the order of the set, in base64."""
+        return dataclasses.replace(self, outcomes=base64.b64encode(np.packbits(hits).tobytes()).decode())
+
+    @property
+    def hits(self) -> Bool[np.ndarray, " n"] | None:
+        """Whether each test image counted, in the order of the set; None where that was not written down."""
+        if not self.outcomes:
+            return None
+        packed = np.frombuffer(base64.b64decode(self.outcomes), np.uint8)
+        return np.unpackbits(packed, count=self.num_test).astype(bool)
 
 
 @dataclass(frozen=True)

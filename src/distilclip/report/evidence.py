@@ -1,0 +1,133 @@
+"""Say how far apart two scores are, and whether that is more than chance: by the same test images, or by several seeds.
+
+>>> new = np.array([True, True, True, True, False, False])
+>>> old = np.array([True, False, False, False, False, True])
+>>> found = paired_difference([(new, old)])  # 3 images gained, 1 lost, of 6
+>>> round(found.value, 3), round(found.p, 3), found.num_images
+(0.333, 0.625, 6)
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from jaxtyping import Bool
+from scipy import stats
+
+from distilclip.sets.score import Score
+
+Hits = Bool[np.ndarray, " n"]
+Z = 1.959963984540054  # half the width of a 95 % interval, in standard errors
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How much higher one score is than another, as a fraction, with a 95 % interval where there is one.
+
+    `basis` says what would be drawn again: test `images` that both models saw (`num_images`, and the `p` of the paired
+    test), the images of each score by itself (`scores`), or the `seeds` of the trainings.
+    """
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    basis: Literal["images", "scores", "seeds"] = "scores"
+    num_images: int = 0
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.low is not None and self.high is not None and not self.low <= 0 <= self.high
+
+
+def difference(scores: Sequence[Score], baseline: Sequence[Score]) -> Difference:
+    """Compare a model's mean over some sets with the baseline's on the same sets, in the same order."""
+    pairs = [
+        (ours, theirs)
+        for one, other in zip(scores, baseline, strict=True)
+        if (ours := one.hits) is not None
+        and (theirs := other.hits) is not None
+        and one.metric == other.metric
+        and (one.num_test, one.num_unreadable) == (other.num_test, other.num_unreadable)
+    ]
+    if pairs and len(pairs) == len(scores):
+        return paired_difference(pairs)
+    value = mean_of(scores) - mean_of(baseline)
+    ours, theirs = mean_interval_of(scores), mean_interval_of(baseline)
+    if ours is None or theirs is None:
+        return Difference(value=value)
+    # Zou and Donner 2008 (MOVER): an interval of a difference from the intervals of its two parts.
+    return Difference(
+        value=value,
+        low=value - math.hypot(mean_of(scores) - ours[0], theirs[1] - mean_of(baseline)),
+        high=value + math.hypot(ours[1] - mean_of(scores), mean_of(baseline) - theirs[0]),
+    )
+
+
+def paired_difference(pairs: Sequence[tuple[Hits, Hits]]) -> Difference:
+    """Compare two models by the same images of one set or, with equal weight, of several.
+
+    The interval is that of Agresti and Min 2005: half an image is added to each of the four outcomes. The p of one set
+    is exact (McNemar), that of several is from the normal distribution.
+    """
+    values, centers, variances, tables = [], [], [], []
+    for ours, theirs in pairs:
+        gained, lost = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+        size = len(ours) + 2
+        center = (gained - lost) / size
+        values.append((gained - lost) / len(ours))
+        centers.append(center)
+        variances.append(((gained + lost + 1) / size - center**2) / size)
+        tables.append((gained, lost))
+    center, error = statistics.fmean(centers), math.sqrt(sum(variances)) / len(pairs)
+    if len(pairs) == 1:
+        gained, lost = tables[0]
+        p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    else:
+        p = float(2 * stats.norm.sf(abs(center) / error))
+    return Difference(
+        value=statistics.fmean(values),
+        low=center - Z * error,
+        high=center + Z * error,
+        p=p,
+        basis="images",
+        num_images=sum(len(ours) for ours, _ in pairs),
+    )
+
+
+def seeds_difference(values: Sequence[float], baseline: Sequence[float]) -> Difference:
+    """Compare two recipes by their seeds: Welch's t interval. There is none unless both have several seeds."""
+    value = statistics.fmean(values) - statistics.fmean(baseline)
+    if min(len(values), len(baseline)) < 2 or not statistics.stdev([*values]) + statistics.stdev([*baseline]):
+        return Difference(value=value, basis="seeds")
+    found = stats.ttest_ind(values, baseline, equal_var=False)
+    low, high = found.confidence_interval(0.95)
+    return Difference(value=value, low=float(low), high=float(high), p=float(found.pvalue), basis="seeds")
+
+
+def mean_of(scores: Sequence[Score]) -> float:
+    """Return the mean of some scores, which all have a value."""
+    return statistics.fmean(score.value for score in scores if score.value is not None)
+
+
+def mean_interval_of(scores: Sequence[Score]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean over sets, whose images are independent; None where a score has none.
+
+    >>> one = Score(set="a", task="zero-shot", metric="top1", value=0.5, low=0.4, high=0.6)
+    >>> [round(bound, 4) for bound in mean_interval_of([one, one])]  # half of sqrt(2) tenths to either side
+    [0.4293, 0.5707]
+    """
+    below, above = [], []
+    for score in scores:
+        if score.value is None or score.low is None or score.high is None:
+            return None
+        below.append(score.value - score.low)
+        above.append(score.high - score.value)
+    mean = mean_of(scores)
+    return mean - math.hypot(*below) / len(scores), mean + math.hypot(*above) / len(scores)
