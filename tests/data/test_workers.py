@@ -49,9 +49,74 @@ print(*{next(batches) for _ in range(20)}, flush=True)
 """
 
 
-def start(code: str) -> subprocess.Popen[str]:
+# Five results of 4 MB each where shared memory holds one: all arrive, and one line says that they are slow.
+LARGE = """
+import torch
+from torch.utils.data import Dataset
+from distilclip.data.workers import map_tasks
+
+class Large(Dataset):
+    def __getitem__(self, task):
+        return task, [torch.full((1 << 22,), task, dtype=torch.uint8)], "words"
+
+found = list(map_tasks(Large(), range(5), num_workers=2))
+assert [task for task, _, _ in found] == list(range(5))
+assert all((rows == task).all() and len(rows) == 1 << 22 for task, (rows,), _ in found)
+"""
+
+# A loader process that is killed, as by the kernel where memory runs out.
+KILLED = """
+import os, signal, time
+from torch.utils.data import Dataset
+from distilclip.data.workers import map_tasks
+from distilclip.errors import InputError
+
+class Greedy(Dataset):
+    def __getitem__(self, task):
+        if task == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return task
+
+results = map_tasks(Greedy(), range(6), num_workers=1)
+assert next(results) == 0
+time.sleep(1)  # what the caller computes is not disturbed
+try:
+    list(results)
+except InputError as error:
+    print(error)
+"""
+
+# Loader processes whose storage does not answer.
+HUNG = """
+import time
+from torch.utils.data import Dataset
+from distilclip.data import workers
+from distilclip.errors import InputError
+
+class Hung(Dataset):
+    def __getitem__(self, task):
+        time.sleep(0 if task < 1 else 2.5 if task < 2 else 600)
+        return task
+
+workers.MOST_SECONDS, workers._CHECK_SECONDS = 4, 1
+results = workers.map_tasks(Hung(), range(6), num_workers=1)
+try:
+    for result in results:
+        print(result)
+except InputError as error:
+    print(error)
+"""
+
+SMALL_MEMORY = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=6m tmpfs /dev/shm && exec "$@"', "sh"]
+
+
+def can_mount() -> bool:
+    return subprocess.run([*SMALL_MEMORY, "true"], capture_output=True, check=False).returncode == 0
+
+
+def start(code: str, *, within: list[str] | None = None) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", code]
+    command = [*(within or []), sys.executable, "-c", code]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, start_new_session=True, stdout=pipe, stderr=pipe, text=True, env=environment)
 
@@ -76,6 +141,33 @@ def test_loader_processes_end_with_their_parent() -> None:
     for process in processes:
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder on Linux")
+def test_results_arrive_where_shared_memory_is_too_small() -> None:
+    if not can_mount():
+        pytest.skip("no right to mount a small /dev/shm")
+    job = start(LARGE, within=SMALL_MEMORY)
+    try:
+        _, errors = job.communicate(timeout=60)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL) if job.poll() is None else None
+    assert job.returncode == 0, errors
+    assert errors.count("--shm-size") == errors.count("\n") == 1
+
+
+def test_a_loader_process_that_is_killed_is_one_sentence() -> None:
+    written, errors = start(KILLED).communicate(timeout=120)
+    assert "A loader process was killed" in written, errors
+    assert "--num-workers" in written
+    assert written.count("\n") == 1
+
+
+def test_results_may_be_late_but_not_for_ever() -> None:
+    written, errors = start(HUNG).communicate(timeout=120)
+    first, second, sentence = written.splitlines()
+    assert (first, second) == ("0", "1"), errors
+    assert "gave nothing in 4 s" in sentence
 
 
 def test_workers_share_the_cores_with_the_trainings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:

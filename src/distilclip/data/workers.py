@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import io
+import itertools
 import os
+import pickle
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from distilclip.errors import InputError
+from distilclip.progress import say
 
 MOST_WORKERS = 16
+MOST_SECONDS = 1800
+"""Longest wait for one result of the loader processes: by then, the processes that train together have given up."""
+_CHECK_SECONDS = 10  # between two looks at whether the loader processes are alive
 
 Tokenize = Callable[[list[str]], Tensor]  # in a loader process: captions to token ids [n, context]
 
@@ -24,27 +32,77 @@ def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) 
     """Yield `dataset[task]` of every task, in order, computed a few ahead in `num_workers` processes (0: in this one).
 
     A task that fails for the user's data *returns* its `InputError`, which is raised here: raised in a worker it would
-    arrive as a traceback in a message.
+    arrive as a traceback in a message. Where shared memory is full (Docker gives 64 MB), results are copied instead.
+
+    Raises:
+        InputError: a task's own; or a loader process was killed, or none has answered in `MOST_SECONDS`.
     """
     parallel: dict[str, Any] = {}
     if num_workers > 0:
         # Fork shares what the dataset holds; where it is unsafe (macOS), that is copied to each process.
-        parallel = {"multiprocessing_context": "fork" if sys.platform == "linux" else "spawn", "prefetch_factor": 2}
+        context = "fork" if sys.platform == "linux" else "spawn"
+        parallel = {"multiprocessing_context": context, "prefetch_factor": 2, "timeout": _CHECK_SECONDS}
     results = DataLoader(
         dataset,
         batch_size=None,
         sampler=tasks,
         num_workers=num_workers,
-        collate_fn=_identity,
+        collate_fn=_share,
         worker_init_fn=_leave_signals_to_parent,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws its base seed from the global random state
         **parallel,
     )
-    for result in results:
+    warned = False
+    arriving = _iterate(results)
+    while (result := _wait(arriving)) is not _END:
+        if isinstance(result, _Copied):
+            if not warned:
+                say(f"Shared memory is too small ({result.error}): {_COPIED}")
+            result, warned = pickle.loads(result.content), True
         if isinstance(result, InputError):
             raise result
         yield result
+
+
+_END = object()
+_COPIED = (
+    "loader processes copy their results through pipes, which is slower. Give more shared memory (docker run "
+    "--shm-size=8g, or --ipc=host), or lower --num-workers."
+)
+
+
+def _iterate(results: DataLoader[Any]) -> Iterator[Any]:
+    """Begin the loader processes, without torch's handler of SIGCHLD: it would raise in whatever the caller does."""
+    before = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    arriving = iter(results)
+    if before is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, before)
+    return arriving
+
+
+def _wait(arriving: Iterator[Any]) -> Any:
+    """Return the next result, or `_END`. Raises `InputError` where a loader process is dead or the wait too long."""
+    for waited in itertools.count(_CHECK_SECONDS, _CHECK_SECONDS):
+        try:
+            return next(arriving, _END)
+        except RuntimeError as error:
+            words = str(error)
+            if "DataLoader worker" in words:
+                raise InputError(
+                    f"A loader process was killed ({words.splitlines()[0].rstrip('.')}), most likely because memory "
+                    "ran out. Lower --num-workers or --batch-size, or allow the job more memory."
+                ) from error
+            if "DataLoader timed out" not in words:
+                raise
+            if waited >= MOST_SECONDS:
+                raise InputError(
+                    f"The loader processes gave nothing in {waited} s. Does the storage of the data answer? "
+                    "--num-workers 0 shows where it waits."
+                ) from error
+            if waited == 60:
+                say(f"The loader processes have given nothing for {waited} s: the storage is slow, or does not answer.")
+    raise AssertionError("a count has no end")
 
 
 def default_workers() -> int:
@@ -72,5 +130,33 @@ def _leave_signals_to_parent(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _identity(result: Any) -> Any:
+@dataclass(frozen=True)
+class _Copied:
+    """A result by value, and why it does not lie in shared memory."""
+
+    content: bytes
+    error: str
+
+
+class _TensorSharer(pickle.Pickler):
+    """Moves every tensor in an object to shared memory, as sending it would do."""
+
+    def persistent_id(self, obj: Any) -> str | None:
+        if not isinstance(obj, Tensor):
+            return None
+        obj.share_memory_()
+        return "shared"
+
+
+def _share(result: Any) -> Any:
+    """Move a result of a loader process to shared memory, or copy it where that is full.
+
+    Without this a thread of the loader process would find it full, and drop the result: the parent would wait for ever.
+    """
+    if get_worker_info() is None:
+        return result
+    try:
+        _TensorSharer(io.BytesIO()).dump(result)
+    except RuntimeError as error:
+        return _Copied(pickle.dumps(result), str(error).splitlines()[0])
     return result
