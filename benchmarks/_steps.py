@@ -15,8 +15,9 @@ from distilclip.models.clip import Clip, create_clip
 from distilclip.models.heads import Heads
 from distilclip.train.class_head import ClassHead
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import Optimization, build_optimizer
-from distilclip.train.parallel import Execution, build_towers, clip_gradients_
+from distilclip.train.optimizer import build_optimizer
+from distilclip.train.parallel import build_towers, clip_gradients_
+from distilclip.train.settings import Execution, Optimization
 from distilclip.train.step import Inputs, Student, compute_gradients
 
 LEARNING_RATE = 1e-9  # so small that every repetition computes the loss of the same weights

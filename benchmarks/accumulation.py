@@ -20,7 +20,8 @@ from distilclip.losses.features import Features
 from distilclip.models.clip import create_clip
 from distilclip.models.heads import Heads
 from distilclip.train.objective import Objective, objective
-from distilclip.train.parallel import Execution, build_towers
+from distilclip.train.parallel import build_towers
+from distilclip.train.settings import Execution
 from distilclip.train.step import Inputs, Student, compute_gradients
 
 MICRO_BATCH, TEACHER_DIM = 64, 128

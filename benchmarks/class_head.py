@@ -16,7 +16,7 @@ from torch import Tensor
 from distilclip.losses.cluster import cluster, sample_classes
 from distilclip.losses.terms import StepClasses
 from distilclip.train.class_head import ClassHead
-from distilclip.train.optimizer import Optimization
+from distilclip.train.settings import Optimization
 
 SAMPLE_RATE = 0.1
 LEARNING_RATE = 1e-6

@@ -19,7 +19,7 @@ from _steps import Machine, Sizes, our_step
 
 from distilclip.plan.flops import cost_of
 from distilclip.train.objective import Objective, objective
-from distilclip.train.parallel import Execution
+from distilclip.train.settings import Execution
 
 FULL = Sizes(student="ViT-B-32", teacher="ViT-L-14", teacher_dim=768, batch=4096)
 QUICK = Sizes(student="ViT-S-32-alt", teacher="ViT-B-32", teacher_dim=512, batch=8)

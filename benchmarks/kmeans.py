@@ -14,7 +14,8 @@ from _embeddings import clip_like
 from _harness import Case, compare, is_quick
 
 from distilclip.clustering.assignment import assign
-from distilclip.clustering.kmeans import FitOptions, KMeans, first_centers, kmeans, sample_rows
+from distilclip.clustering.fit_options import FitOptions
+from distilclip.clustering.kmeans import KMeans, first_centers, kmeans, sample_rows
 from distilclip.vectors.points import Points
 
 NUM_ITERATIONS = 20

@@ -8,13 +8,14 @@ import pytest
 
 from distilclip import config, stage_folder
 from distilclip.errors import InputError
+from distilclip.options import changeable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Saving:
     save_every: int = 10
     """steps"""
-    keep: int = stage_folder.execution(2)
+    keep: int = changeable(2)
     """how many"""
 
 

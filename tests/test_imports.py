@@ -12,24 +12,27 @@ from pathlib import Path
 
 import pytest
 
+from distilclip.cli import STAGES
+
 SOURCE = Path(__file__).parents[1] / "src" / "distilclip"
 
 # From the ground up. What stands on a level imports from the levels below it, and from its own package.
 LEVELS = [
-    {"errors", "options", "devices", "files", "stage_folder", "progress"},
+    {"errors", "options", "methods", "devices", "files", "stage_folder", "progress"},
     {"losses", "vectors", "measures", "data", "corpus", "plan"},
     {"grouping", "clustering", "sets", "models"},
     {"train", "evaluate", "export", "report"},
+    {"configs"},
     {"stages"},
     {"cli", "__main__"},
 ]
 # What runs a stage, for stages and the training loop only, with what it imports itself.
 RUNNERS = {
     "config": {"errors", "files", "options"},
-    "engine": {"errors", "stage_folder"},
+    "engine": {"errors", "options"},
     "distributed": {"errors", "devices", "losses"},  # of losses only the record of what is where
 }
-USERS_OF_RUNNERS = {"config": {"stages", "cli"}, "engine": {"stages"}, "distributed": {"stages", "train"}}
+USERS_OF_RUNNERS = {"config": {"stages", "cli"}, "engine": {"configs", "stages"}, "distributed": {"stages", "train"}}
 FILES = [p for p in sorted(SOURCE.rglob("*.py")) if p.name != "__init__.py"]
 
 
@@ -103,10 +106,10 @@ def test_a_leading_underscore_keeps_other_packages_out() -> None:
 
 
 def test_no_two_modules_and_no_two_public_classes_have_one_name() -> None:
-    """A stage is called as its command is; all other modules, and all public classes, have names of their own."""
+    """A stage and its options are called as its command is; all other modules, and all public classes, have names of their own."""
     modules, classes = defaultdict(list), defaultdict(list)
     for module, path in MODULES.items():
-        if package_of(module) == "stages":
+        if package_of(module) in ("stages", "configs"):
             continue
         modules[module.split(".")[-1]].append(module)
         for node in ast.parse(path.read_text()).body:
@@ -154,6 +157,17 @@ def test_report_imports_no_torch() -> None:
 
 def test_search_imports_no_torch() -> None:
     code = "import sys, distilclip.stages.search; assert 'torch' not in sys.modules, 'torch'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_options_of_a_stage_import_nothing_heavy(stage: str) -> None:
+    """So that its help, a mistyped flag and a refused value take less than half a second."""
+    code = (
+        f"import sys, distilclip.configs.{stage}; "
+        "heavy = {'torch', 'numpy', 'pyarrow', 'fsspec', 'rich', 'jaxtyping', 'PIL'} & set(sys.modules); "
+        "assert not heavy, heavy"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

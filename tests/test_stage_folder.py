@@ -8,13 +8,14 @@ import pytest
 
 from distilclip import stage_folder
 from distilclip.errors import InputError
+from distilclip.options import changeable
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     out: str
     threshold: float = 0.1
-    num_workers: int = stage_folder.execution(1)
+    num_workers: int = changeable(1)
 
 
 def test_a_finished_folder_is_found_done(tmp_path: Path) -> None:

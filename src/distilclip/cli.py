@@ -59,11 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     from distilclip import config
     from distilclip.progress import say, summarise
 
-    stage = importlib.import_module(f"distilclip.stages.{name}")
+    options = importlib.import_module(f"distilclip.configs.{name}")
     started = time.perf_counter()
     try:
-        values = config.parse(stage.Config, argv, stage=name, description=stage.__doc__ or "")
-        result = stage.main(values)
+        values = config.parse(options.Config, argv, stage=name, description=STAGES[name])
+        result = importlib.import_module(f"distilclip.stages.{name}").main(values)
         say(summarise(result, seconds=time.perf_counter() - started, out=values.out))
     except InputError as error:
         print(f"distilclip {name}: {error}", file=sys.stderr)

@@ -19,7 +19,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import connection
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from distilclip.errors import InputError
 from distilclip.options import changeable
@@ -53,6 +53,7 @@ class Engine:
             raise InputError(f"engine_workers={self.engine_workers}; it must be at least 1.")
 
 
+@runtime_checkable
 class Workers(Protocol):
     """Where the parts of several calls are computed; see `connected`."""
 

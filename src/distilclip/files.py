@@ -12,9 +12,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import fsspec
-
-from distilclip.errors import InputError
+from distilclip.errors import InputError, did_you_mean
 
 
 def is_url(path: str) -> bool:
@@ -33,16 +31,91 @@ def absolute(path: str) -> str:
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-    """Return the fsspec file system of a path or URL, and the path inside it."""
-    return fsspec.core.url_to_fs(path)
+    """Return the fsspec file system of a path or URL, and the path inside it.
+
+    Raises:
+        InputError: there is no such kind of URL, or the package that reads it is not installed.
+    """
+    import fsspec  # here: a tenth of a second, and `distilclip --help` needs no file
+
+    protocol = path.partition("://")[0]
+    try:
+        return fsspec.core.url_to_fs(path)
+    except ImportError as error:
+        extra = EXTRAS.get(protocol)
+        install = f"pip install 'distilclip[{extra}]'" if extra else f"pip install what it names ({error})"
+        raise InputError(f"{path}: reading {protocol}:// needs a package that is not installed: {install}.") from error
+    except ValueError as error:
+        if protocol in fsspec.available_protocols():
+            raise
+        raise InputError(
+            f"{path}: no file system is known for {protocol}://. {did_you_mean(protocol, USUAL)}"
+        ) from error
+
+
+EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs"}
+USUAL = ("s3", "gs", "http", "https", "file", "memory", "hf", "abfs")
+
+
+@contextlib.contextmanager
+def explain_failure(path: str) -> Iterator[None]:
+    """Turn what a storage answers into an `InputError` with the cause and the remedy.
+
+    Local paths and missing files keep their own errors, `OSError` and `FileNotFoundError`.
+    """
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, InputError):
+        raise
+    except Exception as error:
+        cause = _cause(error, path) if is_url(path) else ""
+        if not cause:
+            raise
+        raise InputError(f"{path} cannot be reached: {cause}") from error
+
+
+def _cause(error: BaseException | None, path: str) -> str:
+    """Return what a storage's error means and what to do; empty for an error of another kind.
+
+    Storages have classes of their own, and their packages may not be installed: the names of the classes decide.
+    """
+    if error is None:
+        return ""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+    status = next((v for name in ("status", "code") if isinstance(v := getattr(error, name, None), int)), 0)
+    credentials = _CREDENTIALS.get(path.partition("://")[0], "Check the account's rights.")
+    if names & _NO_CREDENTIALS:
+        return f"there are no credentials ({said}). {credentials}"
+    if "PermissionError" in names or status in (401, 403):
+        return f"access is denied ({said}). {credentials}"
+    if names & _NO_CONNECTION:
+        return f"there is no connection ({said}). Check the network and the endpoint, then run the same command again."
+    is_answer = "OSError" in names or type(error).__module__.partition(".")[0] in _STORAGES
+    return f"{type(error).__name__}: {said}. Run the same command again, or check the URL." if is_answer else ""
+
+
+_S3 = (
+    "Give credentials (AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY), and AWS_ENDPOINT_URL where it is "
+    "not Amazon's; a public bucket needs FSSPEC_S3_ANON=true."
+)
+_GCS = (
+    "Give credentials (`gcloud auth application-default login`, or GOOGLE_APPLICATION_CREDENTIALS); a public bucket "
+    "needs FSSPEC_GS_TOKEN=anon."
+)
+_CREDENTIALS = {"s3": _S3, "s3a": _S3, "gs": _GCS, "gcs": _GCS}
+_NO_CREDENTIALS = {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "GoogleAuthError"}
+_NO_CONNECTION = {"ConnectionError", "TimeoutError", "gaierror", "ClientConnectionError", "HTTPClientError"}
+_STORAGES = {"botocore", "aiobotocore", "aiohttp", "gcsfs", "s3fs", "google", "requests", "huggingface_hub", "azure"}
 
 
 def exists(path: str) -> bool:
-    """Return whether a file or folder exists."""
+    """Return whether a file or folder exists. Raises `InputError` where a storage cannot be asked."""
     if not is_url(path):
         return os.path.exists(path)
     fs, inner = filesystem(path)
-    return bool(fs.exists(inner))
+    with explain_failure(path):
+        return bool(fs.exists(inner))
 
 
 def size(path: str) -> int:
@@ -50,7 +123,8 @@ def size(path: str) -> int:
     if not is_url(path):
         return os.path.getsize(path)
     fs, inner = filesystem(path)
-    return int(fs.size(inner))
+    with explain_failure(path):
+        return int(fs.size(inner))
 
 
 def open_read(path: str) -> Any:
@@ -58,12 +132,13 @@ def open_read(path: str) -> Any:
     if not is_url(path):
         return open(path, "rb")
     fs, inner = filesystem(path)
-    return fs.open(inner, "rb")
+    with explain_failure(path):
+        return fs.open(inner, "rb")
 
 
 def read_bytes(path: str) -> bytes:
     """Read a whole file."""
-    with open_read(path) as file:
+    with explain_failure(path), open_read(path) as file:
         return file.read()
 
 
@@ -74,7 +149,8 @@ def read_range(path: str, offset: int, length: int) -> bytes:
             file.seek(offset)
             return file.read(length)
     fs, inner = filesystem(path)
-    return fs.cat_file(inner, start=offset, end=offset + length)
+    with explain_failure(path):
+        return fs.cat_file(inner, start=offset, end=offset + length)
 
 
 def sha256(path: str) -> str:
@@ -95,7 +171,8 @@ def local_copy(path: str) -> Iterator[str]:
     with tempfile.TemporaryDirectory(prefix="distilclip-") as folder:
         copy = os.path.join(folder, os.path.basename(path))
         fs, inner = filesystem(path)
-        fs.get_file(inner, copy)
+        with explain_failure(path):
+            fs.get_file(inner, copy)
         yield copy
 
 
@@ -169,21 +246,56 @@ def expand_braces(pattern: str) -> list[str]:
 def expand(patterns: str | Sequence[str]) -> list[str]:
     """Return every file that the patterns name (braces, then globs), each once, in the order given, globs sorted.
 
-    Raises `InputError` for a pattern that matches nothing.
+    Raises:
+        InputError: a pattern matches nothing, or its place cannot be read; says which of the two.
     """
     found: dict[str, None] = {}
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if str(pattern).startswith("pipe:"):
+            raise InputError(
+                f"{str(pattern)!r} is a command for webdataset, and distilclip reads at random, which a pipe cannot. "
+                "Give the URL itself (s3://BUCKET/00000.tar), or a copy on disk."
+            )
         for path in expand_braces(str(pattern)):
-            if not any(c in path for c in "*?["):
-                matches = [path] if exists(path) else []
-            elif is_url(path):
-                fs, inner = filesystem(path)
-                matches = sorted(fs.unstrip_protocol(p) for p in fs.glob(inner))
-            else:
-                matches = sorted(glob.glob(path))
+            matches = _matches(path)
             if not matches:
-                raise InputError(
-                    f"No file matches {path!r} (from {pattern!r}). Check the path and the shell's quoting."
-                )
+                raise InputError(f"No file matches {path!r} (from {pattern!r}): {_explain_absence(path)}")
             found.update(dict.fromkeys(matches))
     return list(found)
+
+
+_WILD = "*?["
+
+
+def _matches(path: str) -> list[str]:
+    if not any(c in path for c in _WILD):
+        return [path] if exists(path) else []
+    if not is_url(path):
+        return sorted(glob.glob(path))
+    fs, inner = filesystem(path)
+    with explain_failure(path):
+        return sorted(fs.unstrip_protocol(p) for p in fs.glob(inner))
+
+
+def _explain_absence(path: str) -> str:
+    """Say why a pattern matches nothing. Raises `InputError` where its folder cannot be read."""
+    place = re.split(r"[*?\[]", path, maxsplit=1)[0]
+    folder = place.rpartition("/")[0] or ("/" if place.startswith("/") else ".")
+    if not is_url(path):
+        if not os.path.isdir(folder):
+            return f"there is no folder {folder}. Check the path."
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise InputError(f"{path} cannot be read: this user has no right to list {folder}. Ask its owner.")
+        return f"{folder} holds no such file. Check the path and the shell's quoting."
+    fs, inner = filesystem(folder if place != path else path)
+    try:
+        with explain_failure(path):
+            fs.info(inner)
+            if place != path:
+                fs.ls(inner)
+    except FileNotFoundError as error:
+        if cause := _cause(error.__cause__, path):
+            raise InputError(f"{path} cannot be reached: {cause}") from error
+        bucket = fs.unstrip_protocol(inner.split("/")[0])
+        return f"there is no {folder if place != path else path} ({error}). Check the name of {bucket} and the path."
+    return f"{folder} can be read and holds no such file. Check the path and the shell's quoting."

@@ -11,6 +11,11 @@ import typing
 from typing import Any
 
 
+def changeable(default: Any) -> Any:
+    """Declare a config field that says how to compute, not what: it may differ between a run and its resumption."""
+    return dataclasses.field(default=default, metadata={"changeable": True})
+
+
 def option_fields(config_type: Any) -> list[dataclasses.Field[Any]]:
     """Return the fields of a Config class in order, each group replaced by its own fields."""
     types = typing.get_type_hints(config_type)

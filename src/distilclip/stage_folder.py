@@ -102,11 +102,6 @@ def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any
     return record.result
 
 
-def execution(default: Any) -> Any:
-    """Declare a config field that says how to compute, not what: it may differ between a run and its resumption."""
-    return dataclasses.field(default=default, metadata={"execution": True})
-
-
 def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[str, str]] = ()) -> Folder:
     """Create a stage's folder, or open it again to resume it or to find it finished.
 
@@ -310,7 +305,7 @@ def read_metrics(path: str) -> Iterator[dict[str, Any]]:
 
 def _differences(old: dict[str, Any], new: dict[str, Any], config: Any) -> list[str]:
     fields = option_fields(type(config))
-    ignored = {f.name for f in fields if f.metadata.get("execution")} | {"out"}
+    ignored = {f.name for f in fields if f.metadata.get("changeable")} | {"out"}
     for field in fields:  # a field that an older version lacked has its default
         if field.name not in old and field.default is not dataclasses.MISSING:
             old[field.name] = json.loads(json.dumps(field.default))

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from distilclip.clustering import _assign_cpu, sketches
-from distilclip.clustering.kmeans import FitOptions, KMeans, gini, is_finished, kmeans, size_histogram
+from distilclip.clustering.kmeans import KMeans, gini, is_finished, kmeans, size_histogram
+from distilclip.clustering.fit_options import FitOptions
 from distilclip.clustering.sums import CenterSums
 from distilclip.errors import InputError
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from distilclip.data.crops import Augmentation, Crop
 from distilclip.data.decode import decode_crop
 from distilclip.data.samples import BadSample, decode_image
-from distilclip.data.views import Augmentation, Crop
 from distilclip.errors import InputError
 from tests.conftest import encoded, picture
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from distilclip.data.bad_samples import ErrorPolicy
+from distilclip.data.crops import Augmentation
 from distilclip.data.shards import OpenShards
 from distilclip.data.side_files import Groups, read_groups, write_groups
 from distilclip.data.store import Store, sample_id
 from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, open_stream
-from distilclip.data.views import Augmentation
 from distilclip.errors import InputError
 from tests.conftest import encoded, picture, write_tar
 from tests.data.conftest import embedding, tokenize, write_store

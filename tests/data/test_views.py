@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from distilclip.data.crops import Augmentation
 from distilclip.data.store import Store
-from distilclip.data.views import Augmentation, ViewEmbeddings, Views, caption_in, read_views, view_in, write_views
+from distilclip.data.views import ViewEmbeddings, Views, caption_in, read_views, view_in, write_views
 from distilclip.errors import InputError
 from tests.data.conftest import DIM, TEACHER, write_store
 from tests.data.test_stream import stream

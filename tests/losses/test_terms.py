@@ -4,7 +4,8 @@ from typing import Any
 
 import pytest
 
-from distilclip.losses.terms import TERMS, find_term, register
+from distilclip.losses.terms import COMPUTE
+from distilclip.methods import TERMS, add_term, find_term
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
@@ -20,11 +21,12 @@ from distilclip.losses.terms import TERMS, find_term, register
 def test_a_term_that_cannot_be_registered_is_named(name: str, needs: Any, message: str) -> None:
     before = dict(TERMS)
     with pytest.raises(ValueError, match=f"{name}.*{message}"):
-        register(name, "a toy", needs=needs)
+        add_term(name, "a toy", needs=needs)
     assert before == TERMS
 
 
-def test_every_term_has_words_and_can_be_found_by_its_name() -> None:
+def test_every_term_has_words_and_a_way_to_compute_it() -> None:
+    assert COMPUTE.keys() == TERMS.keys()
     assert len(TERMS) == 9
     for name, term in TERMS.items():
         assert find_term(name) is term

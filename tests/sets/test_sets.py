@@ -14,7 +14,8 @@ from distilclip.errors import InputError
 from distilclip.evaluate.encode import encode_texts
 from distilclip.models.clip import load_clip
 from distilclip.sets.dataset import LabelledSet, PairSet
-from distilclip.sets.open import load_set, parse_spec
+from distilclip.sets.open import load_set
+from distilclip.sets.specs import parse_spec
 from distilclip.stages import embed
 from tests.conftest import encoded, picture, write_tar
 

@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from distilclip import stage_folder
-from distilclip.clustering.kmeans import FitOptions
-from distilclip.data.views import Crops
+from distilclip.clustering.fit_options import FitOptions
+from distilclip.data.crops import Crops
 from distilclip.stages import balance, cluster, embed, train
-from distilclip.train.checkpoint import Checkpoints
-from distilclip.train.optimizer import Optimization
-from distilclip.train.parallel import Execution
+from distilclip.train.settings import Checkpoints, Execution, Optimization
 
 
 @dataclasses.dataclass(frozen=True)

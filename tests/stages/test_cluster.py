@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from distilclip.clustering import fit_parts, sketches
-from distilclip.clustering.kmeans import FitOptions, kmeans
+from distilclip.clustering.fit_options import FitOptions
+from distilclip.clustering.kmeans import kmeans
 from distilclip.data.side_files import read_centers, read_labels
 from distilclip.engine import Engine
 from distilclip.errors import InputError
@@ -124,7 +125,7 @@ def test_a_kill_in_the_middle_of_a_round_leaves_the_same_bytes(tmp_path: Path) -
     begun = """
 import os, signal, sys
 from distilclip.clustering import fit_parts
-from distilclip.clustering.kmeans import FitOptions
+from distilclip.clustering.fit_options import FitOptions
 from distilclip.stages.cluster import Config, main
 write, kill_at, calls = fit_parts.write_tensors, int(sys.argv[1]), []
 def write_or_die(*arguments):

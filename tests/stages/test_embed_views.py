@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from distilclip.data.bad_samples import ErrorPolicy
+from distilclip.data.crops import Augmentation
 from distilclip.data.samples import decode_image
 from distilclip.data.store import Store
 from distilclip.data.stream import PairSource, Presentation, open_stream
-from distilclip.data.views import Augmentation
 from distilclip.errors import InputError
 from distilclip.models.clip import load_clip, normalise_pixels
 from distilclip.stages.embed import Config, main

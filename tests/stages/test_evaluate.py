@@ -10,7 +10,8 @@ import pytest
 
 from distilclip import config as recipes
 from distilclip.errors import InputError
-from distilclip.evaluate.embedders import Embedder, split_model, weights_by_name
+from distilclip.evaluate.embedders import Embedder
+from distilclip.evaluate.model_specs import split_model, weights_by_name
 from distilclip.evaluate.protocol import Protocol, View
 from distilclip.models.clip import create_clip
 from distilclip.sets.dataset import EvaluationSet

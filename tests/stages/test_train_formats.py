@@ -9,7 +9,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from distilclip.losses.terms import TERMS
+from distilclip.methods import TERMS
 from distilclip.stages import train
 from tests.data.test_formats import documented
 from tests.stages.made_training import config, prepare

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from distilclip.errors import InputError
 from distilclip.losses.features import Features, RankRows
-from distilclip.losses.terms import TERMS, TeacherInputs, register
+from distilclip.losses.terms import COMPUTE, TeacherInputs, computes
+from distilclip.methods import TERMS, add_term
 from distilclip.stages import report, train
 from tests.ranks import run_ranks
 from tests.stages.made_training import Prepared, config, prepare, steady_metrics
@@ -29,9 +30,10 @@ def farthest(student: Features, teacher: Features, *, scale: Tensor, rows: RankR
 
 
 def register_it() -> None:
-    """Step 2, its term, as it would stand in losses/terms.py."""
+    """Steps 2 and 3: its name, as it would stand in methods.py, and its term, as in losses/terms.py."""
+    add_term("farthest", WORDS, needs=("teacher", "scale"))
 
-    @register("farthest", WORDS, needs=("teacher", "scale"))
+    @computes("farthest")
     def _farthest(given: TeacherInputs) -> Tensor:
         return farthest(given.projected, given.teacher, scale=given.heads.scale("farthest"), rows=given.rows)
 
@@ -52,7 +54,7 @@ def prepared(pair_tars: Callable[..., list[str]], tiny_clip_folder: str, tmp_pat
 def registered() -> Iterator[None]:
     register_it()
     yield
-    del TERMS["farthest"]
+    del TERMS["farthest"], COMPUTE["farthest"]
 
 
 def test_an_unregistered_loss_is_refused(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ from distilclip.losses.features import Features
 from distilclip.models.clip import create_clip
 from distilclip.models.heads import Heads
 from distilclip.train.class_head import ClassHead, class_range
-from distilclip.train.optimizer import Optimization
-from distilclip.train.parallel import Execution, build_towers
+from distilclip.train.parallel import build_towers
+from distilclip.train.settings import Execution, Optimization
 from distilclip.train.step import Inputs, Student
 
 TEACHER_DIM, NUM_CENTERS = 10, 9

@@ -10,17 +10,18 @@ import torch
 from distilclip import stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.train.checkpoint import (
-    Checkpoints,
     Progress,
     Training,
     complete_checkpoints,
     folder_name,
     load_checkpoint,
+    prune_checkpoints,
     remove_incomplete_checkpoints,
     save_checkpoint,
 )
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import Average, Optimization, build_optimizer
+from distilclip.train.optimizer import Average, build_optimizer
+from distilclip.train.settings import Checkpoints, Optimization
 from distilclip.train.step import compute_gradients
 from tests.train.made import make_inputs, make_student
 
@@ -126,17 +127,17 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path, best: str, k
     losses, agreements = [9.0, 1.0, 7.0, 5.0, 3.0, 2.0], [0.1, 0.2, 0.9, 0.9, 0.3, 0.4]
     metrics = {i + 1: {"loss": losses[i], "agreement": agreements[i]} for i in range(6)}
     folder = made_checkpoints(tmp_path, {step: {"metrics": value} for step, value in metrics.items()})
-    Checkpoints(keep_checkpoints=2, keep_best=best).prune(folder)
+    prune_checkpoints(folder, Checkpoints(keep_checkpoints=2, keep_best=best))
     assert complete_checkpoints(folder) == kept
 
 
 def test_a_checkpoint_by_clock_or_signal_stays_until_the_next(tmp_path: Path) -> None:
     folder = made_checkpoints(tmp_path, {2: {}, 3: {"scheduled": False}})
     keeping = Checkpoints(checkpoint_every=2, keep_checkpoints=1, checkpoint_minutes=0.5)
-    keeping.prune(folder)
+    prune_checkpoints(folder, keeping)
     assert complete_checkpoints(folder) == [2, 3]
     made_checkpoints(tmp_path, {4: {}})
-    keeping.prune(folder)
+    prune_checkpoints(folder, keeping)
     assert complete_checkpoints(folder) == [4]
     assert [keeping.due(seconds) for seconds in (0.0, 29.0, 30.0)] == [False, False, True]
     assert not Checkpoints().due(1e9)

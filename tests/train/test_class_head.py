@@ -10,7 +10,7 @@ from torch import Tensor
 from distilclip.errors import InputError
 from distilclip.plan.costs import HeadSize
 from distilclip.train.class_head import ClassHead, class_range
-from distilclip.train.optimizer import Optimization
+from distilclip.train.settings import Optimization
 
 K, DIM, RATE = 10, 4, 1e-2
 OPTIMIZATION = Optimization(centers_learning_rate=RATE)

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from distilclip.errors import InputError
-from distilclip.train.parallel import Execution, clip_gradients_, non_finite_gradients
+from distilclip.train.parallel import clip_gradients_, non_finite_gradients
+from distilclip.train.settings import Execution
 from distilclip.train.step import Student
 from tests.train.made import make_student
 from tests.train.test_parallel import EVERYTHING, N, assert_equal, one_step

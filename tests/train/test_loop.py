@@ -10,11 +10,12 @@ import torch
 from distilclip import distributed, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
-from distilclip.train.checkpoint import Checkpoints, Training, complete_checkpoints
+from distilclip.train.checkpoint import Training, complete_checkpoints
 from distilclip.train.log import Log
 from distilclip.train.loop import _exchange_flags, _Saving, _stop_non_finite
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import Optimization, build_optimizer
+from distilclip.train.optimizer import build_optimizer
+from distilclip.train.settings import Checkpoints, Optimization
 from distilclip.train.step import compute_gradients
 from tests.ranks import run_ranks
 from tests.train.made import make_inputs, make_student

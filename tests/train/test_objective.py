@@ -9,11 +9,12 @@ from torch.nn import functional as F
 from distilclip import losses
 from distilclip.errors import InputError
 from distilclip.losses.features import Features
-from distilclip.losses.terms import TERMS, StepClasses
+from distilclip.losses.terms import StepClasses
+from distilclip.methods import TERMS
 from distilclip.models.heads import Heads
 from distilclip.train.class_head import ClassHead
 from distilclip.train.objective import Objective, objective
-from distilclip.train.optimizer import Optimization
+from distilclip.train.settings import Optimization
 
 N, STUDENT_DIM, TEACHER_DIM, NUM_CENTERS = 6, 8, 5, 7
 
@@ -94,7 +95,7 @@ def test_a_term_with_a_weight_that_is_not_computed_is_an_error(monkeypatch: pyte
     with pytest.raises(ValueError, match=r"\['feature'\] have a weight and were not computed"):
         method.total({"task": values["task"]})
     monkeypatch.delitem(TERMS, "feature")
-    with pytest.raises(InputError, match="No term 'feature' is registered"):
+    with pytest.raises(InputError, match="There is no term 'feature'"):
         method.terms(student, teacher, heads=heads)
 
 

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from distilclip.errors import InputError
-from distilclip.train.optimizer import Optimization, build_optimizer, schedule, set_learning_rate
+from distilclip.train.optimizer import build_optimizer, schedule, set_learning_rate
+from distilclip.train.settings import Optimization
 from tests.train.made import make_student
 
 

@@ -13,9 +13,10 @@ from torch.distributed.tensor import DTensor
 
 from distilclip import distributed
 from distilclip.errors import InputError
-from distilclip.losses.terms import TERMS
+from distilclip.methods import TERMS
 from distilclip.train.objective import Objective
-from distilclip.train.parallel import Execution, clip_gradients_, whole
+from distilclip.train.parallel import clip_gradients_, whole
+from distilclip.train.settings import Execution
 from distilclip.train.step import Student, compute_gradients
 from tests.conftest import TINY_CLIP
 from tests.ranks import run_ranks

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from distilclip.losses.terms import TERMS
+from distilclip.methods import TERMS
 from distilclip.models.clip import create_clip
 from distilclip.models.heads import Heads
 from distilclip.train.objective import Objective

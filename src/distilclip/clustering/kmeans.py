@@ -11,7 +11,6 @@ and (0.0152 + 0.0152 + 0) / 3 = 0.0101, and as no center moves any more, the fit
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from distilclip.clustering.assignment import Assignment, RowState
+from distilclip.clustering.fit_options import FitOptions
 from distilclip.clustering.sketches import choose_projection
 from distilclip.clustering.sums import CenterSums
 from distilclip.devices import resolve_device
@@ -32,36 +32,6 @@ from distilclip.vectors.projection import Projection
 REPAIRS = 30  # further rounds, at most, for clusters found empty by the last assignment
 ROWS_PER_CENTER = 4  # of the sample that first centers are drawn from; more make them no better
 LEAST_ROWS = 1 << 14  # of that sample, where there are so many
-
-
-@dataclass(frozen=True, kw_only=True)
-class FitOptions:
-    """Options of a fit of centers.
-
-    Raises:
-        InputError: a number that is not whole, too small, or a tolerance outside of 0 to 1.
-    """
-
-    num_centers: int
-    """number of clusters (the paper: 1,000,000 for 225 M images)"""
-    num_iterations: int = 20
-    """largest number of rounds of assignment and update"""
-    tolerance: float = 0.0
-    """stop when a round lowers the objective by less than this share of it (default: when nothing changes)"""
-    points_per_center: int | None = None
-    """fit on a sample of this many rows per center (default: all); every row gets its label at the end"""
-    seed: int = 0
-    """seed of the sample and of the first centers"""
-
-    def __post_init__(self) -> None:
-        for name, least in (("num_centers", 1), ("num_iterations", 1), ("points_per_center", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is None and name == "points_per_center":
-                continue
-            if not isinstance(value, numbers.Integral) or value < least:
-                raise InputError(f"{name} is {value!r}; it must be a whole number of at least {least}.")
-        if not (isinstance(self.tolerance, numbers.Real) and 0 <= self.tolerance < 1):
-            raise InputError(f"tolerance is {self.tolerance!r}; it must be at least 0 and less than 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +73,8 @@ def kmeans(
     """Cluster rows by direction.
 
     Args:
-        x: rows of any nonzero length, float16, float32 or float64; an array, a tensor or a list of rows.
+        x: rows of any nonzero length, float16, float32 or float64; an array, a tensor or a list of rows. Only their
+            directions count, so they need not be normalised.
         num_centers: at most the number of rows.
         num_iterations: rounds of assignment and update; fewer when no row changes its cluster.
         seed: of the sample and of the first centers. Same seed, same result on one machine.
@@ -124,7 +95,7 @@ def kmeans(
         points_per_center=points_per_center,
         seed=seed,
     )
-    if isinstance(device, str):
+    if device is not None and not isinstance(device, torch.device):
         device = resolve_device(device)
     points = Points.of(x, metric="cosine")
     start = start_fit(len(points), lambda rows: (points, rows), options, initial=initial, device=device)

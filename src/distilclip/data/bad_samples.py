@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
 
+from distilclip.data.limits import OnError, check_bad_ratio
 from distilclip.data.samples import reason_of
 from distilclip.errors import InputError
-
-OnError = Literal["raise", "skip"]
 
 EARLY = 1000
 """Samples before which a budget is not judged, so that one bad sample among the first ten stops nothing."""
@@ -30,8 +28,7 @@ class ErrorPolicy:
     first: str = ""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.max_bad_ratio <= 1:
-            raise InputError(f"max_bad_ratio is a share between 0 and 1, not {self.max_bad_ratio}.")
+        check_bad_ratio(self.max_bad_ratio)
 
     @property
     def num_bad(self) -> int:

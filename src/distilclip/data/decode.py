@@ -12,8 +12,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from distilclip.data.samples import MAX_PIXELS, how_to_turn, load_image, open_image
-from distilclip.data.views import Crop
+from distilclip.data.crops import Crop
+from distilclip.data.limits import MAX_PIXELS
+from distilclip.data.samples import how_to_turn, load_image, open_image
 
 RESERVE = 1.5
 """A JPEG is decoded at half, a quarter or an eighth where the crop keeps this many times the pixels per side asked for.

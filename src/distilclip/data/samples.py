@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-MAX_PIXELS = 178_956_970 // 2
-"""The pixel count above which Pillow, too, suspects a decompression bomb."""
+from distilclip.data.limits import MAX_PIXELS
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2"})
 LABEL_EXTENSIONS = frozenset({"cls", "cls.txt"})

@@ -26,7 +26,8 @@ from torch.utils.data import Dataset
 from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.decode import decode_crop
-from distilclip.data.samples import MAX_PIXELS, BadSample, Entry, decode_image
+from distilclip.data.limits import MAX_PIXELS
+from distilclip.data.samples import BadSample, Entry, decode_image
 from distilclip.data.shards import OpenShards, open_shard
 from distilclip.data.store import Rows, SourceFile, not_unit, write_shard
 from distilclip.data.views import ViewEmbeddings, Views

@@ -18,13 +18,15 @@ from torch.utils.data import Dataset
 
 from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
+from distilclip.data.crops import Augmentation, Crop
 from distilclip.data.decode import decode_crop
 from distilclip.data.embeddings import Embeddings
+from distilclip.data.limits import MAX_PIXELS
 from distilclip.data.pairs import PairTable, index_pairs, join_stores
-from distilclip.data.samples import MAX_PIXELS, BadSample
+from distilclip.data.samples import BadSample
 from distilclip.data.shards import OpenShards, assert_key
 from distilclip.data.store import Store
-from distilclip.data.views import Augmentation, Crop, caption_in, view_in
+from distilclip.data.views import caption_in, view_in
 from distilclip.data.workers import Tokenize, map_tasks
 from distilclip.errors import InputError
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from distilclip.data.bad_samples import ErrorPolicy
-from distilclip.errors import InputError, did_you_mean
+from distilclip.errors import InputError
 from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.encode import Encoding, ImageFeatures, Output, encode_images, encode_texts
 from distilclip.evaluate.zero_shot import TextClassifier, text_classifier
@@ -134,25 +133,3 @@ def check_widths(clip: Clip) -> None:
             f"{clip.name}: its image embeddings have {image_dim} dimensions, its text embeddings {clip.dim}; they need "
             "the same. Project the image tower to embed_dim (timm_proj in the vision_cfg of its architecture)."
         )
-
-
-def split_model(spec: str) -> tuple[str, str]:
-    """Split `[NAME=]MODEL` into name and model; without a name, it is the last part of the model's path or id."""
-    match = re.fullmatch(r"([\w.+-]+)=(.+)", spec)
-    if match:
-        return match[1], match[2]
-    return re.split(r"[/:]", spec.rstrip("/"))[-1], spec
-
-
-def weights_by_name(weights: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Return weights files by model; a bare file is the only model's. `InputError` for a name that no model has."""
-    found = {}
-    for value in weights:
-        match = re.fullmatch(r"([\w.+-]+)=(.+)", value)
-        if match is None and len(names) > 1:
-            raise InputError(f"--weights {value!r} does not say whose weights it holds: write NAME={value}.")
-        name, path = (match[1], match[2]) if match else (names[0], value)
-        if name not in names:
-            raise InputError(f"--weights {value!r}: no model is called {name!r}. {did_you_mean(name, names)}")
-        found[name] = path
-    return found

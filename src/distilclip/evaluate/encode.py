@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 
 from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
-from distilclip.data.samples import MAX_PIXELS, BadSample, decode_image
+from distilclip.data.limits import MAX_PIXELS
+from distilclip.data.samples import BadSample, decode_image
 from distilclip.data.shards import OpenShards
 from distilclip.data.workers import map_tasks
 from distilclip.errors import InputError

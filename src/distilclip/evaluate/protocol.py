@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distilclip.data.bad_samples import ErrorPolicy, OnError
+from distilclip.data.bad_samples import ErrorPolicy
+from distilclip.data.limits import OnError
 from distilclip.errors import InputError
 from distilclip.evaluate.embedders import Embedder
 from distilclip.evaluate.encode import ImageFeatures, Output
@@ -22,9 +23,9 @@ from distilclip.measures.probe import linear_probe
 from distilclip.measures.retrieval import retrieval
 from distilclip.sets.classes import classes_digest, templates_digest
 from distilclip.sets.dataset import EvaluationSet, ImageRef, LabelledSet, MissingSet, PairSet, Split
-from distilclip.sets.score import Score, Task
+from distilclip.sets.score import Score
+from distilclip.sets.specs import ALL_TASKS, Task
 
-ALL_TASKS: tuple[Task, ...] = ("zero-shot", "linear-probe", "retrieval", "agreement")
 HEADLINE: dict[Task, str] = {"retrieval": "image_to_text_r1", "agreement": "cka"}
 """The metric of a score that is missing, where it is not top-1."""
 

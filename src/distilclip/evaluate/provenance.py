@@ -15,7 +15,7 @@ from distilclip.models.weights import CONFIG_FILE
 from distilclip.sets.catalogue import CATALOGUE
 from distilclip.sets.layouts import folder_of, is_folder, list_folder
 from distilclip.sets.locate import locate
-from distilclip.sets.open import parse_spec
+from distilclip.sets.specs import parse_spec
 
 TEXT_SUFFIXES = (".txt", ".json", ".csv", ".tsv", ".md")
 MOST_TEXT_BYTES = 1 << 20  # of a larger text, too, only the size counts

@@ -1,57 +1,26 @@
-"""List the terms of an objective: each has a name, words for the report, what it needs, and how to compute it.
+"""Compute the terms of an objective from the features of a step; `methods.py` names them and says what they need.
 
 A term is computed in one form for one rank and for many: the rows here as queries, the rows of all ranks as keys
 (`RankRows.all`). The ranks' values add up to the term, and every row counts 1 / m, so a weight means the same on any
-number of ranks. A new loss is a function in this package, and one more function under `@register` below.
+number of ranks. A new loss is a function in this package, one line in
+`methods.py`, and one more function under `@computes` below.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from distilclip.errors import InputError, did_you_mean
 from distilclip.losses.cluster import ClassShard, cluster
 from distilclip.losses.contrastive import contrastive, instance
 from distilclip.losses.distillation import augmented, feature, gradient, interactive, relational
 from distilclip.losses.features import Features, RankRows
 from distilclip.losses.sigmoid import sigmoid, sigmoid_relational
-
-Need = Literal["teacher", "scale", "fusion", "masks", "centers"]
-"""A teacher; a learned scale of the term's own; linear maps that fuse student and teacher; masked images; centers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Constants:
-    """The constants inside the terms, beside their weights."""
-
-    alpha: float = 0.999
-    """share of the label loss in the cluster term; the rest is the KL"""
-    temperature: float = 0.07
-    """tau of the cluster term's KL"""
-    class_scale: float = 1.0
-    """s_l of the cluster term's label loss"""
-    sample_rate: float = 1.0
-    """share of the classes in each step's softmax (Partial FC); 1 means all"""
-    gamma: float = 0.5
-    """share of the image side in the instance term"""
-    mask_ratio: float = 0.75
-    """share of the patch grid that the masked term hides"""
-
-    def __post_init__(self) -> None:
-        for name in ("alpha", "gamma", "mask_ratio"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1.")
-        for name in ("temperature", "class_scale"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
-        if not 0 < self.sample_rate <= 1:
-            raise InputError(f"sample_rate is {self.sample_rate}; it is a share of the classes, over 0 and up to 1.")
+from distilclip.methods import Constants, find_term
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,62 +76,28 @@ class TeacherInputs(TermInputs):
     """centers and labels of the step (for a term that needs centers)"""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Term:
-    """One loss as a part of an objective."""
+Compute = Callable[[Any], Float[Tensor, ""]]
+"""From `TermInputs`, or `TeacherInputs` where the term needs a teacher, to what the rows here add to the term."""
 
-    name: str
-    """of its weight, of its column in metrics.jsonl, and of its chart in the report"""
-    words: str
-    """what it is, in a few plain words for the report"""
-    compute: Callable[[Any], Float[Tensor, ""]]
-    """from `TermInputs`, or `TeacherInputs` where it needs a teacher, to what the rows here add to the term"""
-    needs: tuple[Need, ...] = ()
-    default: float = 0.0
-    """the weight where none is given"""
+COMPUTE: dict[str, Compute] = {}
+"""How every term of `methods.TERMS` is computed."""
 
 
-TERMS: dict[str, Term] = {}
-"""Every term by its name."""
+def computes(name: str) -> Callable[[Compute], Compute]:
+    """Make the function below the way to compute a term; `InputError` where `methods.py` has none of that name."""
+    find_term(name)
 
-
-def register(
-    name: str, words: str, *, needs: tuple[Need, ...] = (), default: float = 0.0
-) -> Callable[[Callable[[Any], Tensor]], Term]:
-    """Make the function below a term, so that every objective knows its weight; `ValueError` for a name that is taken.
-
-    The fields of `Term` say what the arguments are.
-    """
-    if name in TERMS or name in constant_names():
-        raise ValueError(f"There is a term or constant {name!r} already: choose another name.")
-    if unknown := set(needs) - set(get_args(Need)):
-        raise ValueError(f"The term {name!r} needs {sorted(unknown)}; choose from {get_args(Need)}.")
-    if needs and "teacher" not in needs:
-        raise ValueError(f"The term {name!r} needs {needs}: only a term that needs a teacher gets these, too.")
-
-    def add(compute: Callable[[Any], Tensor]) -> Term:
-        TERMS[name] = Term(name=name, words=words, compute=compute, needs=needs, default=default)
-        return TERMS[name]
+    def add(compute: Compute) -> Compute:
+        COMPUTE[name] = compute
+        return compute
 
     return add
-
-
-def find_term(name: str) -> Term:
-    """Return a term by its name; `InputError` where none is registered."""
-    if name not in TERMS:
-        raise InputError(f"No term {name!r} is registered in losses/terms.py. {did_you_mean(name, TERMS)}")
-    return TERMS[name]
-
-
-def constant_names() -> list[str]:
-    """Return the names of all constants."""
-    return [field.name for field in fields(Constants)]
 
 
 # Every term: which embeddings it compares, its scale, and the rows that are here.
 
 
-@register("task", "contrastive loss of the student's own image and text embeddings", default=1.0)
+@computes("task")
 def _task(given: TermInputs) -> Tensor:
     """The student's own loss: the sigmoid loss for a model with a bias (SigLIP), else the contrastive loss."""
     student, rows = given.student, given.rows
@@ -173,7 +108,7 @@ def _task(given: TermInputs) -> Tensor:
     return sigmoid(student.image, keys, scale=scale, bias=bias, offset=rows.offset, count=rows.count)
 
 
-@register("cluster", "CLIP-CID cluster discrimination", needs=("teacher", "centers"))
+@computes("cluster")
 def _cluster(given: TeacherInputs) -> Tensor:
     # By images only, in the space of the centers; the labels are those of the global batch.
     assert given.classes is not None
@@ -189,13 +124,13 @@ def _cluster(given: TeacherInputs) -> Tensor:
     ).total
 
 
-@register("instance", "CLIP-CID instance discrimination", needs=("teacher", "scale"))
+@computes("instance")
 def _instance(given: TeacherInputs) -> Tensor:
     scale, gamma = given.heads.scale("instance"), given.constants.gamma
     return instance(given.projected, given.teacher, scale=scale, gamma=gamma, rows=given.rows)
 
 
-@register("relational", "CLIP-KD relational distillation (CRD)", needs=("teacher",))
+@computes("relational")
 def _relational(given: TeacherInputs) -> Tensor:
     """Between two models of the sigmoid loss pair by pair; else by softmaxes, which do not see a bias."""
     # The student's own embeddings, never projected: similarities need no common space.
@@ -203,12 +138,12 @@ def _relational(given: TeacherInputs) -> Tensor:
     return (sigmoid_relational if both else relational)(given.student, given.teacher, rows=given.rows)
 
 
-@register("feature", "CLIP-KD feature distillation (FD)", needs=("teacher",))
+@computes("feature")
 def _feature(given: TeacherInputs) -> Tensor:
     return feature(given.projected, given.teacher, rows=given.rows)
 
 
-@register("masked", "CLIP-KD masked feature distillation (MFD)", needs=("teacher", "masks"))
+@computes("masked")
 def _masked(given: TeacherInputs) -> Tensor:
     # The feature term on the student's embeddings of masked images.
     assert given.masked_image is not None
@@ -216,17 +151,17 @@ def _masked(given: TeacherInputs) -> Tensor:
     return feature(given.heads.project(own), given.teacher, rows=given.rows)
 
 
-@register("gradient", "CLIP-KD gradient distillation (GD)", needs=("teacher",))
+@computes("gradient")
 def _gradient(given: TeacherInputs) -> Tensor:
     return gradient(given.projected, given.teacher, rows=given.rows)
 
 
-@register("interactive", "CLIP-KD interactive contrast (ICL)", needs=("teacher", "scale"))
+@computes("interactive")
 def _interactive(given: TeacherInputs) -> Tensor:
     return interactive(given.projected, given.teacher, scale=given.heads.scale("interactive"), rows=given.rows)
 
 
-@register("augmented", "CLIP-KD augmented features (AFD)", needs=("teacher", "scale", "fusion"))
+@computes("augmented")
 def _augmented(given: TeacherInputs) -> Tensor:
     fused = given.heads.fuse(given.projected, given.teacher)
     return augmented(*fused, scale=given.heads.scale("augmented"), rows=given.rows)

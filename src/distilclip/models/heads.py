@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from distilclip.losses.features import Features
-from distilclip.losses.terms import TERMS
+from distilclip.methods import TERMS
 
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from distilclip.sets.dataset import Metric
-
+Metric = Literal["top1", "mean_per_class"]
 Group = Literal["paper", "robustness", "retrieval"]
 
 

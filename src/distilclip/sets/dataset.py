@@ -8,9 +8,8 @@ from typing import Any, Literal
 import numpy as np
 from jaxtyping import Int, UInt8
 
+from distilclip.sets.catalogue import Metric
 from distilclip.sets.classes import Classes
-
-Metric = Literal["top1", "mean_per_class"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,8 +13,9 @@ from distilclip import files
 from distilclip.data.samples import IMAGE_EXTENSIONS, BadSample, Sample
 from distilclip.data.shards import TextReader, open_shard
 from distilclip.errors import InputError
+from distilclip.sets.catalogue import Metric
 from distilclip.sets.classes import DEFAULT_TEMPLATES, Classes, assert_every_class, read_classes, read_templates
-from distilclip.sets.dataset import ImageRef, LabelledSet, Metric, Split
+from distilclip.sets.dataset import ImageRef, LabelledSet, Split
 from distilclip.sets.layouts import SplitName, find_files, folder_of, list_folder, shards_by_split, split_folders
 
 Labelled = list[tuple[ImageRef, str]]

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from scipy.io.matlab import MatReadError
 
 from distilclip import files
-from distilclip.errors import InputError, did_you_mean
+from distilclip.errors import InputError
 from distilclip.sets import archives, captioned, imagenet
 from distilclip.sets.captioned import Captioned, build_pairs, read_pairs
-from distilclip.sets.catalogue import CATALOGUE, GROUPS, KnownSet
+from distilclip.sets.catalogue import CATALOGUE, KnownSet
 from distilclip.sets.classes import CLASSNAMES_FILE, Classes, read_classes
 from distilclip.sets.dataset import EvaluationSet, LabelledSet, MissingSet, PairSet
 from distilclip.sets.labelled import (
@@ -32,8 +31,9 @@ from distilclip.sets.labelled import (
 from distilclip.sets.layouts import SplitName, check_data_root
 from distilclip.sets.locate import Layout, SetPlace, locate
 from distilclip.sets.prompts import wording_of
+from distilclip.sets.specs import parse_spec
 
-KINDS: dict[str, Callable[[str, str], LabelledSet | PairSet]] = {
+READERS: dict[str, Callable[[str, str], LabelledSet | PairSet]] = {
     "folder": read_folder,
     "tar": read_tars,
     "pairs": read_pairs,
@@ -87,43 +87,12 @@ def load_set(spec: str, *, data_root: str | None = None, prompts: str | None = N
     images, a template without `{}`.
     """
     name, kind, path = parse_spec(spec)
-    if kind in KINDS:
-        return KINDS[kind](name, path)
+    if kind in READERS:
+        return READERS[kind](name, path)
     if data_root is None:
         raise InputError(f"The set {name!r} is read from a data root: give --data-root, or name its own folder.")
     check_data_root(data_root)
     return load_known_set(CATALOGUE[path], data_root=data_root, prompts=prompts)
-
-
-def expand_groups(specs: Sequence[str]) -> tuple[str, ...]:
-    """Replace `paper`, `robustness` and `retrieval` by the sets that they stand for; each set once."""
-    return tuple(dict.fromkeys(name for spec in specs for name in GROUPS.get(spec, (spec,))))
-
-
-def parse_spec(spec: str) -> tuple[str, str, str]:
-    """Split a spec into name, kind and path; nothing is read. A published set is of kind `known`, its path its name.
-
-    The name of one's own set is the path's last part that is no pattern.
-    """
-    if spec in CATALOGUE:
-        return spec, "known", spec
-    match = re.fullmatch(r"(?:([\w.+-]+)=)?([\w-]+):(?!//)(.+)", spec)
-    if not match:
-        raise InputError(
-            f"The evaluation set {spec!r} does not say of what kind it is. Write folder:PATH, tar:PATH or pairs:PATH, "
-            f"or the name of a published set (--list shows them). {did_you_mean(spec, [*CATALOGUE, *GROUPS])}"
-        )
-    name, kind, path = match.groups()
-    if kind not in KINDS:
-        raise InputError(f"The evaluation set {spec!r} is of no known kind. {did_you_mean(kind, KINDS)}")
-    path = path.rstrip("/")
-    return name or _name_of(path), kind, path
-
-
-def _name_of(path: str) -> str:
-    is_pattern = re.compile(r"[*?\[{]|\.(tar|parquet|csv|tsv)$")
-    parts = [part for part in path.split("/") if part.strip(".") and not is_pattern.search(part)]
-    return parts[-1] if parts else "set"
 
 
 # Published sets

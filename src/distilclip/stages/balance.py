@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from distilclip import files, stage_folder
+from distilclip.configs.balance import Config
 from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import Groups, groups_path, write_groups
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
-from distilclip.engine import Engine, map_parts
-from distilclip.errors import InputError
+from distilclip.engine import map_parts
 from distilclip.grouping.balance import Balance, balance_parts
 from distilclip.grouping.forecast import BYTES_PER_EDGE, calibrate
 from distilclip.grouping.forest import Forest
@@ -38,7 +38,6 @@ from distilclip.grouping.search_parts import (
     save_forest,
 )
 from distilclip.progress import duration, progress, say
-from distilclip.vectors.metric import Metric
 from distilclip.vectors.points import Points
 from distilclip.vectors.tolerance import equivalents
 
@@ -47,51 +46,12 @@ NUM_BLOCKS_SHARED = 8  # blocks at least, where parts are shared among workers: 
 NUM_EXAMPLES = 12  # pairs on either side of the threshold, and largest groups, in the result
 
 
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip balance`."""
-
-    store: str
-    """folder that `embed` wrote"""
-    out: str
-    """folder to write: the groups, the spanning forest, and result.json with the threshold curve"""
-    metric: Metric
-    """unit of all distances here. The paper's 0.07 means three things: euclidean (cos > 0.9976), sqeuclidean
-    (cos > 0.965, what faiss calls L2) or cosine distance (cos > 0.93)"""
-    threshold: float | None = None
-    """join images with distance < threshold (or give --target-removed)"""
-    target_removed: float | None = None
-    """choose the threshold that removes this share of the images; needs --max-threshold"""
-    max_threshold: float | None = None
-    """search up to this distance, so that the curve shows thresholds up to it (default: the threshold)"""
-    mode: Literal["threshold", "topk"] = "threshold"
-    """join every pair below the threshold, or (topk) each image with its --top-k nearest only, as the paper says"""
-    top_k: int | None = None
-    """number of nearest images that each image is compared with in topk mode"""
-    max_radius: float | None = None
-    """keep more images of a group until every image is within this distance of a kept one"""
-    memory_gb: float = stage_folder.execution(1.0)
-    """working memory in GB of each worker's search, without the embeddings that it reads in half precision"""
-    block_rows: int | None = stage_folder.execution(None)
-    """number of rows in a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
-    device: str = stage_folder.execution("auto")
-    """auto (CUDA, then MPS, then CPU) or a torch device; on Ray, cuda gives each worker a GPU of its own"""
-    execution: Engine = field(default_factory=Engine)
-
-    def __post_init__(self) -> None:
-        _rule(self)
-        if self.block_rows is not None and self.block_rows < 1:
-            raise InputError(f"block_rows is {self.block_rows}; it must be at least 1.")
-        if self.top_k is not None and self.execution.engine != "local":
-            raise InputError("topk mode compares every list with all rows: --engine local only.")
-
-
 def main(config: Config) -> dict[str, Any]:
     """Group the images of a store and return the folder's result."""
     folder = stage_folder.open_folder(config.out, stage="balance", config=config, inputs=[(config.store, "embed")])
     if folder.finished:
         return folder.result()
-    images, rule = ImageMatrix(Store.open(config.store)), _rule(config)
+    images, rule = ImageMatrix(Store.open(config.store)), config.rule
     forest_path, search_path = folder.child("forest.parquet"), folder.child("search.json")
 
     def save(found: Finding) -> None:
@@ -161,10 +121,6 @@ def _forecast(config: Config, rule: Rule, images: ImageMatrix, pairs: list[Block
         f"{num_read * ROW_BYTES / 1e9:.2f} GB to search them. "
         f"Disk: at most {len(pairs) * num_read * BYTES_PER_EDGE / 1e9:.2f} GB."
     )
-
-
-def _rule(config: Config) -> Rule:
-    return Rule(**{option.name: getattr(config, option.name) for option in fields(Rule)})
 
 
 def _write_groups(path: str, images: ImageMatrix, balance: Balance) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from distilclip import files, stage_folder
+from distilclip.configs.demo import Config
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
 from distilclip.progress import say
@@ -24,16 +24,6 @@ COLUMNS = {
     "probe": ("shape", "linear-probe"),
     "R@1": ("retrieval", "retrieval"),
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip demo`."""
-
-    out: str = "runs/demo"
-    """folder for everything"""
-    seed: int = 0
-    """seed of the corpus and of all trainings"""
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,64 +14,18 @@ from jaxtyping import Float16
 from torch import Tensor
 
 from distilclip import files, stage_folder
+from distilclip.configs.embed import Config
 from distilclip.data.bad_samples import ErrorPolicy, OnError
-from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.scan import ScannedBatch, ShardEmbeddings, scan
 from distilclip.data.store import finished_shard, read_shard_rows, write_manifest
-from distilclip.data.views import Augmentation, Views
+from distilclip.data.views import Views
 from distilclip.devices import resolve_device
-from distilclip.engine import Engine, map_parts
+from distilclip.engine import map_parts
 from distilclip.errors import InputError
 from distilclip.models.clip import Clip, load_clip, normalise_pixels
 from distilclip.progress import progress
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip embed`."""
-
-    data: tuple[str, ...]
-    """files of pairs: webdataset tars, Parquet with image bytes, or CSV/TSV (filepath, caption); braces, globs, URLs"""
-    out: str
-    """folder to write: the store"""
-    model: str
-    """teacher: an open_clip architecture (with --weights), hf-hub:ORG/NAME, or a distilclip train folder"""
-    weights: str | None = None
-    """weights of an open_clip architecture: a file, or one of open_clip's tags"""
-    batch_size: int = 256
-    """number of pairs per forward pass"""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """precision in which the teacher computes (autocast); embeddings are stored in half precision"""
-    max_pixels: int = MAX_PIXELS
-    """largest allowed width x height of an image; larger ones are skipped as possible decompression bombs"""
-    views: int = 0
-    """number of random crops of each image to embed as well, with all captions of a sample (0: none)"""
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    seed: int = 0
-    """random seed of the crops"""
-    on_error: Literal["raise", "skip"] = stage_folder.execution("skip")
-    """what to do with an unusable sample: skip it and write down the reason, or stop with an error (raise)"""
-    max_bad_ratio: float = stage_folder.execution(0.05)
-    """stop when more than this share of the samples is unusable"""
-    device: str = stage_folder.execution("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device"""
-    num_workers: int = stage_folder.execution(2)
-    """number of processes that read and decode for a teacher (0: decode in the main process)"""
-    execution: Engine = field(default_factory=Engine)
-
-    def __post_init__(self) -> None:
-        if not self.data:
-            raise InputError("embed needs --data: tars, Parquet or CSV files of pairs.")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; it must be at least 1.")
-        if self.num_workers < 0:
-            raise InputError(f"num_workers is {self.num_workers}; it must be 0 or more.")
-        if self.views < 0:
-            raise InputError(f"views is {self.views}; it must be 0 or more.")
-        _views(self)
-        ErrorPolicy(self.on_error, self.max_bad_ratio)
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -3,116 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from distilclip import files, stage_folder
-from distilclip.data.bad_samples import ErrorPolicy, OnError
-from distilclip.data.samples import MAX_PIXELS
+from distilclip.configs.evaluate import Config
 from distilclip.devices import resolve_device
-from distilclip.errors import InputError
 from distilclip.evaluate.cache import FeatureCache
-from distilclip.evaluate.embedders import Embedder, open_embedder, split_model, weights_by_name
+from distilclip.evaluate.embedders import Embedder, open_embedder
 from distilclip.evaluate.encode import Encoding
-from distilclip.evaluate.protocol import ALL_TASKS, Protocol, View
+from distilclip.evaluate.model_specs import split_model, weights_by_name
+from distilclip.evaluate.protocol import Protocol, View
 from distilclip.evaluate.provenance import part_digests
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
 from distilclip.evaluate.tables import TaskTable, build_tables
 from distilclip.sets.classes import read_templates
 from distilclip.sets.dataset import EvaluationSet, MissingSet
 from distilclip.sets.locate import describe_catalogue
-from distilclip.sets.open import expand_groups, load_set, parse_spec
+from distilclip.sets.open import load_set
 from distilclip.sets.prompts import prompts_of
-from distilclip.sets.score import Score, Task
+from distilclip.sets.score import Score
+from distilclip.sets.specs import expand_groups
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Hold the flags of `distilclip evaluate`."""
-
-    out: str = ""
-    """folder to write: result.json, table.md, table.csv, clip_benchmark/*.json (required unless --list)"""
-    models: tuple[str, ...] = ()
-    """models to evaluate: train folders, checkpoints, open_clip names or folders, hf-hub:ORG/NAME; NAME=MODEL gives
-    a model its name in the table"""
-    sets: tuple[str, ...] = ()
-    """published sets by name, the groups paper, robustness and retrieval, or your own sets as folder:PATH, tar:PATH
-    or pairs:PATH; NAME=KIND:PATH gives a set its name in the table"""
-    data_root: str | None = None
-    """folder of the published sets, in torchvision's layout, as folders of images, or as webdatasets"""
-    list: bool = False
-    """show where each published set is, or how to get it, and do nothing else"""
-    weights: tuple[str, ...] = ()
-    """weights of models given as open_clip names: NAME=FILE (one model: FILE), or open_clip's tag for them; OpenAI's
-    weights need the architecture that ends in -quickgelu"""
-    tasks: tuple[Task, ...] = ALL_TASKS
-    """what to measure, where possible: agreement needs --teacher, linear-probe a set with training images"""
-    teacher: str | None = None
-    """model to compare the others with: the name of one of --models, or another model"""
-    teacher_weights: str | None = None
-    """weights file of a teacher given as an open_clip name"""
-    prompts: str | None = None
-    """openai/CLIP's data/prompts.md, for class names and templates of the published sets"""
-    templates: str | None = None
-    """prompt templates to use instead of the sets' own: a text file, one a line, or openai/CLIP's prompts.md#SET"""
-    probe_features: Literal["backbone", "projected"] = "backbone"
-    """features of the linear probe: before the projection, as in CLIP's protocol, or the unit embeddings"""
-    probe_l2: float | None = None
-    """penalty of the linear probe (1 / C of scikit-learn; default: CLIP's sweep from 1e-6 to 1e6)"""
-    captions: Literal["all", "first"] = "all"
-    """captions of each image for retrieval: all, or only the first, which is easier and what CLIP-KD's code does"""
-    caption_prefix: str = ""
-    """text to write before every caption, such as "a photo of "; recorded with the scores"""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """precision of the towers (autocast); similarities are always float32"""
-    batch_size: int = 64
-    """number of images or texts at once"""
-    seed: int = 0
-    """seed for the rows that the probe holds out"""
-    on_error: OnError = "raise"
-    """an image that cannot be read stops the run (raise), or is left out and counted (skip)"""
-    max_bad_ratio: float = 0.01
-    """largest share of a split's images that may be left out"""
-    max_pixels: int = MAX_PIXELS
-    """larger images count as unreadable"""
-    cache: str | None = stage_folder.execution(None)
-    """folder of image features and text classifiers, which evaluations can share (default: OUT/cache)"""
-    device: str = stage_folder.execution("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device"""
-    num_workers: int = stage_folder.execution(2)
-    """number of processes that read and decode (0: the main process does it)"""
-
-    def __post_init__(self) -> None:
-        if self.list:
-            return
-        for flag, values in (("--out", self.out), ("--models", self.models), ("--sets", self.sets)):
-            if not values:
-                raise InputError(f"{flag} is missing.")
-        if not self.tasks:
-            raise InputError("--tasks is empty; name at least one.")
-        _check_unique([name for name, _ in map(split_model, self.models)], flag="--models")
-        parsed = [parse_spec(spec) for spec in expand_groups(self.sets)]
-        _check_unique([name for name, _, _ in parsed], flag="--sets")
-        known = [name for name, kind, _ in parsed if kind == "known"]
-        if known and self.data_root is None:
-            raise InputError(f"The set {known[0]} needs --data-root, the folder that published sets lie in.")
-        weights_by_name(self.weights, [split_model(spec)[0] for spec in self.models])
-        if self.teacher_weights and not self.teacher:
-            raise InputError("--teacher-weights needs --teacher.")
-        if self.tasks == ("agreement",) and not self.teacher:
-            raise InputError("The task agreement needs --teacher.")
-        if self.probe_l2 is not None and not self.probe_l2 > 0:
-            raise InputError(f"--probe-l2 is {self.probe_l2}; it must be positive.")
-        if self.batch_size < 1 or self.num_workers < 0 or self.seed < 0:
-            raise InputError("--batch-size must be at least 1, --num-workers and --seed at least 0.")
-        ErrorPolicy(self.on_error, self.max_bad_ratio)
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -239,12 +156,6 @@ class _Opener:
 
 def _unique(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names))
-
-
-def _check_unique(names: Sequence[str], *, flag: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{flag} has two entries called {twice[0]!r}: name them, as in NAME={twice[0]}.")
 
 
 def _protocol(config: Config) -> Protocol:

@@ -2,47 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
-from dataclasses import dataclass
 from typing import Any
 
 from distilclip import files, stage_folder
-from distilclip.errors import InputError
+from distilclip.configs.report import Config
 from distilclip.report.load import load
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip report`."""
-
-    folders: tuple[str, ...]
-    """folders of a run or of single stages, searched for finished stages at any depth"""
-    out: str
-    """folder to write: index.html, figures/*.svg, result.json"""
-    title: str = "Distillation report"
-    """heading of the page"""
-    num_groups: int = 4
-    """groups of each kind in the gallery: the largest, random ones, and those nearest to the threshold"""
-    num_clusters: int = 6
-    """number of largest clusters to show pictures of, and of smallest clusters"""
-    num_pictures: int = 8
-    """number of removed pictures to show of each group, and of pictures of each cluster"""
-    thumbnail_size: int = 112
-    """longer side of a picture, in pixels"""
-    seed: int = 0
-    """seed for the choice of random groups"""
-
-    def __post_init__(self) -> None:
-        for package in ("jinja2", "matplotlib"):
-            if importlib.util.find_spec(package) is None:
-                raise InputError(f"report needs {package}, which is not installed: pip install 'distilclip[report]'.")
-        if not self.folders:
-            raise InputError("report needs --folders: the folder of a run, or of its stages.")
-        for name in ("num_groups", "num_clusters", "num_pictures"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 16 <= self.thumbnail_size <= 1024:
-            raise InputError(f"thumbnail_size is {self.thumbnail_size}; it is a side in pixels, from 16 to 1024.")
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -21,28 +21,12 @@ from typing import Any
 
 from distilclip import files, stage_folder
 from distilclip.config import build, field_names, read_recipe, recipe_values, step_names
+from distilclip.configs.run import Config
 from distilclip.errors import InputError, did_you_mean
 from distilclip.progress import say, summarise
 
 REFERENCE = re.compile(r"(?:^|(?<=[=:]))@([\w./-]*)")
 STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "export", "report")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip run`."""
-
-    recipe: str
-    """TOML file; each table is a step"""
-    other_recipes: tuple[str, ...] = ()
-    """more recipes (`distilclip run A.toml B.toml --out OUT`): each has a folder in OUT named as its file, equal
-    steps are computed once, and one report over all replaces the [report] tables"""
-    out: str | None = None
-    """folder for all steps (default: the recipe's own `out`; required for several recipes)"""
-    seed: int | None = None
-    """replaces the seed of every step that has one"""
-    overrides: tuple[str, ...] = ()
-    """STAGE.OPTION=VALUE: replaces a value in all steps of a stage, such as train.precision=fp32"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,4 +232,4 @@ def _resolve(value: Any, folders: Mapping[str, str]) -> Any:
 
 
 def _config_type(stage: str) -> Any:
-    return importlib.import_module(f"distilclip.stages.{stage}").Config
+    return importlib.import_module(f"distilclip.configs.{stage}").Config

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -18,47 +16,12 @@ from rich.console import Console
 from rich.table import Table
 
 from distilclip import files, stage_folder
+from distilclip.configs.search import Config
 from distilclip.data.samples import IMAGE_EXTENSIONS, BadSample, Entry, decode_image
 from distilclip.data.shards import Shard, open_shard
 from distilclip.errors import InputError
 
 MARGIN, LINE = 8, 16  # of the sheet, in pixels
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip search MODEL PICTURES QUERY`."""
-
-    model: str = field(metadata={"positional": True})
-    """folder of `export --what onnx`, or its `model` folder"""
-    pictures: str = field(metadata={"positional": True})
-    """folder of pictures, searched with its subfolders; or tars, Parquet, CSV (braces and globs)"""
-    query: str = field(metadata={"positional": True})
-    """words to look for"""
-    out: str = ""
-    """folder to write matches.png and result.json to (default: only list the matches)"""
-    num_matches: int = 12
-    """number of pictures to show, the best first"""
-    precision: Literal["fp32", "int8"] = "fp32"
-    """which of the exported encoders to use"""
-    thumbnail_size: int = 160
-    """longer side of each picture on the sheet, in pixels"""
-    columns: int = 4
-    """number of pictures in a row of the sheet"""
-    batch_size: int = stage_folder.execution(32)
-    """number of pictures per forward pass"""
-
-    def __post_init__(self) -> None:
-        for package in ("onnxruntime", "tokenizers"):
-            if importlib.util.find_spec(package) is None:
-                raise InputError(f"search needs {package}, which is not installed: pip install 'distilclip[onnx]'.")
-        if not self.query.strip():
-            raise InputError("The query is empty: say in words what to look for.")
-        for name in ("num_matches", "columns", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if not 16 <= self.thumbnail_size <= 1024:
-            raise InputError(f"thumbnail_size is {self.thumbnail_size}; it is a side in pixels, from 16 to 1024.")
 
 
 def main(config: Config) -> dict[str, Any]:

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from distilclip import distributed, files, stage_folder
+from distilclip.configs.train import Config
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import MAX_PIXELS
 from distilclip.data.side_files import read_centers
 from distilclip.data.store import Store
 from distilclip.data.stream import PairSource, PairStream, Presentation, open_stream
-from distilclip.data.views import Crops
 from distilclip.data.workers import default_workers
 from distilclip.errors import InputError
-from distilclip.losses.terms import TERMS
+from distilclip.methods import TERMS
 from distilclip.models.batch_norm import require_exact_accumulation
 from distilclip.models.clip import Clip, create_clip, load_clip, load_named
 from distilclip.models.heads import Heads
 from distilclip.models.initial import initialise
 from distilclip.models.teacher import Teacher, live_teacher, stored_teachers
 from distilclip.train.checkpoint import (
-    Checkpoints,
     Progress,
     Training,
     complete_checkpoints,
@@ -36,97 +34,13 @@ from distilclip.train.checkpoint import (
 from distilclip.train.class_head import ClassHead
 from distilclip.train.loop import TrainingPlan, fit
 from distilclip.train.objective import Objective, objective
-from distilclip.train.optimizer import Average, Optimization, build_optimizer
-from distilclip.train.parallel import Execution, build_towers
+from distilclip.train.optimizer import Average, build_optimizer
+from distilclip.train.parallel import build_towers
 from distilclip.train.step import Student
-from distilclip.train.trackers import Tracker, open_trackers, require_packages
+from distilclip.train.trackers import open_trackers, require_packages
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # what compiles to them
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip train`."""
-
-    out: str
-    """folder to write: checkpoints, metrics.jsonl, result.json"""
-    student: str
-    """architecture: an open_clip name, a CLIP-KD student (ViT-T-16, MobileViT-S, ...), a JSON config or its file"""
-    init: tuple[str, ...] = ()
-    """what the student begins with: weights:FROM, inherit:TEACHER (also inherit-image:, inherit-text:), timm:FILE"""
-    data: tuple[str, ...] = ()
-    """pairs to train on: tars, Parquet or CSV files, with braces and globs; with --store only if they have moved"""
-    store: str | None = None
-    """folder of `embed`: the teacher's embeddings of the pairs, and where the pairs are"""
-    other_stores: tuple[str, ...] = ()
-    """stores of further teachers of the same pairs; FOLDER=0.5 gives one half the weight of the first"""
-    groups: str | None = None
-    """folder of `balance`: train on kept rows only"""
-    clusters: str | None = None
-    """folder of `cluster`: centers and labels for the cluster term"""
-    live_teacher: str | None = None
-    """a live teacher instead of a store's: a folder, hf-hub:ORG/NAME, or ARCHITECTURE=WEIGHTS for an open_clip name"""
-    objective: Literal["clip", "clip-cid", "clip-kd"] = "clip"
-    """the method: a named set of term weights"""
-    terms: dict[str, float] = field(default_factory=dict)
-    """weights and constants that replace the method's own, such as `feature 1000 alpha 0.9`"""
-    batch_size: int = 256
-    """pairs per step"""
-    micro_batch: int | None = stage_folder.execution(None)
-    """pairs whose activations a process holds at once (default: all of its own); gradients stay the same, only dropout
-    draws other numbers"""
-    num_steps: int = 1000
-    """optimisation steps"""
-    optimization: Optimization = field(default_factory=Optimization)
-    crops: Crops = field(default_factory=Crops)
-    seed: int = 0
-    """seed of the initial weights, the order, the crops, the sampled classes and the masks"""
-    max_bad_ratio: float = 0.05
-    """share of samples that may be unreadable; each is counted and replaced by another row. 0: stop at the first"""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """number format of the towers, and of a live teacher's (autocast); losses are always float32"""
-    checkpoints: Checkpoints = field(default_factory=Checkpoints)
-    execution: Execution = field(default_factory=Execution)
-    centers_state: Literal["device", "host"] = stage_folder.execution("device")
-    """where AdamW's state of the class centers is kept: 8 of 12 bytes a value"""
-    track: tuple[Tracker, ...] = stage_folder.execution(())
-    """also write the metrics to these"""
-    device: str = stage_folder.execution("auto")
-    """a torch device, or auto: CUDA, else MPS, else CPU"""
-    num_workers: int | None = stage_folder.execution(None)
-    """processes that read and decode (default: one per core but one, up to 16); 0 reads in the training process"""
-
-    def __post_init__(self) -> None:
-        method = objective(self.objective, self.terms)
-        if not self.data and not self.store:
-            raise InputError("train needs pairs: give --data, or a --store, which knows where its pairs are.")
-        if method.needs_teacher and not (self.store or self.live_teacher):
-            raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --live-teacher.")
-        if method.needs("centers") and not self.clusters:
-            raise InputError("The cluster term needs --clusters, a folder of `distilclip cluster`.")
-        if method.needs("centers") and self.live_teacher:
-            raise InputError("The centers of the cluster term belong to the store's teacher: leave out --live-teacher.")
-        if (self.groups or self.clusters) and not self.store:
-            raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
-        for name in ("batch_size", "num_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
-            raise InputError(f"micro_batch is {self.micro_batch}; it must be from 1 to batch_size, {self.batch_size}.")
-        if (self.other_stores or self.crops.views) and not self.store:
-            raise InputError("--other-stores and --views need a --store.")
-        if self.live_teacher and (self.other_stores or self.crops.views):
-            raise InputError("--other-stores and --views work with stored teachers only: leave out --live-teacher.")
-        _other_stores(self)
-        if self.optimization.warmup_steps > self.num_steps:
-            raise InputError(
-                f"warmup_steps is {self.optimization.warmup_steps}, more than num_steps, {self.num_steps}."
-            )
-        if (self.num_workers or 0) < 0 or self.seed < 0:
-            raise InputError("num_workers and seed must be at least 0.")
-        if self.checkpoints.keep_best not in ("none", "loss") and not method.needs_teacher:
-            raise InputError(f"keep_best {self.checkpoints.keep_best} compares with a teacher, and this run has none.")
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -163,7 +77,7 @@ def _inputs(config: Config) -> list[tuple[str, str]]:
     """The folders that this one is made from, each with its stage."""
     named = ((config.store, "embed"), (config.groups, "balance"), (config.clusters, "cluster"))
     found = [(path, stage) for path, stage in named if path is not None]
-    found += [(path, "embed") for path in _other_stores(config)]
+    found += [(path, "embed") for path in config.weight_of_store]
     models = [source.partition(":")[2] for source in config.init]
     return found + stage_folder.folders_of("train", [*models, *([config.live_teacher] if config.live_teacher else [])])
 
@@ -257,20 +171,6 @@ def _training(config: Config, student: Student, stream: PairStream) -> Training:
     )
 
 
-def _other_stores(config: Config) -> dict[str, float]:
-    """The folder and the weight of each further teacher's store."""
-    found = {}
-    for spec in config.other_stores:
-        folder, separator, weight = spec.rpartition("=")
-        try:
-            found[folder if separator else spec] = float(weight) if separator else 1.0
-        except ValueError as error:
-            raise InputError(f"other_stores: {spec!r} does not end in a weight; write FOLDER=0.5.") from error
-    if any(weight <= 0 for weight in found.values()):
-        raise InputError(f"other_stores is {config.other_stores}; weights must be positive.")
-    return found
-
-
 def _open_stores(config: Config) -> list[Store]:
     """The stores of all teachers; the first must be the one that groups and clusters were made from."""
     if config.store is None:
@@ -278,7 +178,7 @@ def _open_stores(config: Config) -> list[Store]:
     for path, stage in ((config.groups, "balance"), (config.clusters, "cluster")):
         if path is not None:
             stage_folder.require(path, stage=stage, store=config.store)
-    return [Store.open(path) for path in (config.store, *_other_stores(config))]
+    return [Store.open(path) for path in (config.store, *config.weight_of_store)]
 
 
 def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip | None) -> PairStream:
@@ -311,7 +211,7 @@ def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip
 def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Heads:
     """The heads for every teacher's width; their first weights follow from the seed alone."""
     dims = [live.dim] if live is not None else [store.dim for store in stores] or [clip.dim]
-    weights = [1.0, *_other_stores(config).values()]
+    weights = [1.0, *config.weight_of_store.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return Heads(clip.dim, dims[0], augmented=method.needs("fusion"), other_dims=dims[1:], weights=weights)

@@ -12,7 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -24,6 +24,7 @@ from distilclip.errors import InputError
 from distilclip.models.clip import WEIGHTS_FILE
 from distilclip.train.optimizer import Average
 from distilclip.train.parallel import like, place_, whole
+from distilclip.train.settings import Checkpoints
 from distilclip.train.step import Student
 
 FORMAT = 2
@@ -187,51 +188,24 @@ MEASURES = ("loss", "cosine_image", "cosine_text", "agreement")
 """Metrics by which checkpoints may be compared."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Checkpoints:
-    """When to write checkpoints, and which of them to keep."""
+def select_measures(line: Mapping[str, float]) -> dict[str, float]:
+    """Return what a checkpoint remembers of a line of metrics.jsonl: nothing that depends on the clock."""
+    return {name: line[name] for name in MEASURES if name in line}
 
-    checkpoint_every: int = 500
-    """steps between checkpoints"""
-    checkpoint_minutes: float = stage_folder.execution(0.0)
-    """also save every N minutes, keeping only the newest (0: off)"""
-    keep_checkpoints: int = stage_folder.execution(2)
-    """number of checkpoints to keep on disk, the last ones"""
-    keep_best: Literal["none", "loss", "cosine_image", "cosine_text", "agreement"] = stage_folder.execution("none")
-    """also keep the checkpoint that is best by this metric of the last training batches: lowest loss, highest others"""
 
-    def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.checkpoint_minutes < 0:
-            raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be at least 0.")
+def prune_checkpoints(train_folder: str, checkpoints: Checkpoints) -> None:
+    """Remove every complete checkpoint but the last ones, the best one, and the newest."""
+    states = {step: _read_state(train_folder, step) for step in complete_checkpoints(train_folder)}
+    scheduled = [step for step, state in states.items() if state["scheduled"]]
+    kept = {*scheduled[-checkpoints.keep_checkpoints :], *list(states)[-1:]}
+    best_by = checkpoints.keep_best
+    values = {s: states[s]["metrics"][best_by] for s in scheduled if best_by in states[s]["metrics"]}
+    if values:
+        best = min if best_by == "loss" else max
+        kept.add(best(values, key=lambda step: (values[step], step if best is max else -step)))
+    for step in set(states) - kept:
+        remove_checkpoint(train_folder, step)
 
-    def scheduled(self, done: int, *, num_steps: int) -> bool:
-        """Say whether every run has a checkpoint after `done` steps."""
-        return done % self.checkpoint_every == 0 or done == num_steps
 
-    def due(self, seconds: float) -> bool:
-        """Say whether it is time for a checkpoint, `seconds` after the last."""
-        return 0 < self.checkpoint_minutes * 60 <= seconds
-
-    @staticmethod
-    def measures(line: Mapping[str, float]) -> dict[str, float]:
-        """Return what a checkpoint remembers of a line of metrics.jsonl: nothing that depends on the clock."""
-        return {name: line[name] for name in MEASURES if name in line}
-
-    def prune(self, train_folder: str) -> None:
-        """Remove every complete checkpoint but the last ones, the best one, and the newest."""
-        states = {s: self._state(train_folder, s) for s in complete_checkpoints(train_folder)}
-        scheduled = [step for step, state in states.items() if state["scheduled"]]
-        kept = {*scheduled[-self.keep_checkpoints :], *list(states)[-1:]}
-        values = {s: states[s]["metrics"][self.keep_best] for s in scheduled if self.keep_best in states[s]["metrics"]}
-        if values:
-            best = min if self.keep_best == "loss" else max
-            kept.add(best(values, key=lambda step: (values[step], step if best is max else -step)))
-        for step in set(states) - kept:
-            remove_checkpoint(train_folder, step)
-
-    @staticmethod
-    def _state(train_folder: str, step: int) -> dict[str, Any]:
-        return stage_folder.read_json(files.join(train_folder, folder_name(step), "state.json"))
+def _read_state(train_folder: str, step: int) -> dict[str, Any]:
+    return stage_folder.read_json(files.join(train_folder, folder_name(step), "state.json"))

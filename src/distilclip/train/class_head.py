@@ -15,8 +15,8 @@ from distilclip.data.tensors import read_tensors, write_tensors
 from distilclip.errors import InputError
 from distilclip.losses.cluster import positions
 from distilclip.losses.terms import StepClasses
-from distilclip.train.optimizer import Optimization
 from distilclip.train.row_adamw import RowMoments, update_rows_
+from distilclip.train.settings import Optimization
 
 
 def class_range(num_classes: int, rank: int, world: int) -> tuple[int, int]:

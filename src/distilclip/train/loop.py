@@ -21,17 +21,19 @@ from distilclip.models.batch_norm import RunningStatistics
 from distilclip.models.teacher import Teacher
 from distilclip.progress import track
 from distilclip.train.checkpoint import (
-    Checkpoints,
     Progress,
     Training,
     complete_checkpoints,
     folder_name,
+    prune_checkpoints,
     save_checkpoint,
+    select_measures,
 )
 from distilclip.train.log import Lines, Log, Stopwatch
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import Optimization, schedule, set_learning_rate
+from distilclip.train.optimizer import schedule, set_learning_rate
 from distilclip.train.parallel import clip_gradients_, non_finite_gradients
+from distilclip.train.settings import Checkpoints, Optimization
 from distilclip.train.signals import Signals, terminate
 from distilclip.train.step import Inputs, StepResult, compute_gradients
 from distilclip.train.trackers import Writer
@@ -175,7 +177,7 @@ class _Saving:
     def save(self, done: int, *, scheduled: bool, line: Mapping[str, float]) -> None:
         """Write the state after `done` steps; `line` is what metrics.jsonl says of it."""
         progress = Progress(step=done, log=self._log.state())
-        measures = self._checkpoints.measures(line)
+        measures = select_measures(line)
         path = self._folder.child(folder_name(done))
         save_checkpoint(path, self._training, progress, scheduled=scheduled, metrics=measures)
         self._prune()
@@ -191,7 +193,7 @@ class _Saving:
 
     def _prune(self) -> None:
         if distributed.rank() == 0:
-            self._checkpoints.prune(self._folder.path)
+            prune_checkpoints(self._folder.path, self._checkpoints)
 
 
 def _make_inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inputs:

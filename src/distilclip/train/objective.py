@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from distilclip.errors import InputError, did_you_mean
 from distilclip.losses.features import Features, RankRows
-from distilclip.losses.terms import (
-    TERMS,
-    Constants,
-    Need,
-    StepClasses,
-    TeacherInputs,
-    TermInputs,
-    constant_names,
-    find_term,
-)
+from distilclip.losses.terms import COMPUTE, StepClasses, TeacherInputs, TermInputs
+from distilclip.methods import Weights, find_term, weights_of
 from distilclip.models.heads import Heads
 
 _MISSING = {
@@ -32,52 +22,13 @@ _MISSING = {
 
 
 @dataclass(frozen=True, init=False)
-class Objective:
+class Objective(Weights):
     """L = sum of weight x term; a weight of 0 leaves the term uncomputed.
 
-    `Objective(feature=2000.0, alpha=0.9)` takes the weights of the terms in losses/terms.py and the `Constants` there
-    by their names, and each of them can be read as an attribute. Raises `InputError` for an unknown name and for values
+    `Objective(feature=2000.0, alpha=0.9)` takes the weights of `methods.TERMS` and the `Constants` there by their
+    names, and each of them can be read as an attribute. Raises `InputError` for an unknown name and for values
     that no term can have.
     """
-
-    weights: Mapping[str, float]
-    """every term's weight"""
-    constants: Constants
-
-    def __init__(self, **values: float) -> None:
-        known = [*TERMS, *constant_names()]
-        for name in values:
-            if name not in known:
-                raise InputError(f"The objective has no term or constant {name!r}. {did_you_mean(name, known)}")
-        weights = {name: values.get(name, term.default) for name, term in TERMS.items()}
-        for name, value in weights.items():
-            if not 0 <= value < math.inf:  # so that nan is refused, too
-                raise InputError(f"The weight of the term {name!r} is {value}; weights are 0 or more.")
-        if not any(weights.values()):
-            raise InputError("All term weights are 0: nothing would be learned.")
-        constants = Constants(**{name: value for name, value in values.items() if name not in TERMS})
-        object.__setattr__(self, "weights", weights)
-        object.__setattr__(self, "constants", constants)
-
-    def __getattr__(self, name: str) -> float:
-        values = {} if name.startswith("_") else self.values
-        if name not in values:
-            raise AttributeError(f"The objective has no term or constant {name!r}.")
-        return values[name]
-
-    @property
-    def values(self) -> dict[str, float]:
-        """Every weight and constant by its name."""
-        return {**self.__dict__["weights"], **asdict(self.__dict__["constants"])}
-
-    def needs(self, what: Need) -> bool:
-        """Say whether any term with a weight needs it."""
-        return any(weight and what in find_term(name).needs for name, weight in self.weights.items())
-
-    @property
-    def needs_teacher(self) -> bool:
-        """Whether any term compares with a teacher."""
-        return self.needs("teacher")
 
     def terms(
         self,
@@ -106,7 +57,7 @@ class Objective:
                 if need in given and given[need] is None:
                     raise ValueError(f"The term {term.name!r} {_MISSING[need]}.")
         alone = TermInputs(rows=rows, student=student, constants=self.constants)
-        values = {term.name: term.compute(alone) for term in used if "teacher" not in term.needs}
+        values = {term.name: COMPUTE[term.name](alone) for term in used if "teacher" not in term.needs}
         teachers = [] if teacher is None else [teacher, *others]
         compared = [term for term in used if "teacher" in term.needs]
         for place, one in enumerate(teachers if compared else []):
@@ -123,9 +74,9 @@ class Objective:
             )
             for term in compared:
                 if "centers" not in term.needs:
-                    values[term.name] = values.get(term.name, 0) + weight * term.compute(inputs)
+                    values[term.name] = values.get(term.name, 0) + weight * COMPUTE[term.name](inputs)
                 elif place == 0:
-                    values[term.name] = term.compute(inputs)
+                    values[term.name] = COMPUTE[term.name](inputs)
         return values
 
     def total(self, terms: Mapping[str, Float[Tensor, ""]]) -> Float[Tensor, ""]:
@@ -136,18 +87,9 @@ class Objective:
         return torch.stack([self.weights[name] * value for name, value in terms.items()]).sum()
 
 
-PRESETS = {
-    "clip": Objective(),
-    "clip-cid": Objective(cluster=1.0, instance=1.0),
-    "clip-kd": Objective(relational=1.0, feature=2000.0, interactive=1.0),
-}
-
-
 def objective(name: str, overrides: Mapping[str, float] | None = None) -> Objective:
     """Return a named method (`clip`, `clip-cid`, `clip-kd`) with some weights or constants replaced.
 
     Raises `InputError` for an unknown method, term or constant.
     """
-    if name not in PRESETS:
-        raise InputError(f"No objective {name!r}. {did_you_mean(name, PRESETS)}")
-    return Objective(**{**PRESETS[name].values, **(overrides or {})})
+    return Objective(**weights_of(name, overrides).values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from distilclip.errors import InputError
 from distilclip.train.parallel import local
+from distilclip.train.settings import Optimization
 
 # Positions and class tokens, as open_clip, timm and transformers name them.
 POSITIONS = {
@@ -24,44 +23,6 @@ POSITIONS = {
     "relative_position_bias_table",
     "position_embeddings",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Optimization:
-    """How weights are updated: AdamW, linear warm-up, then a cosine."""
-
-    learning_rate: float = 1e-3
-    """peak learning rate of AdamW"""
-    warmup_steps: int = 100
-    """steps of linear warm-up before the cosine"""
-    weight_decay: float = 0.2
-    """weight decay of matrices; biases, norms, scales and positions have none"""
-    beta1: float = 0.9
-    """decay of AdamW's mean of gradients"""
-    beta2: float = 0.98
-    """decay of AdamW's mean of squared gradients; CLIP takes 0.98 for transformers, 0.999 for ResNets"""
-    eps: float = 1e-6
-    """AdamW's constant in the denominator; CLIP takes 1e-6 for transformers, 1e-8 for ResNets"""
-    centers_learning_rate: float = 1e-6
-    """peak learning rate of the class centers (CLIP-CID: training collapses with more)"""
-    centers_weight_decay: float = 0.0
-    """weight decay of the class centers"""
-    gradient_clip: float = 1.0
-    """longer gradients are scaled down to this norm (0: off)"""
-    average_decay: float = 0.0
-    """decay of a moving average of the weights, such as 0.999; checkpoints then give the average (0: off)"""
-
-    def __post_init__(self) -> None:
-        if self.learning_rate <= 0 or self.centers_learning_rate < 0:
-            raise InputError("learning_rate must be positive, centers_learning_rate at least 0.")
-        for name in ("warmup_steps", "weight_decay", "centers_weight_decay", "gradient_clip"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0.")
-        for name in ("average_decay", "beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
-        if self.eps <= 0:
-            raise InputError(f"eps is {self.eps}; it must be positive.")
 
 
 def build_optimizer(parameters: Mapping[str, nn.Parameter], optimization: Optimization) -> torch.optim.AdamW:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -19,26 +17,14 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import get_total_norm
 
-from distilclip import distributed, stage_folder
+from distilclip import distributed
 from distilclip.errors import InputError
-from distilclip.losses.features import RankRows
 from distilclip.models.batch_norm import batch_norms, fixed_statistics, synchronise_batch_norms
 from distilclip.models.clip import Clip
+from distilclip.train.settings import Execution
 
 OWNED = ("logit_scale", "logit_bias")
 """Parameters of a model that the objective uses directly: they stay outside DDP and FSDP, and we sum them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Execution:
-    """How the towers run; results differ only by rounding."""
-
-    strategy: Literal["ddp", "fsdp"] = stage_folder.execution("ddp")
-    """with several processes: each has all weights (DDP) or a part of them (FSDP2)"""
-    compile: Literal["no", "default", "reduce-overhead", "max-autotune"] = stage_folder.execution("no")
-    """mode of torch.compile for the towers; with fsdp for each of their blocks"""
-    activations: Literal["keep", "recompute"] = stage_folder.execution("keep")
-    """recompute saves memory: each block computes its activations again in the backward pass"""
 
 
 class Towers(nn.Module):
@@ -62,17 +48,6 @@ class Towers(nn.Module):
                 with fixed_statistics(self.model):
                     features.append(self._clip.encode_image(masked))
         return features
-
-
-def rows_of_this_rank(num_rows: int) -> RankRows:
-    """Say which rows of the global batch are here, where every process holds `num_rows`."""
-    start = distributed.rank() * num_rows
-    return RankRows(
-        here=slice(start, start + num_rows),
-        count=distributed.world() * num_rows,
-        gather=distributed.gather,
-        reduce=distributed.reduce_,
-    )
 
 
 def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution) -> nn.Module:

@@ -21,7 +21,7 @@ from distilclip.models.heads import Heads
 from distilclip.train.class_head import ClassHead
 from distilclip.train.log import Stopwatch
 from distilclip.train.objective import Objective
-from distilclip.train.parallel import OWNED, gradient_sync, rows_of_this_rank, sum_gradients_
+from distilclip.train.parallel import OWNED, gradient_sync, sum_gradients_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +120,7 @@ def compute_gradients(
     global batch; its seed also fixes dropout, the same in both passes.
     """
     stopwatch = stopwatch or Stopwatch(inputs.pixels.device)
-    rows = rows_of_this_rank(len(inputs.pixels))
+    rows = distributed.rows_of_this_rank(len(inputs.pixels))
     masks = _draw_masks(objective, inputs.pixels, rows, generator)
     classes = _draw_classes(student, objective, inputs.labels, rows, generator)
     slices = [slice(i, i + micro_batch) for i in range(0, len(inputs.pixels), micro_batch)]

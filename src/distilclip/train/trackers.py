@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from distilclip import files
 from distilclip.errors import InputError
-
-Tracker = Literal["tensorboard", "wandb"]
+from distilclip.train.settings import Tracker
 
 
 class TensorBoard:

@@ -1,0 +1,56 @@
+"""State the options of `distilclip balance`. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from distilclip.engine import Engine
+from distilclip.errors import InputError
+from distilclip.grouping.rule import Rule
+from distilclip.options import changeable
+from distilclip.vectors.metric import Metric
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip balance`."""
+
+    store: str
+    """folder that `embed` wrote"""
+    out: str
+    """folder to write: the groups, the spanning forest, and result.json with the threshold curve"""
+    metric: Metric
+    """unit of all distances here. The paper's 0.07 means three things: euclidean (cos > 0.9976), sqeuclidean
+    (cos > 0.965, what faiss calls L2) or cosine distance (cos > 0.93)"""
+    threshold: float | None = None
+    """join images with distance < threshold (or give --target-removed)"""
+    target_removed: float | None = None
+    """choose the threshold that removes this share of the images; needs --max-threshold"""
+    max_threshold: float | None = None
+    """search up to this distance, so that the curve shows thresholds up to it (default: the threshold)"""
+    mode: Literal["threshold", "topk"] = "threshold"
+    """join every pair below the threshold, or (topk) each image with its --top-k nearest only, as the paper says"""
+    top_k: int | None = None
+    """number of nearest images that each image is compared with in topk mode"""
+    max_radius: float | None = None
+    """keep more images of a group until every image is within this distance of a kept one"""
+    memory_gb: float = changeable(1.0)
+    """working memory in GB of each worker's search, without the embeddings that it reads in half precision"""
+    block_rows: int | None = changeable(None)
+    """number of rows in a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
+    device: str = changeable("auto")
+    """auto (CUDA, then MPS, then CPU) or a torch device; on Ray, cuda gives each worker a GPU of its own"""
+    execution: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        _ = self.rule  # checks it
+        if self.block_rows is not None and self.block_rows < 1:
+            raise InputError(f"block_rows is {self.block_rows}; it must be at least 1.")
+        if self.top_k is not None and self.execution.engine != "local":
+            raise InputError("topk mode compares every list with all rows: --engine local only.")
+
+    @property
+    def rule(self) -> Rule:
+        """Which images are joined and which are kept."""
+        return Rule(**{option.name: getattr(self, option.name) for option in fields(Rule)})

@@ -1,0 +1,32 @@
+"""State the options of `distilclip corpus`. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from distilclip.errors import InputError
+from distilclip.options import changeable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip corpus`."""
+
+    out: str
+    """folder to write: train/*.tar and eval/SET/*.tar"""
+    num_pairs: int = 12_000
+    """pairs to train on; about 41 % of them are copies of others"""
+    seed: int = 0
+    """seed of the corpus: the same seed gives the same bytes"""
+    image_size: int = 64
+    """width and height of the pictures, in pixels"""
+    shard_size: int = 1000
+    """pairs per tar"""
+    num_eval: int = 1000
+    """pictures of each evaluation set, and the same number again to train its linear probe"""
+    num_workers: int = changeable(2)
+    """processes that draw pictures (0: draw in the main process)"""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 0:
+            raise InputError(f"--num-workers is {self.num_workers}; 0 draws in the main process, n > 0 in n more.")

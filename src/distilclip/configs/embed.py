@@ -1,0 +1,59 @@
+"""State the options of `distilclip embed`. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distilclip.data.crops import Augmentation
+from distilclip.data.limits import MAX_PIXELS, OnError, check_bad_ratio
+from distilclip.engine import Engine
+from distilclip.errors import InputError
+from distilclip.options import changeable
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip embed`."""
+
+    data: tuple[str, ...]
+    """files of pairs: webdataset tars, Parquet with image bytes, or CSV/TSV (filepath, caption); braces, globs, URLs"""
+    out: str
+    """folder to write: the store"""
+    model: str
+    """teacher: an open_clip architecture (with --weights), hf-hub:ORG/NAME, or a distilclip train folder"""
+    weights: str | None = None
+    """weights of an open_clip architecture: a file, or one of open_clip's tags"""
+    batch_size: int = 256
+    """number of pairs per forward pass"""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """precision in which the teacher computes (autocast); embeddings are stored in half precision"""
+    max_pixels: int = MAX_PIXELS
+    """largest allowed width x height of an image; larger ones are skipped as possible decompression bombs"""
+    views: int = 0
+    """number of random crops of each image to embed as well, with all captions of a sample (0: none)"""
+    augmentation: Augmentation = field(default_factory=Augmentation)
+    seed: int = 0
+    """random seed of the crops"""
+    on_error: OnError = changeable("skip")
+    """what to do with an unusable sample: skip it and write down the reason, or stop with an error (raise)"""
+    max_bad_ratio: float = changeable(0.05)
+    """stop when more than this share of the samples is unusable"""
+    device: str = changeable("auto")
+    """auto (CUDA, then MPS, then CPU), or a torch device"""
+    num_workers: int = changeable(2)
+    """number of processes that read and decode for a teacher (0: decode in the main process)"""
+    execution: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InputError("embed needs --data: tars, Parquet or CSV files of pairs.")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; it must be at least 1.")
+        if self.num_workers < 0:
+            raise InputError(f"num_workers is {self.num_workers}; it must be 0 or more.")
+        if self.views < 0:
+            raise InputError(f"views is {self.views}; it must be 0 or more.")
+        if self.views and self.seed < 0:
+            raise InputError(f"seed is {self.seed}; it must be 0 or more.")
+        check_bad_ratio(self.max_bad_ratio)

@@ -1,0 +1,111 @@
+"""State the options of `distilclip export`. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distilclip.engine import Engine
+from distilclip.errors import InputError
+from distilclip.options import changeable, option_fields, option_values
+
+What = Literal["tars", "keys", "subset", "clip-retrieval", "open_clip", "huggingface", "onnx"]
+MAX_SAMPLES = 20_000  # their similarities are one matrix
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip export`."""
+
+    what: What
+    """from a store: tars (a curated copy), keys (text), subset (DataComp's .npy), clip-retrieval (npy and Parquet);
+    from a model: open_clip, huggingface (transformers' CLIPModel), onnx (two encoders and a tokenizer)"""
+    out: str
+    """folder to write; a model goes into its subfolder `model`"""
+    store: str | None = None
+    """folder of `embed` to export from"""
+    groups: str | None = None
+    """folder of `balance`: export only the rows that it keeps (default: every valid row)"""
+    subset: str | None = None
+    """DataComp subset file: export only the samples whose uid it lists"""
+    uid: Literal["json", "md5"] = "json"
+    """source of uids: the field `uid` of a sample's json, or the MD5 of url (or key) and caption"""
+    data: tuple[str, ...] = ()
+    """where the store's files lie now, if they have moved; with onnx: pairs on which int8 is measured"""
+    samples_per_tar: int | None = None
+    """number of samples per tar (default: one tar for each source tar, with the same number in its name)"""
+    model: str | None = None
+    """train folder, checkpoint, open_clip folder or name, hf-hub:ORG/NAME"""
+    weights: str | None = None
+    """weights of an open_clip architecture: a file, or one of open_clip's tags"""
+    name: str | None = None
+    """name of the model (default: the last part of --model)"""
+    evaluation: str | None = None
+    """folder of `evaluate` whose scores go into the model card"""
+    quantize: Literal["none", "int8"] = "none"
+    """also write int8 encoders, and measure on --data what they lose"""
+    num_samples: int = 1000
+    """number of pairs of --data to measure int8 on (the first usable ones)"""
+    batch_size: int = changeable(32)
+    """number of pairs per forward pass while measuring"""
+    execution: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        _check_fields(self)
+        _check_packages(self.what)
+        if self.groups and self.subset:
+            raise InputError("--groups and --subset both choose the rows: give one of them.")
+        if self.uid != "json" and self.what != "subset" and not self.subset:
+            raise InputError("--uid says how samples are named in a subset file: it needs --what subset or --subset.")
+        if self.quantize == "int8" and not self.data:
+            raise InputError("--quantize int8 needs --data: what it loses is measured on real pairs, a few hundred do.")
+        if self.quantize == "none" and self.what == "onnx" and self.data:
+            raise InputError("--data is what int8 is measured on: give --quantize int8 too, or leave it out.")
+        for name in ("samples_per_tar", "num_samples", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1.")
+        if self.num_samples > MAX_SAMPLES:
+            raise InputError(f"num_samples is {self.num_samples}; every two are compared, so at most {MAX_SAMPLES}.")
+
+
+_ENGINE = {"engine", "engine_address", "engine_workers"}
+_ROWS = {"store", "groups", "data", "uid"}
+_MODEL = {"model", "weights", "name", "evaluation"}
+MEANINGFUL: dict[What, set[str]] = {
+    "tars": _ROWS | _ENGINE | {"subset", "samples_per_tar"},
+    "keys": _ROWS | {"subset"},
+    "subset": _ROWS | _ENGINE,
+    "clip-retrieval": _ROWS | _ENGINE | {"subset"},
+    "open_clip": _MODEL,
+    "huggingface": _MODEL,
+    "onnx": _MODEL | {"quantize", "data", "num_samples", "batch_size"},
+}
+"""Which flags each `what` reads, besides `what` and `out`."""
+_PACKAGES: dict[What, Sequence[str]] = {
+    "huggingface": ("transformers",),
+    "onnx": ("onnx", "onnxscript", "onnxruntime", "tokenizers"),
+}
+
+
+def _check_fields(config: Config) -> None:
+    """Raise `InputError` for a flag that `what` does not read, and for the one that it cannot do without."""
+    meaningful = MEANINGFUL[config.what] | {"what", "out"}
+    values = option_values(config)
+    for option in option_fields(Config):
+        if option.name not in meaningful and values[option.name] != option.default:
+            raise InputError(
+                f"--{option.name.replace('_', '-')} has no meaning with --what {config.what}: leave it out."
+            )
+    needed = "store" if "store" in meaningful else "model"
+    if not getattr(config, needed):
+        raise InputError(f"--what {config.what} needs --{needed}.")
+
+
+def _check_packages(what: What) -> None:
+    for package in _PACKAGES.get(what, ()):
+        if importlib.util.find_spec(package) is None:
+            extra = "onnx" if what == "onnx" else "huggingface"
+            raise InputError(f"{package} is not installed: pip install 'distilclip[{extra}]'.")

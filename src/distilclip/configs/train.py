@@ -1,0 +1,110 @@
+"""State the options of `distilclip train`. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distilclip.data.crops import Crops
+from distilclip.errors import InputError
+from distilclip.methods import weights_of
+from distilclip.options import changeable
+from distilclip.train.settings import Checkpoints, Execution, Optimization, Tracker
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip train`."""
+
+    out: str
+    """folder to write: checkpoints, metrics.jsonl, result.json"""
+    student: str
+    """architecture: an open_clip name, a CLIP-KD student (ViT-T-16, MobileViT-S, ...), a JSON config or its file"""
+    init: tuple[str, ...] = ()
+    """what the student begins with: weights:FROM, inherit:TEACHER (also inherit-image:, inherit-text:), timm:FILE"""
+    data: tuple[str, ...] = ()
+    """pairs to train on: tars, Parquet or CSV files, with braces and globs; with --store only if they have moved"""
+    store: str | None = None
+    """folder of `embed`: the teacher's embeddings of the pairs, and where the pairs are"""
+    other_stores: tuple[str, ...] = ()
+    """stores of further teachers of the same pairs; FOLDER=0.5 gives one half the weight of the first"""
+    groups: str | None = None
+    """folder of `balance`: train on kept rows only"""
+    clusters: str | None = None
+    """folder of `cluster`: centers and labels for the cluster term"""
+    live_teacher: str | None = None
+    """a live teacher instead of a store's: a folder, hf-hub:ORG/NAME, or ARCHITECTURE=WEIGHTS for an open_clip name"""
+    objective: Literal["clip", "clip-cid", "clip-kd"] = "clip"
+    """the method: a named set of term weights"""
+    terms: dict[str, float] = field(default_factory=dict)
+    """weights and constants that replace the method's own, such as `feature 1000 alpha 0.9`"""
+    batch_size: int = 256
+    """pairs per step"""
+    micro_batch: int | None = changeable(None)
+    """pairs whose activations a process holds at once (default: all of its own); gradients stay the same, only dropout
+    draws other numbers"""
+    num_steps: int = 1000
+    """optimisation steps"""
+    optimization: Optimization = field(default_factory=Optimization)
+    crops: Crops = field(default_factory=Crops)
+    seed: int = 0
+    """seed of the initial weights, the order, the crops, the sampled classes and the masks"""
+    max_bad_ratio: float = 0.05
+    """share of samples that may be unreadable; each is counted and replaced by another row. 0: stop at the first"""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """number format of the towers, and of a live teacher's (autocast); losses are always float32"""
+    checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    execution: Execution = field(default_factory=Execution)
+    centers_state: Literal["device", "host"] = changeable("device")
+    """where AdamW's state of the class centers is kept: 8 of 12 bytes a value"""
+    track: tuple[Tracker, ...] = changeable(())
+    """also write the metrics to these"""
+    device: str = changeable("auto")
+    """a torch device, or auto: CUDA, else MPS, else CPU"""
+    num_workers: int | None = changeable(None)
+    """processes that read and decode (default: one per core but one, up to 16); 0 reads in the training process"""
+
+    def __post_init__(self) -> None:
+        method = weights_of(self.objective, self.terms)
+        if not self.data and not self.store:
+            raise InputError("train needs pairs: give --data, or a --store, which knows where its pairs are.")
+        if method.needs_teacher and not (self.store or self.live_teacher):
+            raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --live-teacher.")
+        if method.needs("centers") and not self.clusters:
+            raise InputError("The cluster term needs --clusters, a folder of `distilclip cluster`.")
+        if method.needs("centers") and self.live_teacher:
+            raise InputError("The centers of the cluster term belong to the store's teacher: leave out --live-teacher.")
+        if (self.groups or self.clusters) and not self.store:
+            raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
+        for name in ("batch_size", "num_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
+            raise InputError(f"micro_batch is {self.micro_batch}; it must be from 1 to batch_size, {self.batch_size}.")
+        if (self.other_stores or self.crops.views) and not self.store:
+            raise InputError("--other-stores and --views need a --store.")
+        if self.live_teacher and (self.other_stores or self.crops.views):
+            raise InputError("--other-stores and --views work with stored teachers only: leave out --live-teacher.")
+        _ = self.weight_of_store  # checks it
+        if self.optimization.warmup_steps > self.num_steps:
+            raise InputError(
+                f"warmup_steps is {self.optimization.warmup_steps}, more than num_steps, {self.num_steps}."
+            )
+        if (self.num_workers or 0) < 0 or self.seed < 0:
+            raise InputError("num_workers and seed must be at least 0.")
+        if self.checkpoints.keep_best not in ("none", "loss") and not method.needs_teacher:
+            raise InputError(f"keep_best {self.checkpoints.keep_best} compares with a teacher, and this run has none.")
+
+    @property
+    def weight_of_store(self) -> dict[str, float]:
+        """The folder and the weight of each further teacher's store."""
+        found = {}
+        for spec in self.other_stores:
+            folder, separator, weight = spec.rpartition("=")
+            try:
+                found[folder if separator else spec] = float(weight) if separator else 1.0
+            except ValueError as error:
+                raise InputError(f"other_stores: {spec!r} does not end in a weight; write FOLDER=0.5.") from error
+        if any(weight <= 0 for weight in found.values()):
+            raise InputError(f"other_stores is {self.other_stores}; weights must be positive.")
+        return found

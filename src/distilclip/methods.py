@@ -1,0 +1,165 @@
+"""List the terms of an objective and the methods that weigh them, without torch or numpy.
+
+How a term is computed stands in `losses/terms.py`; its name, its words and its needs stand here, so that a command line
+or a recipe is checked at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Literal, get_args
+
+from distilclip.errors import InputError, did_you_mean
+
+Need = Literal["teacher", "scale", "fusion", "masks", "centers"]
+"""A teacher; a learned scale of the term's own; linear maps that fuse student and teacher; masked images; centers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Term:
+    """One loss as a part of an objective."""
+
+    name: str
+    """of its weight, of its column in metrics.jsonl, and of its chart in the report"""
+    words: str
+    """what it is, in a few plain words for the report"""
+    needs: tuple[Need, ...] = ()
+    default: float = 0.0
+    """the weight where none is given"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Constants:
+    """The constants inside the terms, beside their weights."""
+
+    alpha: float = 0.999
+    """share of the label loss in the cluster term; the rest is the KL"""
+    temperature: float = 0.07
+    """tau of the cluster term's KL"""
+    class_scale: float = 1.0
+    """s_l of the cluster term's label loss"""
+    sample_rate: float = 1.0
+    """share of the classes in each step's softmax (Partial FC); 1 means all"""
+    gamma: float = 0.5
+    """share of the image side in the instance term"""
+    mask_ratio: float = 0.75
+    """share of the patch grid that the masked term hides"""
+
+    def __post_init__(self) -> None:
+        for name in ("alpha", "gamma", "mask_ratio"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it is a share, from 0 to 1.")
+        for name in ("temperature", "class_scale"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive.")
+        if not 0 < self.sample_rate <= 1:
+            raise InputError(f"sample_rate is {self.sample_rate}; it is a share of the classes, over 0 and up to 1.")
+
+
+TERMS: dict[str, Term] = {}
+"""Every term by its name."""
+
+
+def constant_names() -> list[str]:
+    """Return the names of all constants."""
+    return [field.name for field in fields(Constants)]
+
+
+def add_term(name: str, words: str, *, needs: tuple[Need, ...] = (), default: float = 0.0) -> None:
+    """Add a term, so that every objective knows its weight; `ValueError` for a name that is taken.
+
+    The fields of `Term` say what the arguments are.
+    """
+    if name in TERMS or name in constant_names():
+        raise ValueError(f"There is a term or constant {name!r} already: choose another name.")
+    if unknown := set(needs) - set(get_args(Need)):
+        raise ValueError(f"The term {name!r} needs {sorted(unknown)}; choose from {get_args(Need)}.")
+    if needs and "teacher" not in needs:
+        raise ValueError(f"The term {name!r} needs {needs}: only a term that needs a teacher gets these, too.")
+    TERMS[name] = Term(name=name, words=words, needs=needs, default=default)
+
+
+def find_term(name: str) -> Term:
+    """Return a term by its name; `InputError` where there is none."""
+    if name not in TERMS:
+        raise InputError(f"There is no term {name!r} in methods.py. {did_you_mean(name, TERMS)}")
+    return TERMS[name]
+
+
+add_term("task", "contrastive loss of the student's own image and text embeddings", default=1.0)
+add_term("cluster", "CLIP-CID cluster discrimination", needs=("teacher", "centers"))
+add_term("instance", "CLIP-CID instance discrimination", needs=("teacher", "scale"))
+add_term("relational", "CLIP-KD relational distillation (CRD)", needs=("teacher",))
+add_term("feature", "CLIP-KD feature distillation (FD)", needs=("teacher",))
+add_term("masked", "CLIP-KD masked feature distillation (MFD)", needs=("teacher", "masks"))
+add_term("gradient", "CLIP-KD gradient distillation (GD)", needs=("teacher",))
+add_term("interactive", "CLIP-KD interactive contrast (ICL)", needs=("teacher", "scale"))
+add_term("augmented", "CLIP-KD augmented features (AFD)", needs=("teacher", "scale", "fusion"))
+
+
+@dataclass(frozen=True, init=False)
+class Weights:
+    """The weight of every term and the constants inside them: what a method is.
+
+    `Weights(feature=2000.0, alpha=0.9)` takes the weights of `TERMS` and the `Constants` by their names, and each of
+    them can be read as an attribute. Raises `InputError` for an unknown name and for values that no term can have.
+    """
+
+    weights: Mapping[str, float]
+    """every term's weight"""
+    constants: Constants
+
+    def __init__(self, **values: float) -> None:
+        known = [*TERMS, *constant_names()]
+        for name in values:
+            if name not in known:
+                raise InputError(f"The objective has no term or constant {name!r}. {did_you_mean(name, known)}")
+        weights = {name: values.get(name, term.default) for name, term in TERMS.items()}
+        for name, value in weights.items():
+            if not 0 <= value < math.inf:  # so that nan is refused, too
+                raise InputError(f"The weight of the term {name!r} is {value}; weights are 0 or more.")
+        if not any(weights.values()):
+            raise InputError("All term weights are 0: nothing would be learned.")
+        constants = Constants(**{name: value for name, value in values.items() if name not in TERMS})
+        object.__setattr__(self, "weights", weights)
+        object.__setattr__(self, "constants", constants)
+
+    def __getattr__(self, name: str) -> float:
+        values = {} if name.startswith("_") else self.values
+        if name not in values:
+            raise AttributeError(f"The objective has no term or constant {name!r}.")
+        return values[name]
+
+    @property
+    def values(self) -> dict[str, float]:
+        """Every weight and constant by its name."""
+        return {**self.__dict__["weights"], **asdict(self.__dict__["constants"])}
+
+    def needs(self, what: Need) -> bool:
+        """Say whether any term with a weight needs it."""
+        return any(weight and what in find_term(name).needs for name, weight in self.weights.items())
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any term compares with a teacher."""
+        return self.needs("teacher")
+
+
+METHODS: dict[str, Mapping[str, float]] = {
+    "clip": {},
+    "clip-cid": {"cluster": 1.0, "instance": 1.0},
+    "clip-kd": {"relational": 1.0, "feature": 2000.0, "interactive": 1.0},
+}
+"""The values by which a method differs from the defaults."""
+
+
+def weights_of(name: str, overrides: Mapping[str, float] | None = None) -> Weights:
+    """Return the weights of a named method (`clip`, `clip-cid`, `clip-kd`) with some of its values replaced.
+
+    Raises `InputError` for an unknown method, term or constant.
+    """
+    if name not in METHODS:
+        raise InputError(f"No objective {name!r}. {did_you_mean(name, METHODS)}")
+    return Weights(**{**METHODS[name], **(overrides or {})})
