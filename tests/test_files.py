@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import http.server
 import os
+import socketserver
+import sys
+import threading
 from pathlib import Path
 
 import fsspec
@@ -81,3 +85,94 @@ def test_a_local_copy_is_the_file_itself_or_a_download_that_goes_away(tmp_path: 
         assert Path(copy).read_bytes() == b"remote"
     assert not os.path.exists(copy)
     assert os.path.exists(path)
+
+
+@pytest.mark.parametrize(("url", "extra"), [("gs://bucket/0.tar", "gcs"), ("s3://bucket/*.tar", "s3")])
+def test_a_storage_without_its_package_says_what_to_install(
+    url: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ("gcsfs", "s3fs"):  # where they are installed
+        monkeypatch.setitem(sys.modules, package, None)
+    for protocol in ("gs", "s3"):  # where another test has used them
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, protocol, raising=False)  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match=rf"needs a package.*pip install 'distilclip\[{extra}\]'"):
+        files.expand(url)
+
+
+def test_an_unknown_kind_of_url_is_named() -> None:
+    with pytest.raises(InputError, match=r"no file system is known for gss://.*'gs'"):
+        files.expand("gss://bucket/0.tar")
+
+
+def test_a_pattern_without_match_says_whether_its_folder_is_there(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"No file matches .*there is no folder .*nowhere\. Check the path"):
+        files.expand(str(tmp_path / "nowhere" / "*.tar"))
+    with pytest.raises(InputError, match=r"holds no such file.*quoting"):
+        files.expand(str(tmp_path / "*.tar"))
+    fsspec.filesystem("memory").pipe("/there/1.tar", b"")
+    with pytest.raises(InputError, match=r"memory://there can be read and holds no such file"):
+        files.expand("memory://there/*.zip")
+    with pytest.raises(InputError, match=r"there is no memory://absent"):
+        files.expand("memory://absent/*.tar")
+
+
+class Answering(http.server.BaseHTTPRequestHandler):
+    """A server that denies access to everything."""
+
+    def do_GET(self) -> None:
+        self.send_error(403)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *values: object) -> None:
+        """Say nothing."""
+
+
+def test_a_place_that_cannot_be_reached_is_no_pattern_without_match() -> None:
+    pytest.importorskip("aiohttp")
+    with socketserver.TCPServer(("127.0.0.1", 0), Answering) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        port = server.server_address[1]
+        with pytest.raises(InputError, match=r"0\.tar cannot be reached: access is denied \(403"):
+            files.expand(f"http://127.0.0.1:{port}/0.tar")
+        server.shutdown()
+    with pytest.raises(InputError, match=r"cannot be reached: there is no connection .*Check the network"):
+        files.expand(f"http://127.0.0.1:{port}/0.tar")
+
+
+def test_a_pipe_is_refused_with_a_remedy() -> None:
+    with pytest.raises(InputError, match=r"is a command for webdataset.*Give the URL itself"):
+        files.expand("pipe:aws s3 cp s3://bucket/0.tar -")
+
+
+def test_a_bucket_says_what_is_wrong_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    s3fs = pytest.importorskip("s3fs")
+    moto = pytest.importorskip("moto.server")
+    server = moto.ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    here = "http://{}:{}".format(*server.get_host_and_port())
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+    def refused(url: str, endpoint: str = here) -> str:
+        s3fs.S3FileSystem.clear_instance_cache()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+        with pytest.raises(InputError) as caught:
+            files.expand(url)
+        return str(caught.value)
+
+    assert "there are no credentials" in refused("s3://mine/*.tar")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    s3fs.S3FileSystem.clear_instance_cache()
+    s3fs.S3FileSystem(endpoint_url=here).mkdir("mine")
+    files.filesystem("s3://mine/pairs/0.tar")[0].pipe("mine/pairs/0.tar", b"x")
+    assert files.expand("s3://mine/pairs/*.tar") == ["s3://mine/pairs/0.tar"]
+    assert "can be read and holds no such file" in refused("s3://mine/pairs/*.zip")
+    assert "there is no s3://mine/pairs/7.tar" in refused("s3://mine/pairs/7.tar")
+    for url in ("s3://absent/*.tar", "s3://absent/0.tar"):
+        assert "there is no such bucket" in refused(url)
+    for url in ("s3://mine/pairs/*.tar", "s3://mine/pairs/0.tar"):
+        assert "there is no connection" in refused(url, "http://127.0.0.1:9")
+    server.stop()

@@ -85,6 +85,11 @@ def _cause(error: BaseException | None, path: str) -> str:
     said = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
     status = next((v for name in ("status", "code") if isinstance(v := getattr(error, name, None), int)), 0)
     credentials = _CREDENTIALS.get(path.partition("://")[0], "Check the account's rights.")
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):  # botocore's
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode", status)
+    if "NoSuchBucket" in names or status == 404:
+        return f"there is no such bucket ({said}). Check its name, and AWS_ENDPOINT_URL where it is not Amazon's."
     if names & _NO_CREDENTIALS:
         return f"there are no credentials ({said}). {credentials}"
     if "PermissionError" in names or status in (401, 403):
