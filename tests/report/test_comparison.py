@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from distilclip.evaluate.tables import build_tables
-from distilclip.report.comparison import MAX_COLUMNS, Model, Row, Table, compare, models
+from distilclip.report.comparison import MAX_COLUMNS, Row, Table, compare
 from distilclip.report.load import load
+from distilclip.report.roles import Model, models
 from distilclip.sets.score import Score, title
 from tests.report.made_run import digest, write_evaluate, write_run, write_stage, write_train
 

@@ -9,7 +9,8 @@ from typing import Any
 from markupsafe import Markup
 
 from distilclip.report import figures
-from distilclip.report.comparison import Cell, Model, Table
+from distilclip.report.comparison import Cell, Table
+from distilclip.report.roles import Model
 from distilclip.sets.score import title
 
 

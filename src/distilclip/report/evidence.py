@@ -58,15 +58,15 @@ def difference(scores: Sequence[Score], baseline: Sequence[Score]) -> Difference
     ]
     if pairs and len(pairs) == len(scores):
         return paired_difference(pairs)
-    value = mean_of(scores) - mean_of(baseline)
-    ours, theirs = mean_interval_of(scores), mean_interval_of(baseline)
-    if ours is None or theirs is None:
-        return Difference(value=value)
+    mean, other_mean = mean_of(scores), mean_of(baseline)
+    interval, other_interval = mean_interval_of(scores), mean_interval_of(baseline)
+    if interval is None or other_interval is None:
+        return Difference(value=mean - other_mean)
     # Zou and Donner 2008 (MOVER): an interval of a difference from the intervals of its two parts.
     return Difference(
-        value=value,
-        low=value - math.hypot(mean_of(scores) - ours[0], theirs[1] - mean_of(baseline)),
-        high=value + math.hypot(ours[1] - mean_of(scores), mean_of(baseline) - theirs[0]),
+        value=mean - other_mean,
+        low=mean - other_mean - math.hypot(mean - interval[0], other_interval[1] - other_mean),
+        high=mean - other_mean + math.hypot(interval[1] - mean, other_mean - other_interval[0]),
     )
 
 

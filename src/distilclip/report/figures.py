@@ -158,8 +158,9 @@ def cluster_sizes(after: Sequence[int], before: Sequence[int] | None, *, width: 
             left = np.arange(len(heights)) - 0.4 + place * bar
             axes.bar(left, heights, width=0.94 * bar, align="edge", color=PALETTE[colour], label=label)
         if before is not None:
-            side, place = ("lower right", (1, 1)) if width == WIDTH else ("lower left", (0, 1))
-            axes.legend(loc=side, bbox_to_anchor=place, ncols=2, borderaxespad=0.2)
+            corner = int(width == WIDTH)  # right in a broad figure, left in a narrow one
+            legend = axes.legend(loc="lower left", bbox_to_anchor=(corner, 1), ncols=2, borderaxespad=0.2)
+            legend.set_loc("lower right" if corner else "lower left")
         axes.grid(axis="x", visible=False)
         axes.set_xticks(range(len(names)), names)
         axes.set_xlabel("images in a cluster" + (", at least" if width < WIDTH else ""), loc="right")

@@ -10,10 +10,11 @@ import jinja2
 
 from distilclip.report import phrases
 from distilclip.report.charts import Chart, standings_chart, training_charts
-from distilclip.report.comparison import Model, compare, models
+from distilclip.report.comparison import compare
 from distilclip.report.figures import PALETTE
 from distilclip.report.headline import story
 from distilclip.report.load import Results
+from distilclip.report.roles import Model, models
 from distilclip.report.sections import GallerySize, balance_sections, cluster_sections
 from distilclip.sets.score import Score, title
 from distilclip.vectors.tolerance import equivalents
