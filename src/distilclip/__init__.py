@@ -14,7 +14,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from distilclip import losses
+    from distilclip import losses, stages
     from distilclip.clustering.kmeans import KMeans as KMeans
     from distilclip.clustering.kmeans import kmeans as kmeans
     from distilclip.data.store import Store as Store
@@ -61,7 +61,7 @@ _HOMES = {
     "zero_shot": "distilclip.evaluate.zero_shot",
 }
 
-__all__ = [*sorted(_HOMES), "losses"]
+__all__ = [*sorted(_HOMES), "losses", "stages"]
 
 
 def __getattr__(name: str) -> Any:
@@ -69,8 +69,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("distilclip")
-    if name == "losses":
-        return importlib.import_module("distilclip.losses")
+    if name in ("losses", "stages"):
+        return importlib.import_module(f"distilclip.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'distilclip' has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(importlib.import_module(_HOMES[name]), name)

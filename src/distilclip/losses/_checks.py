@@ -21,11 +21,11 @@ def check_scale(value: Any, *, name: str = "scale") -> None:
         if value.requires_grad or value.device.type != "cpu" or value.numel() != 1:
             return
         value = value.item()
-    if not (isinstance(value, numbers.Real) and 0 < value < math.inf):
+    if not (isinstance(value, numbers.Real) and 0 < float(value) < math.inf):
         raise InputError(f"{name} is {value!r}; it must be positive and finite: exp of the log-scale, 1 / temperature.")
 
 
 def check_share(value: Any, *, name: str) -> None:
     """Raise `InputError` unless a share is a number from 0 to 1."""
-    if not (isinstance(value, numbers.Real) and 0 <= value <= 1):
+    if not (isinstance(value, numbers.Real) and 0 <= float(value) <= 1):
         raise InputError(f"{name} is {value!r}; it is a share, from 0 to 1.")

@@ -138,7 +138,7 @@ def hold_out(block: Block, *, share: float, seed: int) -> tuple[Block, Block]:
 
 def _check_numbers(*, l2: float | None, seed: int, tolerance: float) -> None:
     """Raise `InputError` for numbers that a fit cannot have."""
-    if l2 is not None and not (isinstance(l2, numbers.Real) and 0 < l2 < math.inf):
+    if l2 is not None and not (isinstance(l2, numbers.Real) and 0 < float(l2) < math.inf):
         raise InputError(f"l2={l2!r}: the penalty must be positive and finite; leave it out to sweep it.")
     if not isinstance(seed, numbers.Integral) or seed < 0:
         raise InputError(f"seed={seed!r}: it must be a whole number of at least 0.")
