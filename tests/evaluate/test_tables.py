@@ -53,6 +53,17 @@ def test_a_table_shows_headlines_in_percent_and_says_what_is_missing() -> None:
     )
 
 
+def test_intervals_stand_behind_scores_and_means_and_a_note_says_what_they_are() -> None:
+    rows = [row("mine", 0.2, low=0.15, high=0.27), row("yours", 0.4, low=0.35, high=0.45)]
+    rows += [row("mine", 0.3, model="bare"), row("yours", 0.5, model="bare", low=0.4, high=0.6)]
+    (table,) = build_tables(rows)
+    # Of the mean: sqrt(5^2 + 5^2) / 2 below and sqrt(7^2 + 5^2) / 2 above.
+    assert table.rows == [["tiny", "30.0 ±3.9", "20.0 ±6.0", "40.0 ±5.0"], ["bare", "40.0", "30.0", "50.0 ±10.0"]]
+    assert table.notes == [
+        "± is half the width of the 95 % interval over the test images; another training seed is not in it."
+    ]
+
+
 def test_an_average_says_over_how_many_sets_it_is() -> None:
     rows = [row("food101", 0.8), row("dtd", 0.4), row("pets", None, reason="not found")]
     (table,) = build_tables(rows)

@@ -8,8 +8,9 @@ import pytest
 from scipy import stats
 
 from distilclip.report import evidence, seeds, truth
-from distilclip.report.evidence import difference, mean_interval_of, paired_difference, seeds_difference
-from distilclip.sets.score import Score
+from distilclip.report.evidence import difference, paired_difference, seeds_difference
+from distilclip.sets import score as scores
+from distilclip.sets.score import Score, mean_interval_of
 
 
 def score(value: float, low: float | None = None, high: float | None = None, **more: object) -> Score:
@@ -20,7 +21,7 @@ def of_hits(hits: np.ndarray) -> Score:
     return score(float(hits.mean()), 0.0, 1.0, num_test=len(hits)).with_hits(hits)
 
 
-@pytest.mark.parametrize("module", [evidence, seeds, truth])
+@pytest.mark.parametrize("module", [evidence, scores, seeds, truth])
 def test_the_examples_are_true(module: object) -> None:
     assert doctest.testmod(module, raise_on_error=True).attempted > 1  # type: ignore[arg-type]
 

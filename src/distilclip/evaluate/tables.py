@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from distilclip.sets.references import PAPER_ONLY, REFERENCE_MODEL, is_comparable, reference
-from distilclip.sets.score import AVERAGED, TASKS, Score, means, title
+from distilclip.sets.score import AVERAGED, TASKS, Score, mean_interval_of, mean_of, means, title
 
 MOST_COLUMNS = 8  # with more sets than this, sets are rows and models columns
 
 _Key = tuple[str, str]  # set and metric
-_Values = Mapping[tuple[str, _Key], float | None]  # by model
+_Cells = Mapping[tuple[str, _Key], "_Cell"]  # by model
 _FEATURES = {
     "backbone": "Features before the projection.",
     "embedding": "{model}: embeddings before they are normalised; its image tower has no layer before its projection.",
@@ -21,9 +21,30 @@ _FEATURES = {
 }
 
 
+@dataclass(frozen=True)
+class _Cell:
+    """A score in percent, and half the width of its 95 % interval; None where there is none."""
+
+    value: float | None
+    reach: float | None = None
+
+    @property
+    def text(self) -> str:
+        """Return `66.0 ±1.9`, without the second number where there is no interval."""
+        if self.value is None:
+            return "-"
+        return f"{self.value:.1f}" + ("" if self.reach is None else f" ±{self.reach:.1f}")
+
+
+_NONE = _Cell(None)
+
+
 @dataclass(frozen=True, kw_only=True)
 class TaskTable:
-    """Hold the headline scores of one task in percent; each row begins with its name."""
+    """Hold the headline scores of one task in percent; each row begins with its name.
+
+    Behind a score stands half the width of its 95 % interval, and a note says so.
+    """
 
     title: str
     columns: list[str]
@@ -52,24 +73,25 @@ def _build(task: str, headlines: Sequence[Score]) -> TaskTable:
     keys: list[_Key] = list(dict.fromkeys((score.set, score.metric) for score in headlines))
     keys = [key for key in keys if not _is_stand_in(key, keys, headlines)]
     models = list(dict.fromkeys(score.model for score in headlines))
-    values: dict[tuple[str, _Key], float | None] = {
-        (score.model, (score.set, score.metric)): None if score.value is None else 100 * score.value
-        for score in headlines
-    }
+    values = {(score.model, (score.set, score.metric)): _cell([score]) for score in headlines}
     references = _references(task, keys, headlines)
     if references:
         models.append(REFERENCE_MODEL)
-        values.update({(REFERENCE_MODEL, key): value for key, value in references.items()})
-    averages = _mean_values(keys, values, models) if task in AVERAGED else {}
+        values.update({(REFERENCE_MODEL, key): _Cell(value) for key, value in references.items()})
+    averages = _mean_cells(keys, values, models, headlines) if task in AVERAGED else {}
     header = [*averages, *(_header(*key) for key in keys)]
     cells = [
         [
-            *(_format(average[model]) for average in averages.values()),
-            *(_format(values.get((model, key))) for key in keys),
+            *(average[model].text for average in averages.values()),
+            *(values.get((model, key), _NONE).text for key in keys),
         ]
         for model in models
     ]
     notes = [*_reasons(headlines), *dict.fromkeys(note for score in headlines for note in _notes(score))]
+    if any(cell.reach is not None for cell in values.values()):
+        notes.append(
+            "± is half the width of the 95 % interval over the test images; another training seed is not in it."
+        )
     if references:
         notes.append(_source_of(task, [set_name for set_name, _ in references]))
     if len(header) > MOST_COLUMNS:
@@ -99,22 +121,35 @@ def _source_of(task: str, sets: Sequence[str]) -> str:
     return f"{REFERENCE_MODEL}: its weights run again{exceptions}."
 
 
-def _mean_values(keys: Sequence[_Key], values: _Values, models: Sequence[str]) -> dict[str, dict[str, float | None]]:
-    """Return the means of every model, by the name of the mean; None for a model that lacks one of the sets."""
-    measured = [model for model in models if model != REFERENCE_MODEL]
-    scored = [key for key in keys if any(values.get((model, key)) is not None for model in measured)]
-    found = means([name for name, _ in keys], scored={name for name, _ in scored})
-    return {
-        mean.name: {
-            model: _mean([values.get((model, key)) for key in scored if key[0] in mean.sets]) for model in models
-        }
-        for mean in found
-    }
+def _mean_cells(
+    keys: Sequence[_Key], values: _Cells, models: Sequence[str], headlines: Sequence[Score]
+) -> dict[str, dict[str, _Cell]]:
+    """Return the means of every model, by the name of the mean; none for a model that lacks one of the sets."""
+    measured = {(score.model, (score.set, score.metric)): score for score in headlines if score.value is not None}
+    scored = [key for key in keys if any(key == found for _, found in measured)]
+    found: dict[str, dict[str, _Cell]] = {}
+    for mean in means([name for name, _ in keys], scored={name for name, _ in scored}):
+        members = [key for key in scored if key[0] in mean.sets]
+        found[mean.name] = {model: _mean_cell(model, members, values, measured) for model in models}
+    return found
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
+def _mean_cell(
+    model: str, members: Sequence[_Key], values: _Cells, measured: Mapping[tuple[str, _Key], Score]
+) -> _Cell:
+    known = [value for key in members if (value := values.get((model, key), _NONE).value) is not None]
+    if len(known) < len(members):
+        return _NONE
+    scores = [measured[model, key] for key in members if (model, key) in measured]
+    return _cell(scores) if scores else _Cell(statistics.fmean(known))  # the reference has no scores of ours
+
+
+def _cell(scores: Sequence[Score]) -> _Cell:
+    """Return the mean of some scores in percent, with its interval where all have one."""
+    if any(score.value is None for score in scores):
+        return _NONE
+    interval = mean_interval_of(scores)
+    return _Cell(100 * mean_of(scores), None if interval is None else 50 * (interval[1] - interval[0]))
 
 
 def _is_stand_in(key: _Key, keys: Sequence[_Key], headlines: Sequence[Score]) -> bool:
@@ -126,10 +161,6 @@ def _is_stand_in(key: _Key, keys: Sequence[_Key], headlines: Sequence[Score]) ->
 
 def _header(set_name: str, metric: str) -> str:
     return set_name if metric == "top1" else f"{set_name}, {title(metric)}"
-
-
-def _format(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _reasons(headlines: Sequence[Score]) -> list[str]:

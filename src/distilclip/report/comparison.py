@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
-from distilclip.report.evidence import Difference, difference, mean_interval_of, mean_of, seeds_difference
+from distilclip.report.evidence import Difference, difference, seeds_difference
 from distilclip.report.roles import Model
 from distilclip.report.seeds import common_name
-from distilclip.sets.score import AVERAGED, TASKS, Score, means, title
+from distilclip.sets.score import AVERAGED, TASKS, Score, mean_interval_of, mean_of, means, title
 
 MAX_COLUMNS = 12  # a wider table does not fit a page, so each task gets a table of its own
 

@@ -19,7 +19,7 @@ import numpy as np
 from jaxtyping import Bool
 from scipy import stats
 
-from distilclip.sets.score import Score
+from distilclip.sets.score import Score, mean_interval_of, mean_of
 
 Hits = Bool[np.ndarray, " n"]
 Z = 1.959963984540054  # half the width of a 95 % interval, in standard errors
@@ -109,25 +109,3 @@ def seeds_difference(values: Sequence[float], baseline: Sequence[float]) -> Diff
     found = stats.ttest_ind(values, baseline, equal_var=False)
     low, high = found.confidence_interval(0.95)
     return Difference(value=value, low=float(low), high=float(high), p=float(found.pvalue), basis="seeds")
-
-
-def mean_of(scores: Sequence[Score]) -> float:
-    """Return the mean of some scores, which all have a value."""
-    return statistics.fmean(score.value for score in scores if score.value is not None)
-
-
-def mean_interval_of(scores: Sequence[Score]) -> tuple[float, float] | None:
-    """Return the 95 % interval of the mean over sets, whose images are independent; None where a score has none.
-
-    >>> one = Score(set="a", task="zero-shot", metric="top1", value=0.5, low=0.4, high=0.6)
-    >>> [round(bound, 4) for bound in mean_interval_of([one, one])]  # half of sqrt(2) tenths to either side
-    [0.4293, 0.5707]
-    """
-    below, above = [], []
-    for score in scores:
-        if score.value is None or score.low is None or score.high is None:
-            return None
-        below.append(score.value - score.low)
-        above.append(score.high - score.value)
-    mean = mean_of(scores)
-    return mean - math.hypot(*below) / len(scores), mean + math.hypot(*above) / len(scores)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import math
+import statistics
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +88,7 @@ class Score:
         return dataclasses.replace(self, details={**self.details, **details})
 
     def with_hits(self, hits: Bool[np.ndarray, " n"]) -> Score:
-        """Return the same score with whether each test image counted: a bit each, in the order of the set, in base64."""
+        """Return the same score with whether each test image counted: bits in base64, in the order of the set."""
         return dataclasses.replace(self, outcomes=base64.b64encode(np.packbits(hits).tobytes()).decode())
 
     @property
@@ -127,3 +129,25 @@ def means(sets: Sequence[str], *, scored: Collection[str]) -> list[Mean]:
             of_all = f" of {len(members)}" if len(there) < len(members) else ""
             found.append(Mean(f"mean of {len(there)}{of_all} {group}sets", there))
     return found
+
+
+def mean_of(scores: Sequence[Score]) -> float:
+    """Return the mean of some scores, which all have a value."""
+    return statistics.fmean(score.value for score in scores if score.value is not None)
+
+
+def mean_interval_of(scores: Sequence[Score]) -> tuple[float, float] | None:
+    """Return the 95 % interval of the mean over sets, whose images are independent; None where a score has none.
+
+    >>> one = Score(set="a", task="zero-shot", metric="top1", value=0.5, low=0.4, high=0.6)
+    >>> [round(bound, 4) for bound in mean_interval_of([one, one])]  # half of sqrt(2) tenths to either side
+    [0.4293, 0.5707]
+    """
+    below, above = [], []
+    for score in scores:
+        if score.value is None or score.low is None or score.high is None:
+            return None
+        below.append(score.value - score.low)
+        above.append(score.high - score.value)
+    mean = mean_of(scores)
+    return mean - math.hypot(*below) / len(scores), mean + math.hypot(*above) / len(scores)
