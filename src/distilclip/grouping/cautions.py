@@ -8,8 +8,8 @@
 ... )
 >>> smaller_threshold(curve, below=0.03)
 1
->>> unchained_threshold(curve, below=0.03, num_valid=100)
-1
+>>> smaller_threshold(curve, below=0.02) is None
+True
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float
 
 from distilclip.grouping.forest import Curve, Forest, threshold_curve
 from distilclip.vectors.tolerance import equivalents
@@ -63,13 +62,8 @@ def smaller_threshold(curve: Curve, *, below: float) -> int | None:
     """Return the place in a curve that removes a usual share, nearest to the middle; None where no place does."""
     low, high = USUAL_REMOVED
     usual = (curve.threshold < below) & (curve.removed_ratio >= low) & (curve.removed_ratio <= high)
-    return _cheapest(np.where(usual, np.abs(curve.removed_ratio - (low + high) / 2), np.inf))
-
-
-def unchained_threshold(curve: Curve, *, below: float, num_valid: int) -> int | None:
-    """Return the place of the largest threshold at which no group holds more than a tenth of the images, or None."""
-    fits = (curve.threshold < below) & (curve.largest_group <= LARGEST_SHARE * num_valid)
-    return _cheapest(np.where(fits, -curve.threshold, np.inf))
+    cost = np.where(usual, np.abs(curve.removed_ratio - (low + high) / 2), np.inf)
+    return int(cost.argmin()) if usual.any() else None
 
 
 def _much_is_removed(outcome: Outcome, forest: Forest, curve: Curve) -> str:
@@ -82,7 +76,7 @@ def _much_is_removed(outcome: Outcome, forest: Forest, curve: Curve) -> str:
         advice = f"Try --threshold {curve.threshold[place]:.4g}, which removes {curve.removed_ratio[place]:.1%}."
     return (
         f"{outcome.num_removed / outcome.num_valid:.1%} of the images are removed ({kept:,} of {outcome.num_valid:,} "
-        "stay): so many are rarely copies, so pictures that only resemble each other were joined too. "
+        "stay): copies are rarely so many, and pictures that only resemble each other were joined too. "
         f"{advice} {_other_readings(outcome, forest)}"
     )
 
@@ -105,9 +99,9 @@ def _other_readings(outcome: Outcome, forest: Forest) -> str:
 
 
 def _one_group_is_large(outcome: Outcome, curve: Curve) -> str:
-    place = unchained_threshold(curve, below=outcome.threshold, num_valid=outcome.num_valid)
+    place = smaller_threshold(curve, below=outcome.threshold)
     smaller = "a smaller --threshold"
-    if place is not None:
+    if place is not None and curve.largest_group[place] <= LARGEST_SHARE * outcome.num_valid:
         smaller = f"--threshold {curve.threshold[place]:.4g} (largest group {curve.largest_group[place]:,})"
     return (
         f"One group holds {outcome.largest_group:,} of {outcome.num_valid:,} images "
@@ -124,7 +118,3 @@ def _most_are_chained(outcome: Outcome) -> str:
         f"--max-radius {outcome.threshold:.3g}, which keeps more images of a group until every image is that near to a "
         "kept one."
     )
-
-
-def _cheapest(cost: Float[np.ndarray, " t"]) -> int | None:
-    return int(cost.argmin()) if np.isfinite(cost).any() else None

@@ -116,7 +116,7 @@ def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: flo
         "largest group": ([point.largest_group for point in points], "--series-3"),
     }
     with _style(f"threshold {width}"):
-        left = 1.6 if width == WIDTH else 1.1
+        left = 1.6 if width == WIDTH else 1.15
         figure, panels = _panels(list(rows), width=width, height=5.6, left=left, bottom=0.75)
         for axes, (values, colour) in zip(panels, rows.values(), strict=True):
             axes.plot(x, values, color=PALETTE[colour], linewidth=1.7)
