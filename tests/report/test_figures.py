@@ -25,12 +25,17 @@ def draw() -> dict[str, str]:
         figures.CurvePoint(threshold=0.01 * i, removed_ratio=0.05 * i, num_groups=20 - i, largest_group=1 + i)
         for i in range(8)
     ]
-    standing = figures.Standing(label="shape", values={"teacher": 0.6, "student": 0.4}, chance=0.1)
+    reach = {"teacher": (0.55, 0.64), "student": (0.36, 0.45)}
+    standing = figures.Standing(label="shape", values={"teacher": 0.6, "student": 0.4}, chance=0.1, reach=reach)
+    series = {"teacher": 0, "student": 1}
     return {
         "training": figures.training_curve("loss", [line(), line("b", series=11)]),
         "threshold": figures.threshold_curve(points, metric="sqeuclidean", threshold=0.07),
         "clusters": figures.cluster_sizes([0, 2, 5, 1], [0, 1, 4, 2, 1]),
-        "standings": figures.standings([standing], {"teacher": 0, "student": 1}),
+        "standings": figures.standings([standing], series),
+        "narrow threshold": figures.threshold_curve(points, metric="sqeuclidean", threshold=0.07, width=figures.NARROW),
+        "narrow clusters": figures.cluster_sizes([0, 2, 5, 1], [0, 1, 4, 2, 1], width=figures.NARROW),
+        "narrow standings": figures.standings([standing], series, width=figures.NARROW),
     }
 
 
@@ -46,7 +51,7 @@ def test_equal_numbers_give_equal_bytes(drawings: dict[str, str]) -> None:
     assert draw() == drawings
 
 
-@pytest.mark.parametrize("name", ["training", "threshold", "clusters", "standings"])
+@pytest.mark.parametrize("name", list(draw()))
 def test_an_inline_figure_is_well_formed_named_themed_and_without_repeated_ids(
     drawings: dict[str, str], name: str
 ) -> None:
@@ -72,6 +77,28 @@ def test_the_axis_tells_the_threshold_in_all_three_metrics(drawings: dict[str, s
     svg = drawings["threshold"]
     for words in ("sqeuclidean distance", "= euclidean", "= cosine", "chosen: 0.07", "0.245", "0.03"):
         assert f">{words}<" in svg
+
+
+@pytest.mark.parametrize("name", ["threshold", "clusters", "standings"])
+def test_a_narrow_figure_fits_a_phone_and_says_the_same(drawings: dict[str, str], name: str) -> None:
+    root = ET.fromstring(drawings[f"narrow {name}"])
+    assert float(root.get("width", "").removesuffix("pt")) * 96 / 72 <= 390 - 32
+    words = [
+        {"".join(text.itertext()) for text in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")}
+        for svg in (drawings[name], drawings[f"narrow {name}"])
+    ]
+    letters = [{word for word in some if word[0].isalpha() and " distance" not in word} for some in words]
+    assert {word.removesuffix(", at least") for word in letters[1]} >= letters[0]
+
+
+def test_a_line_through_a_dot_shows_the_reach_of_a_score() -> None:
+    values = {"teacher": 0.6, "student": 0.4}
+    bare = figures.Standing(label="shape", values=values, chance=None)
+    lined = figures.Standing(label="shape", values=values, chance=None, reach={"student": (0.36, 0.45)})
+    drawn = [figures.standings([row], {"teacher": 0, "student": 1}) for row in (bare, lined)]
+    colour = figures.PALETTE["--series-1"]
+    assert drawn[1].count(f"stroke: {colour}; stroke-width: 1.3") == 1
+    assert drawn[0].count(f"stroke: {colour}; stroke-width: 1.3") == 0
 
 
 def test_thin_averages_and_keeps_the_end() -> None:
