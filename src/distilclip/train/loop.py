@@ -34,7 +34,7 @@ from distilclip.train.objective import Objective
 from distilclip.train.optimizer import schedule, set_learning_rate
 from distilclip.train.parallel import clip_gradients_, non_finite_gradients
 from distilclip.train.settings import Checkpoints, Optimization
-from distilclip.train.signals import Signals, terminate
+from distilclip.train.signals import OverdueError, Signals, terminate
 from distilclip.train.step import Inputs, StepResult, compute_gradients
 from distilclip.train.trackers import Writer
 
@@ -68,9 +68,11 @@ def fit(
 ) -> None:
     """Train from `progress` to the end of the plan; `batches` begins there. Every process must call it.
 
-    SIGUSR1 writes a checkpoint, SIGTERM writes one and ends the process. Raises `InputError` naming step, terms and
-    rank when the loss or its gradient stops being finite; nothing is updated then, and the state before that step is
-    saved.
+    SIGUSR1 writes a checkpoint, SIGTERM writes one and ends the process. Where the next batch does not come, a process
+    that trains alone saves the state before it; several end without, since they can only save together.
+
+    Raises `InputError` naming step, terms and rank when the loss or its gradient stops being finite; nothing is updated
+    then, and the state before that step is saved.
     """
     training.student.clip.model.train()
     log = Log(training.student.clip.device, carried=progress.log)
@@ -82,8 +84,13 @@ def fit(
             scheduled = plan.checkpoints.scheduled(step + 1, num_steps=plan.num_steps)
             counted = copy.deepcopy(training.policy)
             statistics.remember()
-            with log.stopwatch.measure("data"):
-                batch = next(batches)
+            try:
+                with log.stopwatch.measure("data"), signals.waiting():
+                    batch = next(batches)
+            except OverdueError:
+                if distributed.world() == 1:
+                    saving.save_before(step, counted)
+                break
             result, norm = steps.gradients(step, batch, diagnosing=scheduled)
             loss, save, stop = _exchange_flags(result.loss, save=signals.take() or saving.due, stop=signals.stop)
             if not (math.isfinite(loss) and math.isfinite(norm)):
