@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "distilclip"
 
 # From the ground up. What stands on a level imports from the levels below it, and from its own package.
 LEVELS = [
-    {"errors", "options", "methods", "devices", "files", "stage_folder", "progress", "stage_calls"},
+    {"errors", "options", "methods", "devices", "files", "csv_rows", "stage_folder", "progress", "stage_calls"},
     {"losses", "vectors", "measures", "data", "corpus", "plan"},
     {"grouping", "clustering", "sets", "models"},
     {"train", "evaluate", "export", "report"},

@@ -123,6 +123,44 @@ def exists(path: str) -> bool:
         return bool(fs.exists(inner))
 
 
+def is_folder(path: str) -> bool:
+    """Return whether a path is a folder; at an object store, whether objects lie below it."""
+    if not is_url(path):
+        return os.path.isdir(path)
+    fs, inner = filesystem(path)
+    with explain_failure(path):
+        return bool(fs.isdir(inner))
+
+
+def file_sizes(folder: str) -> dict[str, int]:
+    """Return the bytes of every file that lies in a folder, by name, without those of its subfolders."""
+    if not is_url(folder):
+        with os.scandir(folder) as entries:
+            return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+    fs, inner = filesystem(folder)
+    with explain_failure(folder):
+        found = [entry for entry in fs.ls(inner.rstrip("/"), detail=True) if entry["type"] == "file"]
+    return {entry["name"].rsplit("/", 1)[-1]: int(entry["size"]) for entry in found}
+
+
+def walk(folder: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield a folder and every one below it, sorted, each with the sorted names of its files; hidden ones are left out.
+
+    Links to folders are not followed, since they may lead in a circle.
+    """
+    if is_url(folder):
+        fs, inner = filesystem(folder)
+        with explain_failure(folder):
+            found = [(fs.unstrip_protocol(at), below, names) for at, below, names in fs.walk(inner.rstrip("/"))]
+    else:
+        found = list(os.walk(folder))
+    base = found[0][0].rstrip("/") if found else ""
+    for at, _, names in sorted(found):
+        parts = at[len(base) :].split("/")
+        if not any(part.startswith(".") for part in parts):
+            yield folder.rstrip("/") + at[len(base) :].rstrip("/"), sorted(n for n in names if n and n[0] != ".")
+
+
 def size(path: str) -> int:
     """Return the number of bytes of a file."""
     if not is_url(path):
@@ -219,6 +257,12 @@ def write_bytes(path: str, content: bytes) -> None:
     """Write a whole file atomically."""
     with atomic_write(path) as file:
         file.write(content)
+
+
+def remove(path: str) -> None:
+    """Remove a file."""
+    fs, inner = filesystem(path)
+    fs.rm_file(inner)
 
 
 def remove_folder(path: str) -> None:

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from distilclip.csv_rows import CsvColumns
 from distilclip.data import scan as scanning
-from distilclip.data.scan import ScannedBatch, scan
+from distilclip.data.scan import ScannedBatch, ShardList, scan
 from distilclip.data.shards import Shard
 from tests.data.conftest import tokenize
 from tests.data.test_views import VIEWS
@@ -27,9 +28,8 @@ def preprocess(image: Image.Image) -> Tensor:
 
 
 def scanned(uris: list[str], batch_size: int = 2) -> Iterator[ScannedBatch]:
-    shards = list(enumerate(uris))
     return scan(
-        shards,
+        ShardList(shards=list(enumerate(uris))),
         preprocess=preprocess,
         tokenize=tokenize,
         batch_size=batch_size,
@@ -67,9 +67,9 @@ def test_the_next_shard_is_indexed_while_one_is_decoded(pair_tars: PairTars, mon
     begun: list[str] = []
     open_shard = scanning.open_shard
 
-    def recorded(uri: str) -> Shard:
+    def recorded(uri: str, columns: CsvColumns | None) -> Shard:
         begun.append(uri)
-        return open_shard(uri)
+        return open_shard(uri, columns)
 
     monkeypatch.setattr(scanning, "open_shard", recorded)
     with contextlib.closing(scanned(uris)) as batches:

@@ -183,7 +183,7 @@ def test_a_table_is_not_held_in_memory(tmp_path: Path) -> None:
 
 def test_a_table_without_its_columns_says_so(tmp_path: Path) -> None:
     path = tmp_path / "pairs.csv"
-    path.write_text("url\tcaption\n")
+    path.write_text("link\twords\n")
     with pytest.raises(InputError, match=r"pairs\.csv has no column caption and no column filepath"):
         open_shard(str(path)).index()
     path.write_text("filepath,caption\n")

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.crops import Augmentation
-from distilclip.data.limits import MAX_PIXELS, OnError, check_bad_ratio
+from distilclip.data.limits import MAX_PIXELS, check_bad_ratio
 from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.options import changeable
+from distilclip.stage_folder import folders_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,11 +19,12 @@ class Config:
     """Flags of `distilclip embed`."""
 
     data: tuple[str, ...]
-    """files of pairs: webdataset tars, Parquet with image bytes, or CSV/TSV (filepath, caption); braces, globs, URLs"""
+    """folders, or files of pairs: tars, Parquet with image bytes, CSV/TSV (filepath, caption); braces, globs, URLs"""
     out: str
     """folder to write: the store"""
     model: str
     """teacher: an open_clip architecture (with --weights), hf-hub:ORG/NAME, or a distilclip train folder"""
+    columns: CsvColumns = field(default_factory=CsvColumns)
     weights: str | None = None
     """weights of an open_clip architecture: a file, or one of open_clip's tags"""
     batch_size: int = 256
@@ -35,7 +38,7 @@ class Config:
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     """random seed of the crops"""
-    on_error: OnError = changeable("skip")
+    on_error: Literal["raise", "skip"] = changeable("skip")
     """what to do with an unusable sample: skip it and write down the reason, or stop with an error (raise)"""
     max_bad_ratio: float = changeable(0.05)
     """stop when more than this share of the samples is unusable"""
@@ -47,7 +50,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not self.data:
-            raise InputError("embed needs --data: tars, Parquet or CSV files of pairs.")
+            raise InputError("embed needs --data: a folder, or tars, Parquet or CSV files of pairs.")
         if self.batch_size < 1:
             raise InputError(f"batch_size is {self.batch_size}; it must be at least 1.")
         if self.num_workers < 0:
@@ -57,3 +60,7 @@ class Config:
         if self.views and self.seed < 0:
             raise InputError(f"seed is {self.seed}; it must be 0 or more.")
         check_bad_ratio(self.max_bad_ratio)
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        return folders_of("train", [self.model])

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.crops import Crops
 from distilclip.errors import InputError
 from distilclip.methods import weights_of
-from distilclip.options import changeable
+from distilclip.options import changeable, extendable
+from distilclip.stage_folder import folders_of
 from distilclip.train.settings import Checkpoints, Execution, Optimization, Tracker
 
 
@@ -23,7 +25,8 @@ class Config:
     init: tuple[str, ...] = ()
     """what the student begins with: weights:FROM, inherit:TEACHER (also inherit-image:, inherit-text:), timm:FILE"""
     data: tuple[str, ...] = ()
-    """pairs to train on: tars, Parquet or CSV files, with braces and globs; with --store only if they have moved"""
+    """pairs to train on: folders, tars, Parquet or CSV files, braces and globs; with --store only if they have moved"""
+    columns: CsvColumns = field(default_factory=CsvColumns)
     store: str | None = None
     """folder of `embed`: the teacher's embeddings of the pairs, and where the pairs are"""
     other_stores: tuple[str, ...] = ()
@@ -39,12 +42,12 @@ class Config:
     terms: dict[str, float] = field(default_factory=dict)
     """weights and constants that replace the method's own, such as `feature 1000 alpha 0.9`"""
     batch_size: int = 256
-    """pairs per step"""
+    """pairs per step, of all processes together"""
     micro_batch: int | None = changeable(None)
     """pairs whose activations a process holds at once (default: all of its own); gradients stay the same, only dropout
     draws other numbers"""
-    num_steps: int = 1000
-    """optimisation steps"""
+    num_steps: int = extendable(1000)
+    """optimisation steps; a finished training goes on to a larger number"""
     optimization: Optimization = field(default_factory=Optimization)
     crops: Crops = field(default_factory=Crops)
     seed: int = 0
@@ -68,6 +71,8 @@ class Config:
         method = weights_of(self.objective, self.terms)
         if not self.data and not self.store:
             raise InputError("train needs pairs: give --data, or a --store, which knows where its pairs are.")
+        if self.store and self.columns.is_given:
+            raise InputError("The store knows the columns of its CSV files: leave out the --csv flags.")
         if method.needs_teacher and not (self.store or self.live_teacher):
             raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --live-teacher.")
         if method.needs("centers") and not self.clusters:
@@ -108,3 +113,11 @@ class Config:
         if any(weight <= 0 for weight in found.values()):
             raise InputError(f"other_stores is {self.other_stores}; weights must be positive.")
         return found
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        named = ((self.store, "embed"), (self.groups, "balance"), (self.clusters, "cluster"))
+        found = [(path, stage) for path, stage in named if path is not None]
+        found += [(path, "embed") for path in self.weight_of_store]
+        models = [source.partition(":")[2] for source in self.init]
+        return found + folders_of("train", [*models, *([self.live_teacher] if self.live_teacher else [])])

@@ -73,9 +73,13 @@ def _remedy(error: str) -> str:
 _REMEDIES = {
     "duplicate key": "The members of a sample must lie side by side (`tar --sort=name`), under a key of their own.",
     "too many pixels": "Scale the image down, or raise --max-pixels (of `embed`, `evaluate`; `train` has the store's).",
+    "too elongated": "Crop the picture, or remove it from the data.",
+    "no memory for it": "Scale the image down, or use fewer --num-workers.",
     "tar cut": "The file is incomplete: fetch it again.",
     "unsafe member name": "Write the tar again with relative names.",
     "no caption": "Add `key.txt`, or a `caption` to `key.json`.",
     "missing image file": "Paths in the table start from the folder it lies in.",
+    "unreadable image file": "Look at its path and its rights, or remove it from the data.",
+    "unclosed quote": 'Close the quote, or write "" for each quote inside a quoted caption.',
     "more values than columns": "Put captions with commas into double quotes.",
 }

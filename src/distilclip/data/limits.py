@@ -1,4 +1,4 @@
-"""State which samples are used: how large a picture may be, and how many samples may be unusable. Imports no numpy."""
+"""State which samples are used: the sizes they may have, and how many may be unusable. Imports no numpy."""
 
 from __future__ import annotations
 
@@ -8,6 +8,12 @@ from distilclip.errors import InputError
 
 MAX_PIXELS = 178_956_970 // 2
 """The pixel count above which Pillow, too, suspects a decompression bomb."""
+
+MAX_ASPECT = 100
+"""How many times as long as wide a picture may be: its shorter side is resized, and the longer one grows with it."""
+
+MAX_CAPTION = 10_000
+"""Characters of a caption that are read: tokenizers take quadratic time, and no context holds as many tokens."""
 
 OnError = Literal["raise", "skip"]
 

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Int32, Int64, UInt32, UInt64
 
-from distilclip import files
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import BadSample
-from distilclip.data.shards import assert_key, open_shard
+from distilclip.data.shards import assert_key, open_shard, source_size
 from distilclip.data.side_files import kept_rows, read_labels
 from distilclip.data.store import Rows, Store, sample_id
 from distilclip.errors import InputError
@@ -24,7 +24,8 @@ class PairTable:
     """The n rows to train on, in the order of (shard, row).
 
     `key` stays in Arrow, since forked processes would copy n Python strings one by one. `offset` and `size` are those
-    of the shard's index; `cluster` is None where no clusters are joined.
+    of the shard's index; `cluster` is None where no clusters are joined. `columns` is what CSV files do
+    not tell themselves.
     """
 
     uris: list[str]
@@ -34,6 +35,7 @@ class PairTable:
     size: UInt32[np.ndarray, " n"]
     key: pa.LargeStringArray
     cluster: Int32[np.ndarray, " n"] | None
+    columns: CsvColumns | None = None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -90,7 +92,7 @@ def join_stores(
         return _part(rows.key, rows.offset, rows.size, keep, cluster)
 
     with ThreadPoolExecutor(16) as pool:  # each shard of a remote store takes a few requests
-        return _table(uris, list(pool.map(join, range(store.num_shards))))
+        return _table(uris, list(pool.map(join, range(store.num_shards))), store.csv_columns)
 
 
 def _check_same_rows(store: Store, other: Store) -> None:
@@ -102,15 +104,17 @@ def _check_same_rows(store: Store, other: Store) -> None:
         )
 
 
-def index_pairs(data: Sequence[str], *, policy: ErrorPolicy) -> PairTable:
+def index_pairs(data: Sequence[str], *, policy: ErrorPolicy, columns: CsvColumns | None = None) -> PairTable:
     """List the usable samples of shards that have no store; the unusable ones are counted by `policy`.
+
+    `columns` says of CSV files what their first lines do not tell.
 
     Raises:
         InputError: a shard cannot be read, or `policy` has had enough.
     """
     parts = []
     for uri in data:
-        shard = open_shard(uri)
+        shard = open_shard(uri, columns)
         entries = shard.index()
         shard.close()
         policy.seen(len(entries))
@@ -122,7 +126,7 @@ def index_pairs(data: Sequence[str], *, policy: ErrorPolicy) -> PairTable:
         size = np.array([entry.size for entry in entries], np.uint32)
         usable = np.array([not entry.error for entry in entries])
         parts.append(_part(pa.array([entry.key for entry in entries]), offset, size, usable, None))
-    return _table(list(data), parts)
+    return _table(list(data), parts, columns)
 
 
 @dataclass(frozen=True)
@@ -147,7 +151,7 @@ def _part(
     return _Part(row, offset[keep], size[keep], key.filter(pa.array(keep)).cast(pa.large_string()), cluster)
 
 
-def _table(uris: list[str], parts: list[_Part]) -> PairTable:
+def _table(uris: list[str], parts: list[_Part], columns: CsvColumns | None) -> PairTable:
     clusters = [part.cluster for part in parts if part.cluster is not None]
     return PairTable(
         uris=uris,
@@ -157,6 +161,7 @@ def _table(uris: list[str], parts: list[_Part]) -> PairTable:
         size=np.concatenate([part.size for part in parts]),
         key=pa.concat_arrays([part.key for part in parts]),
         cluster=np.concatenate(clusters) if clusters else None,
+        columns=columns,
     )
 
 
@@ -179,7 +184,7 @@ def check_source(store: Store, shard: int, uri: str, rows: Rows | Index) -> None
     All other keys are compared as they are read.
     """
     try:
-        num_bytes = files.size(uri)
+        num_bytes = source_size(uri)
     except FileNotFoundError as error:
         raise InputError(
             f"{uri} is missing; {store.path} was made from it. Say where the data lies now (--data)."
@@ -192,7 +197,7 @@ def check_source(store: Store, shard: int, uri: str, rows: Rows | Index) -> None
     if not rows.valid.any():
         return
     row = int(np.argmax(rows.valid))
-    source = open_shard(uri)
+    source = open_shard(uri, store.csv_columns)
     try:
         found = source.read(int(rows.offset[row]), int(rows.size[row])).key
     except BadSample as error:

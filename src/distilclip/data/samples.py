@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -12,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image
 
-from distilclip.data.limits import MAX_PIXELS
+from distilclip.data.limits import MAX_ASPECT, MAX_CAPTION, MAX_PIXELS
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2"})
 LABEL_EXTENSIONS = frozenset({"cls", "cls.txt"})
@@ -66,13 +68,14 @@ class Sample:
 
     @property
     def captions(self) -> list[str]:
-        """`caption`, then the others of the list `captions` in the sample's `json`, each once.
+        """`caption`, then the others of the lists `captions` and `caption` in the sample's `json` or row, each once.
 
         Raises `BadSample` where one of them is no text.
         """
-        several = self.meta.get("captions")
-        found = [self.caption, *(several if isinstance(several, list) else [])]
-        return list(dict.fromkeys(text for caption in found if (text := clean_caption(caption)) is not None))
+        lists = (self.meta.get(name) for name in ("captions", "caption"))
+        several = [caption for found in lists if isinstance(found, list) for caption in found]
+        found = (clean_caption(caption) for caption in (self.caption, *several))
+        return list(dict.fromkeys(text for text in found if text is not None))
 
 
 @dataclass(frozen=True)
@@ -105,16 +108,41 @@ def decode_meta(data: bytes, *, where: str = "") -> dict[str, Any]:
 
 
 def clean_caption(caption: object, *, where: str = "") -> str | None:
-    """Return a caption, None where it is absent or blank. Raises `BadSample` on what no tokenizer could take."""
+    """Return the first `MAX_CAPTION` characters of a caption, None where it is absent or blank.
+
+    Raises `BadSample` on what no tokenizer could take.
+    """
     if caption is None:
         return None
     if not isinstance(caption, str):
         raise BadSample("caption is no text", detail=type(caption).__name__, where=where)
+    caption = caption.strip()[:MAX_CAPTION]  # before it is cleaned, which takes quadratic time
     try:
         caption.encode("utf-8")
     except UnicodeEncodeError as error:  # a lone surrogate, from "\\ud800" in JSON or a wrong encoding in a CSV
         raise BadSample("caption is not UTF-8", detail=f"character {error.start}", where=where) from error
-    return caption.strip() or None
+    return caption.rstrip() or None
+
+
+def first_caption(*candidates: object, where: str = "") -> str | None:
+    """Return the first caption that is not blank; a list stands for the captions in it. `BadSample` as above."""
+    for candidate in candidates:
+        for caption in candidate if isinstance(candidate, list) else [candidate]:
+            if (text := clean_caption(caption, where=where)) is not None:
+                return text
+    return None
+
+
+@contextlib.contextmanager
+def judge_memory(where: str = "") -> Iterator[None]:
+    """Make a lack of memory for one sample a verdict on that sample, since it would come again each time.
+
+    Raises `BadSample` for MemoryError, and for the OverflowError of sizes that no memory holds.
+    """
+    try:
+        yield
+    except (MemoryError, OverflowError) as error:
+        raise BadSample("no memory for it", where=where) from error
 
 
 def decode_image(
@@ -132,7 +160,7 @@ def decode_image(
         where: the file and member, for the message.
 
     Raises:
-        BadSample: not an image, cut off, damaged, or too many pixels.
+        BadSample: not an image, cut off, damaged, too many pixels, or more than `MAX_ASPECT` times as long as wide.
     """
     return load_image(open_image(data, max_pixels=max_pixels, where=where), draft=draft, where=where)
 
@@ -152,6 +180,8 @@ def open_image(data: bytes, *, max_pixels: int = MAX_PIXELS, where: str = "") ->
     width, height = image.size
     if width * height > max_pixels:
         raise BadSample("too many pixels", detail=f"{width} x {height}", where=where)
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample("too elongated", detail=f"{width} x {height}", where=where)
     return image
 
 
@@ -167,6 +197,8 @@ def load_image(image: Image.Image, *, draft: tuple[int, int] | None = None, wher
             return _to_rgb(image if transpose is None else image.transpose(transpose))
         except BadSample as error:
             raise BadSample(error.reason, detail=error.detail, where=where) from error
+        except MemoryError as error:
+            raise BadSample("no memory for it", where=where) from error
         except Exception as error:  # as above
             raise _damaged(error, where) from error
 

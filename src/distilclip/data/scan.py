@@ -24,12 +24,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from distilclip import files
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.decode import decode_crop
 from distilclip.data.limits import MAX_PIXELS
-from distilclip.data.samples import BadSample, Entry, decode_image
-from distilclip.data.shards import OpenShards, open_shard
+from distilclip.data.samples import BadSample, Entry, decode_image, judge_memory
+from distilclip.data.shards import OpenShards, open_shard, source_size
 from distilclip.data.store import Rows, SourceFile, not_unit, write_shard
+from distilclip.data.tabular import ParquetShard, PictureFolder
 from distilclip.data.views import ViewEmbeddings, Views
 from distilclip.data.workers import Tokenize, map_tasks
 from distilclip.errors import InputError
@@ -65,8 +67,16 @@ class ScannedBatch:
     image_sha256: UInt8[np.ndarray, "n 32"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShardList:
+    """Shards by number and URI, and what the first lines of the CSV files among them do not tell."""
+
+    shards: Sequence[tuple[int, str]]
+    columns: CsvColumns | None = None
+
+
 def scan(
-    shards: Sequence[tuple[int, str]],
+    listed: ShardList,
     *,
     preprocess: Preprocess,
     tokenize: Tokenize,
@@ -76,15 +86,16 @@ def scan(
     views: Views | None = None,
     view_size: int = 0,
 ) -> Iterator[ScannedBatch]:
-    """Read shards given as (number, URI). A remote tar is downloaded once, and removed after its last batch.
+    """Read shards. A remote tar is downloaded once, and removed after its last batch.
 
     `views` are shown at `view_size` pixels square.
 
     Raises:
         InputError: a shard cannot be read at all.
     """
-    opened = _Sources(shards, batch_size)
+    opened = _Sources(listed, batch_size)
     decoder = _Decoder(preprocess, tokenize, max_pixels, views, view_size)
+    decoder.shards = OpenShards(limit=2, columns=listed.columns)
     with contextlib.closing(opened):
         for decoded in map_tasks(decoder, opened, num_workers=num_workers):
             yield opened.finish(decoded)
@@ -117,8 +128,8 @@ class _Sources:
     While one shard is decoded, a thread fetches and indexes the next.
     """
 
-    def __init__(self, shards: Sequence[tuple[int, str]], batch_size: int) -> None:
-        self.shards, self.batch_size = shards, batch_size
+    def __init__(self, listed: ShardList, batch_size: int) -> None:
+        self.shards, self.columns, self.batch_size = listed.shards, listed.columns, batch_size
         self._thread = ThreadPoolExecutor(1)
         self._sources: dict[int, Source] = {}
         self._copies: dict[int, contextlib.ExitStack] = {}
@@ -143,15 +154,18 @@ class _Sources:
     def _open(self, shard: int, uri: str) -> tuple[Source, str]:
         copy = self._copies[shard] = contextlib.ExitStack()
         # Each sample will be read: one download costs less than a request per sample. Tables name other files.
-        path = uri if uri.lower().endswith((".csv", ".tsv")) else copy.enter_context(files.local_copy(uri))
-        opened = open_shard(path)
+        names_files = uri.lower().endswith((".csv", ".tsv", "/"))
+        path = uri if names_files else copy.enter_context(files.local_copy(uri))
+        opened = open_shard(path, self.columns)
         entries = opened.index()
+        if path != uri and isinstance(opened, ParquetShard) and opened.names_files:
+            path = uri  # the paths start from where it lies
         opened.close()
         source = Source(
             shard=shard,
             uri=uri,
-            num_bytes=files.size(path),
-            sha256=files.sha256(path),
+            num_bytes=source_size(path),
+            sha256=opened.sha256 if isinstance(opened, PictureFolder) else files.sha256(path),
             truncated=opened.truncated,
             entries=entries,
         )
@@ -188,7 +202,7 @@ class _Decoder(Dataset):
     ) -> None:
         self.preprocess, self.tokenize, self.max_pixels = preprocess, tokenize, max_pixels
         self.views, self.view_size = views, view_size
-        self._shards = OpenShards(limit=2)
+        self.shards = OpenShards(limit=2)
 
     def __getitem__(self, task: _Task) -> _DecodedBatch | InputError:
         """Return the decoded rows of a task, or an `InputError`: raised here, it would lose its type."""
@@ -232,17 +246,18 @@ class _Decoder(Dataset):
         if entry.error:
             return None, entry.error
         try:
-            sample = self._shards[task.path].read(entry.offset, entry.size)
+            sample = self.shards[task.path].read(entry.offset, entry.size)
             if sample.image is None:
                 raise BadSample("no image")
             digest[:] = np.frombuffer(hashlib.sha256(sample.image).digest(), np.uint8)
             if sample.caption is None:
                 raise BadSample("no caption")
-            pixels = self.preprocess(decode_image(sample.image, max_pixels=self.max_pixels))
-            if self.views is None:
-                return _Row(captions=[sample.caption], pixels=pixels, views=[]), ""
-            views = [self._view(sample.image, task.shard, row, view) for view in range(self.views.num)]
-            return _Row(captions=sample.captions, pixels=pixels, views=views), ""
+            with judge_memory():
+                pixels = self.preprocess(decode_image(sample.image, max_pixels=self.max_pixels))
+                if self.views is None:
+                    return _Row(captions=[sample.caption], pixels=pixels, views=[]), ""
+                views = [self._view(sample.image, task.shard, row, view) for view in range(self.views.num)]
+            return _Row(captions=sample.captions or [sample.caption], pixels=pixels, views=views), ""
         except BadSample as error:
             return None, error.error
 

@@ -1,8 +1,9 @@
-"""Open shards of samples, whole or only their texts: webdataset tars, Parquet with image bytes, or a CSV."""
+"""Find and open shards of samples, whole or only their texts: tars, Parquet, a CSV, or a folder of pictures."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import UInt32, UInt64
 
+from distilclip import files
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.reader import OpenFiles, Reader
-from distilclip.data.samples import LABEL_EXTENSIONS, BadSample, Entry, Sample
-from distilclip.data.tabular import CsvShard, ParquetShard
+from distilclip.data.samples import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, BadSample, Entry, Sample
+from distilclip.data.tabular import CsvShard, ParquetShard, PictureFolder, is_picture
 from distilclip.data.tars import CutError, TarShard, sample_of, walk
 from distilclip.errors import InputError
 
@@ -41,15 +44,22 @@ class Shard(Protocol):
         """Close open files; reading opens them again."""
 
 
-def open_shard(uri: str) -> Shard:
-    """Return the shard in a file, by its suffix: .tar, .parquet, .csv or .tsv. Nothing is read yet."""
+def open_shard(uri: str, columns: CsvColumns | None = None) -> Shard:
+    """Return the shard in a file, by its suffix: .tar, .parquet, .csv or .tsv; `/` for a folder. Nothing is read yet.
+
+    `columns` says of a CSV what its first line does not tell.
+    """
+    if uri.endswith("/"):
+        return PictureFolder(uri)
+    if uri.lower().endswith(COMPRESSED):
+        raise InputError(f"{uri} is compressed, and samples are read by their place in the tar. {unpack_advice(uri)}")
     suffix = uri.rsplit(".", 1)[-1].lower()
     if suffix == "tar":
         return TarShard(uri)
     if suffix == "parquet":
         return ParquetShard(uri)
     if suffix in ("csv", "tsv"):
-        return CsvShard(uri)
+        return CsvShard(uri, columns)
     raise InputError(
         f"{uri}: data is read from .tar (webdataset), .parquet (with image bytes) and .csv or .tsv "
         f"(columns filepath, caption), not .{suffix}. Name such files, or a pattern as in 'data/{{00000..00012}}.tar'."
@@ -57,10 +67,79 @@ def open_shard(uri: str) -> Shard:
 
 
 class OpenShards(OpenFiles[str, Shard]):
-    """The shards that a process has open, by URI."""
+    """The shards that a process has open, by URI; `columns` as in `open_shard`."""
 
-    def __init__(self, limit: int = MAX_OPEN_SHARDS) -> None:
-        super().__init__(open_shard, limit=limit)
+    def __init__(self, limit: int = MAX_OPEN_SHARDS, columns: CsvColumns | None = None) -> None:
+        super().__init__(functools.partial(open_shard, columns=columns), limit=limit)
+
+
+def find_shards(patterns: str | Sequence[str]) -> list[str]:
+    """Return the shards that patterns of files and folders name, each once, in the order given.
+
+    Of a folder these are all its tars, or else all its Parquet files with images, with those of its subfolders; or
+    else the folder and every subfolder in which pictures lie, each with a slash at its end; or else its CSV files.
+    What img2dataset writes beside the shards (Parquet without images, JSON) is passed over.
+
+    Raises:
+        InputError: a pattern matches nothing, or a folder holds nothing that can be read, or shards of two kinds.
+    """
+    found: dict[str, None] = {}
+    for path in files.expand(patterns):
+        is_file = path.lower().endswith(SUFFIXES) or not files.is_folder(path)
+        found.update(dict.fromkeys([path] if is_file else _shards_below(path)))
+    return list(found)
+
+
+def source_size(uri: str) -> int:
+    """Return the bytes of a shard's file, or of all files of a folder of pictures."""
+    return PictureFolder(uri).num_bytes if uri.endswith("/") else files.size(uri)
+
+
+def unpack_advice(path: str) -> str:
+    """Say how to unpack compressed tars so that they can be read."""
+    suffix = next(suffix for suffix in COMPRESSED if path.lower().endswith(suffix))
+    program = {"gz": "gzip", "bz2": "bzip2", "xz": "xz", "zst": "zstd"}.get(suffix.rpartition(".")[2], "gzip")
+    if suffix == ".tgz":
+        return 'Unpack it: `for f in *.tgz; do gzip -dc "$f" > "${f%.tgz}.tar"; done`.'
+    return f'Unpack it: `for f in *{suffix}; do {program} -dk "$f"; done`, which leaves a .tar beside each.'
+
+
+SUFFIXES = (".tar", ".parquet", ".csv", ".tsv")
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+
+
+def _shards_below(folder: str) -> list[str]:
+    tars, parquet, tables, pictures, compressed = [], [], [], [], []
+    for at, names in files.walk(folder):
+        paths = [files.join(at, name) for name in names]
+        tars += [path for path in paths if path.lower().endswith(".tar")]
+        parquet += [path for path in paths if path.lower().endswith(".parquet")]
+        tables += [path for path in paths if path.lower().endswith((".csv", ".tsv"))]
+        compressed += [path for path in paths if path.lower().endswith(COMPRESSED)]
+        pictures += [f"{at}/"] if any(map(is_picture, names)) else []
+    named = {path.rpartition(".")[0] for path in tars} | {path.rstrip("/") for path in pictures}
+    others = [path for path in parquet if path.rpartition(".")[0] not in named]  # the rest is img2dataset's metadata
+    kinds = {"tars": tars, "folders of pictures": pictures, "Parquet files with images": parquet}
+    if tars or pictures:
+        kinds["Parquet files with images"] = [path for path in others if ParquetShard(path).holds_images]
+    if pictures and not tars:
+        kinds["tables of captions"] = [path for path in tables if CsvShard(path).names_columns]
+    there = {kind: paths for kind, paths in kinds.items() if paths}
+    if len(there) > 1:
+        raise InputError(
+            f"{folder} holds {' and '.join(f'{kind} ({paths[0]})' for kind, paths in there.items())}. Say which are "
+            f"meant, by a pattern such as '{folder.rstrip('/')}/*.tar', or move the others away."
+        )
+    if there:
+        return next(iter(there.values()))
+    if compressed:
+        raise InputError(f"{folder} holds compressed tars ({compressed[0]}). {unpack_advice(compressed[0])}")
+    if tables:
+        return tables
+    raise InputError(
+        f"{folder} holds no tar, no Parquet file, no CSV and no picture ({', '.join(sorted(IMAGE_EXTENSIONS))}), nor "
+        "do its subfolders. Check the path."
+    )
 
 
 def key_digest(keys: Sequence[str]) -> str:
@@ -83,8 +162,8 @@ class TextReader:
     Of a tar only headers and members with text are read; a row of a table is read whole.
     """
 
-    def __init__(self, uri: str) -> None:
-        self._table = None if uri.lower().endswith(".tar") else open_shard(uri)
+    def __init__(self, uri: str, columns: CsvColumns | None = None) -> None:
+        self._table = None if uri.lower().endswith(".tar") else open_shard(uri, columns)
         self._reader = Reader(uri, sequential=True)
 
     def close(self) -> None:
@@ -117,14 +196,19 @@ class Text:
 
 
 def read_texts(
-    uri: str, key: Sequence[str], offset: UInt64[np.ndarray, " n"], size: UInt32[np.ndarray, " n"]
+    uri: str,
+    key: Sequence[str],
+    offset: UInt64[np.ndarray, " n"],
+    size: UInt32[np.ndarray, " n"],
+    *,
+    columns: CsvColumns | None = None,
 ) -> Iterator[Text]:
-    """Yield the texts of n samples of a shard, in order.
+    """Yield the texts of n samples of a shard, in order; `columns` as in `open_shard`.
 
     Raises:
         InputError: a sample is not the one that was embedded: another key, or members that cannot be read.
     """
-    texts = TextReader(uri)
+    texts = TextReader(uri, columns)
     for name, start, length in zip(key, offset.tolist(), size.tolist(), strict=True):
         try:
             sample = texts.read(start, length)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +13,7 @@ import pyarrow as pa
 from jaxtyping import Bool, Float, Float16, Integer, UInt8, UInt32, UInt64
 
 from distilclip import files
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, write_columns
 from distilclip.data.reader import Reader
 from distilclip.data.shards import key_digest
@@ -158,6 +161,7 @@ class Store:
     dim: int
     teacher: dict[str, Any]
     views: Views | None = None
+    csv_columns: CsvColumns | None = None
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -173,7 +177,8 @@ class Store:
         shards = [StoreShard(*values) for values in zip(*table.values(), strict=True)]
         metadata = read_column_metadata(manifest)
         views = Views.from_json(metadata["views"]) if "views" in metadata else None
-        return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata), views)
+        csv_columns = CsvColumns(**json.loads(metadata["csv_columns"])) if "csv_columns" in metadata else None
+        return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata), views, csv_columns)
 
     @property
     def num_shards(self) -> int:
@@ -325,11 +330,22 @@ def finished_shard(folder: str, shard: int) -> StoreShard | None:
 
 
 def write_manifest(
-    folder: str, shards: Sequence[StoreShard], *, dim: int, teacher: Mapping[str, Any], views: Views | None = None
+    folder: str,
+    shards: Sequence[StoreShard],
+    *,
+    dim: int,
+    teacher: Mapping[str, Any],
+    views: Views | None = None,
+    csv_columns: CsvColumns | None = None,
 ) -> None:
-    """Write the list of a store's shards, all of which must be there: the store is finished."""
+    """Write the list of a store's shards, all of which must be there: the store is finished.
+
+    `csv_columns` is what was said of the CSV files that it was made from, so that they are read alike later.
+    """
     columns = dict(zip(MANIFEST_SCHEMA.names, zip(*(vars(s).values() for s in shards), strict=True), strict=True))
     metadata = {"dim": str(dim), **_teacher_metadata(teacher), **({"views": views.to_json()} if views else {})}
+    if csv_columns is not None and csv_columns.is_given:
+        metadata["csv_columns"] = json.dumps(dataclasses.asdict(csv_columns))
     write_columns(files.join(folder, "manifest.parquet"), MANIFEST_SCHEMA, columns, metadata)
 
 

@@ -16,15 +16,15 @@ from jaxtyping import Float, Int, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from distilclip import files
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.crops import Augmentation, Crop
 from distilclip.data.decode import decode_crop
 from distilclip.data.embeddings import Embeddings
 from distilclip.data.limits import MAX_PIXELS
 from distilclip.data.pairs import PairTable, index_pairs, join_stores
-from distilclip.data.samples import BadSample
-from distilclip.data.shards import OpenShards, assert_key
+from distilclip.data.samples import BadSample, judge_memory
+from distilclip.data.shards import OpenShards, assert_key, find_shards
 from distilclip.data.store import Store
 from distilclip.data.views import caption_in, view_in
 from distilclip.data.workers import Tokenize, map_tasks
@@ -40,13 +40,15 @@ class PairSource:
 
     `data` are patterns of shards; with stores they are needed only where the shards have moved, in the order in which
     they were embedded. `stores` are folders of `embed` over the same shards, by one teacher each; rows that all of them
-    could use are shown. `groups` and `clusters` are a balance and a cluster folder of the first store.
+    could use are shown. `groups` and `clusters` are a balance and a cluster folder of the first store. `columns` says
+    of CSV files what their first lines do not tell; a store knows it.
     """
 
     data: Sequence[str] = ()
     stores: Sequence[str] = ()
     groups: str | None = None
     clusters: str | None = None
+    columns: CsvColumns | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +120,7 @@ def open_stream(
         InputError: shards, stores, groups and clusters do not belong together, or hold fewer rows than a batch.
     """
     policy = policy or ErrorPolicy("skip")
-    uris = files.expand(list(source.data)) if source.data else []
+    uris = find_shards(list(source.data)) if source.data else []
     stores = [Store.open(store) for store in source.stores]
     if stores:
         _check_views(stores, presentation.num_views)
@@ -126,7 +128,7 @@ def open_stream(
     elif source.groups is not None or source.clusters is not None or presentation.num_views:
         raise InputError("groups, clusters and views refer to the rows of a store: name the store too.")
     else:
-        table = index_pairs(uris, policy=policy)
+        table = index_pairs(uris, policy=policy, columns=source.columns)
         policy.check(final=True)
     return PairStream(PairLoader(table, stores, presentation), policy, batch_size=batch_size, rank=rank, world=world)
 
@@ -226,7 +228,7 @@ class PairLoader(Dataset):
         self.table, self.presentation = table, presentation
         self.embeddings = [Embeddings(store) for store in stores]
         self.views = stores[0].views if presentation.num_views else None
-        self._shards = OpenShards()
+        self._shards = OpenShards(columns=table.columns)
 
     def __getitem__(self, task: tuple[int, Int64[np.ndarray, " n"]]) -> Batch | InputError:
         """Return the batch of (epoch, rows of the table), or an `InputError`: raised here, it would lose its type."""
@@ -290,7 +292,7 @@ class PairLoader(Dataset):
         sample = self._shards[uri].read(int(table.offset[index]), int(table.size[index]))
         assert_key(sample.key, table.key[index].as_py(), uri=uri, row=row)
         where = f"{uri}: {sample.key}"
-        if sample.caption is None:
+        if not sample.caption:  # empty: a picture of a folder without captions
             raise BadSample("no caption", where=where)
         if sample.image is None:
             raise BadSample("no image", where=where)
@@ -305,7 +307,8 @@ class PairLoader(Dataset):
                 return self.views.crop(width, height, shard=shard, row=row, view=view)
             return shown.augmentation.draw(width, height, self._generator(epoch, index))
 
-        pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
+        with judge_memory(where):
+            pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
         return _ShownPair(index, captions[number], pixels, view, number, len(captions))
 
     def _check_captions(self, rows: Int64[np.ndarray, " n"], num_captions: Int64[np.ndarray, " n"]) -> None:

@@ -1,16 +1,18 @@
-"""Read tables of samples: Parquet with image bytes, as in Hugging Face datasets, or a CSV beside image files."""
+"""Read samples that lie in no tar: Parquet as of Hugging Face, a CSV beside image files, or a folder of pictures."""
 
 from __future__ import annotations
 
 import array
 import codecs
-import csv
+import errno
+import hashlib
 import io
 import itertools
 import os
+import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -20,12 +22,23 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
 from distilclip import files
+from distilclip.csv_rows import CsvColumns, CsvLayout, CsvRecord, find_layout, read_records
 from distilclip.data.reader import Reader
-from distilclip.data.samples import BadSample, Entry, Sample, clean_caption
+from distilclip.data.samples import (
+    IMAGE_EXTENSIONS,
+    BadSample,
+    Entry,
+    Sample,
+    clean_caption,
+    decode_meta,
+    decode_text,
+    first_caption,
+)
 from distilclip.errors import InputError
+from distilclip.progress import say
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
-CAPTION_COLUMNS = ("caption", "text", "txt")
+CAPTION_COLUMNS = ("caption", "text", "txt", "title")
 LABEL_COLUMNS = ("label", "cls")
 KEY_COLUMNS = ("__key__", "key")
 CACHE_BYTES = 256 << 20
@@ -118,15 +131,34 @@ class ParquetShard:
         row = table.slice(offset - int(ends[group]) + table.num_rows, 1).to_pylist()[0]
         image = row.pop(self._image_column)
         key = _key(row.get(self._find_column(KEY_COLUMNS)), offset)
-        caption = clean_caption(row.get(self._find_column(CAPTION_COLUMNS)), where=f"{self.uri}: {key}")
+        where = f"{self.uri}: {key}"
+        caption = first_caption(row.get(self._find_column(CAPTION_COLUMNS)), row.get("captions"), where=where)
         label = row.get(self._find_column(LABEL_COLUMNS))
+        if isinstance(image, dict):
+            path = image.get("path")
+            image = _read_image(path, self.uri, where=where) if image["bytes"] is None and path else image["bytes"]
         return Sample(
             key=key,
-            image=image["bytes"] if isinstance(image, dict) else image,
+            image=image,
             caption=caption,
             meta=row,
             label=None if label is None else str(label),
         )
+
+    @property
+    def holds_images(self) -> bool:
+        """Whether it has a column of images at all; img2dataset and LAION write tables of metadata without one."""
+        return any(_holds_images(field.type) for field in self._file.schema_arrow)
+
+    @property
+    def names_files(self) -> bool:
+        """Whether rows may name image files instead of holding them."""
+        metadata = self._file.metadata
+        for place in range(metadata.num_columns):
+            if metadata.schema.column(place).path == f"{self._image_column}.bytes":
+                groups = (metadata.row_group(group).column(place) for group in range(metadata.num_row_groups))
+                return any(g.statistics is None or g.statistics.null_count != 0 for g in groups)
+        return False
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
@@ -140,6 +172,13 @@ class ParquetShard:
         binary = [field.name for field in self._file.schema_arrow if _holds_images(field.type)]
         name = next((c for c in IMAGE_COLUMNS if c in binary), binary[0] if len(binary) == 1 else None)
         if name is None:
+            names = {column.lower(): column for column in self._file.schema_arrow.names}
+            if "url" in names:
+                caption = next((names[c] for c in (*CAPTION_COLUMNS, "caption") if c in names), "caption")
+                raise InputError(
+                    f"{self.uri} holds web addresses (column {names['url']}) and no images. "
+                    f"{_fetch(self.uri, 'parquet', names['url'], caption)}"
+                )
             raise InputError(
                 f"{self.uri} has no column of image bytes: looked for binary or struct<bytes, path> columns named "
                 f"{', '.join(IMAGE_COLUMNS)} among {', '.join(self._file.schema_arrow.names)}. Rename the column."
@@ -166,17 +205,17 @@ class ParquetShard:
 
 
 class CsvShard:
-    """A CSV or TSV with columns `filepath` and `caption`; relative paths start from the folder of the file.
+    """A CSV beside image files; relative paths start from the folder of the file.
 
     The offset of an entry is its row number, its size is 0, its key the path as written. A `label` column is read too;
-    all others become `meta`. Of the file only where each row begins is kept, 8 bytes a row.
+    all others become `meta`. Of the file only where each row begins is kept, 8 bytes a row. `columns` says what the
+    first line does not tell.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
+    def __init__(self, uri: str, columns: CsvColumns | None = None) -> None:
+        self.uri, self.columns = uri, columns or CsvColumns()
         self.truncated = False
         self._reader = Reader(uri)
-        self._delimiter = "\t" if uri.lower().endswith(".tsv") else ","
 
     def close(self) -> None:
         """Close the file; the next read opens it again."""
@@ -184,89 +223,168 @@ class CsvShard:
 
     def index(self) -> list[Entry]:
         """Return every row in order. Raises `InputError` where columns or rows are missing."""
-        records = self._records()
-        names, _ = next(records)
-        entries = [_csv_entry(_name_values(names, values), number) for number, (values, _) in enumerate(records)]
+        layout, _ = self._header
+        entries = []
+        longest = 0
+        for number, record in enumerate(self._records()):
+            entries.append(_csv_entry(layout, record, number))
+            longest = max(longest, record.num_lines)
+        if entries and layout.image.lower() == "url" and self.columns.csv_img_key is None:
+            _check_no_web_address(self.uri, entries[0].key, layout)
         if not entries:
             raise InputError(f"{self.uri} has no rows: remove it from the data.")
+        if longest > 1:
+            say(
+                f"{self.uri}: of {len(entries)} rows, the longest has {longest} lines. Where each caption should have "
+                "one line, a quote is not closed."
+            )
         return entries
+
+    @property
+    def names_columns(self) -> bool:
+        """Whether its first line names a column of image files and one of captions."""
+        try:
+            return bool(self._header)
+        except InputError:
+            return False
 
     def prefetch(self, offset: int, size: int) -> None:
         """Do nothing: image files are read when they are asked for."""
 
     def read(self, offset: int, size: int) -> Sample:
         """Return the sample in row `offset`, with its image file. Raises `BadSample` where the file is missing."""
-        row = self._row(offset)
-        entry = _csv_entry(row, offset)
+        layout, _ = self._header
+        record = self._record(offset)
+        entry = _csv_entry(layout, record, offset)
         where = f"{self.uri}: row {offset}"
         if entry.error:
             raise BadSample(entry.error, where=where)
-        path = row["filepath"]
-        if not (files.is_url(path) or os.path.isabs(path)):
-            path = files.join(os.path.dirname(self.uri) or ".", path)
-        try:
-            image = files.read_bytes(path)
-        except (FileNotFoundError, IsADirectoryError) as missing:
-            raise BadSample("missing image file", detail=path, where=where) from missing
-        caption = clean_caption(row.get("caption"), where=where)
+        row = layout.name_values(record.values)
+        image = _read_image(row[layout.image], self.uri, where=where)
+        caption = clean_caption(row.get(layout.caption), where=where)
         label = next((row[c] for c in LABEL_COLUMNS if row.get(c) is not None), None)
         return Sample(entry.key, image, caption, row, label)
 
-    def _row(self, number: int) -> dict[Any, Any]:
-        names, starts = self._layout
+    def _record(self, number: int) -> CsvRecord:
+        starts = self._row_starts
         if not 0 <= number < len(starts) - 1:
             raise InputError(f"{self.uri} has no row {number}: the file is not the one that was indexed.")
         span = self._reader.read(int(starts[number]), int(starts[number + 1] - starts[number]))
         text = io.StringIO(span.decode("utf-8", "surrogateescape"), newline="")
-        values = next(filter(None, csv.reader(text, delimiter=self._delimiter)), None)
-        if values is None:
+        record = next(read_records(text, self._header[0], extensions=IMAGE_EXTENSIONS), None)
+        if record is None:
             raise InputError(f"{self.uri} changed while it was read: row {number} is empty. Begin again.")
-        return _name_values(names, values)
+        return record
 
     @cached_property
-    def _layout(self) -> tuple[list[str], UInt64[np.ndarray, " rows1"]]:
-        """The names of the columns, the byte at which each row begins, and the one after the last row."""
-        records = self._records()
-        names, end = next(records)
-        starts = array.array("Q", [end])
-        starts.extend(end for _, end in records)
-        return names, np.frombuffer(starts, np.uint64)
-
-    def _records(self) -> Iterator[tuple[list[str], int]]:
-        """Yield the names of the columns, then the values of every row, with the byte at which the next row begins.
-
-        One pass that holds one row at a time. Blank lines belong to the row after them.
-        """
-        position = 0
-
-        def lines() -> Iterator[str]:
-            nonlocal position
-            for line in text:
-                position += len(line.encode("utf-8", "surrogateescape"))
-                yield line
-
+    def _header(self) -> tuple[CsvLayout, int]:
+        """The columns, and the byte at which the first row begins."""
         with files.open_read(self.uri) as file:
-            position = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-            file.seek(position)
+            mark = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+            file.seek(mark)
+            line = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="").readline()
+        return find_layout(line, self.columns, uri=self.uri), mark + len(line.encode("utf-8", "surrogateescape"))
+
+    @cached_property
+    def _row_starts(self) -> UInt64[np.ndarray, " rows1"]:
+        """The byte at which each row begins, and the one after the last row."""
+        num_bytes = (record.num_bytes for record in self._records())
+        return np.frombuffer(array.array("Q", itertools.accumulate(num_bytes, initial=self._header[1])), np.uint64)
+
+    def _records(self) -> Iterator[CsvRecord]:
+        """Yield the rows, in one pass that holds one row at a time."""
+        layout, start = self._header
+        with files.open_read(self.uri) as file:
+            file.seek(start)
             # Bytes that are no UTF-8 survive as surrogates, so that they condemn their own row and not the file.
             text = io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="")
-            reader = csv.reader(lines(), delimiter=self._delimiter)
-            try:
-                names = next(reader, [])
-                self._check_names(names)
-                yield names, position
-                for values in filter(None, reader):
-                    yield values, position
-            except csv.Error as error:
-                raise InputError(f"{self.uri}, line {reader.line_num}: {error}. Correct the quoting there.") from error
+            yield from read_records(text, layout, extensions=IMAGE_EXTENSIONS)
 
-    def _check_names(self, names: Sequence[str]) -> None:
-        missing = {"filepath", "caption"} - set(names)
-        if missing:
-            raise InputError(
-                f"{self.uri} has no column {' and no column '.join(sorted(missing))}; its first line is {names}. "
-                "Name the columns `filepath` and `caption` (comma in .csv, tab in .tsv)."
-            )
+
+class PictureFolder:
+    """The pictures that lie in one folder, without those of its subfolders; its URI ends in a slash.
+
+    A caption is the text of the `.txt` of the same stem, else what the `.json` of that stem says. Where no picture has
+    either, all captions are empty, and the pictures can be embedded and compared, though not trained on. The offset of
+    an entry is its place among the sorted names, its size is 0, its key the name of the file.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.truncated = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"uri": self.uri, "truncated": False}
+
+    @property
+    def num_bytes(self) -> int:
+        """Sum of the sizes of the pictures and their texts."""
+        return sum(self._sizes.values())
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 of the names and sizes."""
+        listing = "".join(f"{name}\0{size}\n" for name, size in sorted(self._sizes.items()))
+        return hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether any picture has a text beside it."""
+        return any(self._text_names(name) for name in self._names)
+
+    def close(self) -> None:
+        """Forget the listing; the next read makes it again."""
+        for name in ("_sizes", "_names"):
+            self.__dict__.pop(name, None)
+
+    def index(self) -> list[Entry]:
+        """Return every picture, by name."""
+        return [Entry(_printable(name), number, 0) for number, name in enumerate(self._names)]
+
+    def prefetch(self, offset: int, size: int) -> None:
+        """Do nothing: image files are read when they are asked for."""
+
+    def read(self, offset: int, size: int) -> Sample:
+        """Return picture number `offset` with its caption. Raises `BadSample` where a file cannot be used."""
+        if not 0 <= offset < len(self._names):
+            raise InputError(f"{self.uri} has no picture {offset}: pictures were removed since it was indexed.")
+        name = self._names[offset]
+        where = f"{self.uri}{_printable(name)}"
+        image = _read_image(name, self.uri, where=where)
+        caption: str | None = ""
+        meta: dict[str, Any] = {}
+        if self._is_captioned:
+            texts = {text.rpartition(".")[2]: files.read_bytes(self.uri + text) for text in self._text_names(name)}
+            meta = decode_meta(texts["json"], where=where) if "json" in texts else {}
+            text = decode_text(texts["txt"], name="caption", where=where) if "txt" in texts else None
+            caption = first_caption(text, meta.get("caption"), meta.get("captions"), where=where)
+        return Sample(_printable(name), image, caption, meta)
+
+    def _text_names(self, name: str) -> list[str]:
+        stem = name.rpartition(".")[0]
+        return [text for text in (f"{stem}.txt", f"{stem}.json") if text in self._sizes]
+
+    @cached_property
+    def _is_captioned(self) -> bool:
+        return self.has_captions
+
+    @cached_property
+    def _names(self) -> list[str]:
+        return sorted(name for name in self._sizes if is_picture(name))
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """Bytes of the pictures and of the texts beside them, by name."""
+        sizes = files.file_sizes(self.uri)
+        stems = {name.rpartition(".")[0] for name in sizes if is_picture(name)}
+        texts = (name for name in sizes if name.rpartition(".")[2] in ("txt", "json"))
+        kept = {*filter(is_picture, sizes), *(name for name in texts if name.rpartition(".")[0] in stems)}
+        return {name: sizes[name] for name in kept}
+
+
+def is_picture(name: str) -> bool:
+    """Return whether a file is a picture by its name; hidden ones are none."""
+    return not name.startswith(".") and name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS
 
 
 def _holds_images(type_: pa.DataType) -> bool:
@@ -279,22 +397,58 @@ def _key(value: object, row: int) -> str:
     return f"{row:09d}" if value is None else str(value)
 
 
-def _name_values(names: Sequence[str], values: Sequence[str]) -> dict[Any, Any]:
-    """Return a row of a CSV by column: None for missing values, and those beyond the columns under the key None."""
-    row: dict[Any, Any] = dict(itertools.zip_longest(names, values[: len(names)]))
-    if len(values) > len(names):
-        row[None] = values[len(names) :]
-    return row
+def _printable(name: str) -> str:
+    """Return a name that may hold bytes which are no UTF-8, with these as escapes."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _csv_entry(row: dict[Any, Any], number: int) -> Entry:
-    path = row["filepath"] or ""
-    key = path.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+def _read_image(path: str, table: str, *, where: str) -> bytes:
+    """Read the image file that a table, or a folder, names. Raises `BadSample` where there is none to be read."""
+    if not (files.is_url(path) or os.path.isabs(path)):
+        path = files.join(os.path.dirname(table) or ".", path)
+    try:
+        if not files.is_url(path) and not stat.S_ISREG(os.stat(path).st_mode):  # a pipe would be waited for
+            raise BadSample("missing image file", detail=path, where=where)
+        return files.read_bytes(path)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as missing:
+        raise BadSample("missing image file", detail=path, where=where) from missing
+    except (PermissionError, ValueError) as error:  # the latter for a zero byte in a path
+        if isinstance(error, InputError):
+            raise
+        raise BadSample("unreadable image file", detail=path, where=where) from error
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL):
+            raise
+        raise BadSample("unreadable image file", detail=path[:200], where=where) from error
+
+
+def _csv_entry(layout: CsvLayout, record: CsvRecord, number: int) -> Entry:
+    row = layout.name_values(record.values)
+    path = row[layout.image] or ""
+    key = _printable(path)
     error = ""
-    if None in row:  # mostly a caption with an unquoted comma
+    if record.is_unclosed:
+        error = "unclosed quote"
+    elif None in row:  # mostly a caption with an unquoted comma
         error = "more values than columns"
     elif key != path:
         error = "file path is not UTF-8"
     elif not path:
         error = "no image"
     return Entry(key, number, 0, error)
+
+
+def _check_no_web_address(uri: str, path: str, layout: CsvLayout) -> None:
+    if path.startswith(("http://", "https://")):
+        kind = "tsv" if layout.separator == "\t" else "csv"
+        raise InputError(
+            f"{uri} holds web addresses ({path[:80]} first) and no image files. "
+            f"{_fetch(uri, kind, layout.image, layout.caption)}"
+        )
+
+
+def _fetch(uri: str, kind: str, image: str, caption: str) -> str:
+    return (
+        f"Fetch the images first: `img2dataset --url_list {uri} --input_format {kind} --url_col {image} --caption_col "
+        f"{caption} --output_format webdataset --output_folder pairs`, then give --data pairs."
+    )

@@ -21,6 +21,7 @@ from distilclip.data.samples import (
     clean_caption,
     decode_meta,
     decode_text,
+    first_caption,
 )
 from distilclip.errors import InputError
 
@@ -291,7 +292,7 @@ def sample_of(key: str, members: list[Member], read: Callable[[Member], bytes], 
         elif member.extension in LABEL_EXTENSIONS:
             label = decode_text(content, name="label", where=where)
     if caption is None:
-        caption = clean_caption(meta.get("caption"), where=where)
+        caption = first_caption(meta.get("caption"), meta.get("captions"), where=where)
     return Sample(key, image, caption, meta, label)
 
 

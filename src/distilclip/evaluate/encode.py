@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.limits import MAX_PIXELS
-from distilclip.data.samples import BadSample, decode_image
+from distilclip.data.samples import BadSample, decode_image, judge_memory
 from distilclip.data.shards import OpenShards
 from distilclip.data.workers import map_tasks
 from distilclip.errors import InputError
@@ -167,11 +167,12 @@ class _Images(Dataset):
             raise BadSample(reason, detail=detail, where=image.where)
         if image.pixels is not None:
             return self.preprocess(Image.fromarray(image.pixels))
-        picture = decode_image(self._bytes(image), max_pixels=self.max_pixels, where=image.where)
-        if image.border:
-            width, height = picture.size
-            picture = picture.crop((image.border, image.border, width - image.border, height - image.border))
-        return self.preprocess(picture)
+        with judge_memory(image.where):
+            picture = decode_image(self._bytes(image), max_pixels=self.max_pixels, where=image.where)
+            if image.border:
+                width, height = picture.size
+                picture = picture.crop((image.border, image.border, width - image.border, height - image.border))
+            return self.preprocess(picture)
 
     def _bytes(self, image: ImageRef) -> bytes:
         if image.key:

@@ -88,7 +88,14 @@ class UidWriter:
         if files.exists(path):
             return len(_read_array(path))
         rows = self.selection.rows(shard)
-        uids = read_uids(rows.uri, rows.key, rows.offset, rows.size, kind=self.selection.uid)
+        uids = read_uids(
+            rows.uri,
+            rows.key,
+            rows.offset,
+            rows.size,
+            kind=self.selection.uid,
+            columns=self.selection.store.csv_columns,
+        )
         with files.atomic_write(path) as file:
             np.save(file, uids)
         return len(uids)
@@ -136,9 +143,10 @@ class PartitionWriter:
         for folder, embeddings in (("img_emb", store.image(shard)), ("text_emb", store.text(shard))):
             with files.atomic_write(files.join(self.folder, folder, f"{folder}_{number}.npy")) as file:
                 np.save(file, embeddings[rows.row])
+        texts = read_texts(rows.uri, rows.key, rows.offset, rows.size, columns=self.selection.store.csv_columns)
         columns = {
             "image_path": rows.key,
-            "caption": [text.caption for text in read_texts(rows.uri, rows.key, rows.offset, rows.size)],
+            "caption": [text.caption for text in texts],
             "shard": np.full(len(rows), shard, np.uint32),
             "row": rows.row,
         }

@@ -62,7 +62,14 @@ class Selection:
         selected = _take_rows(self.uris[shard], rows, kept_rows(self.store, shard, rows.valid, self.groups))
         if self.subset is None:
             return selected
-        uids = read_uids(selected.uri, selected.key, selected.offset, selected.size, kind=self.uid)
+        uids = read_uids(
+            selected.uri,
+            selected.key,
+            selected.offset,
+            selected.size,
+            kind=self.uid,
+            columns=self.store.csv_columns,
+        )
         chosen = np.zeros(len(rows), bool)
         chosen[selected.row[in_subset(uids, read_subset(self.subset))]] = True
         return _take_rows(self.uris[shard], rows, chosen)

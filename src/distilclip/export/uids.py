@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, UInt32, UInt64
 
 from distilclip import files
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.shards import Text, read_texts
 from distilclip.errors import InputError
 
@@ -25,7 +26,13 @@ UID = np.dtype("u8,u8")
 
 
 def read_uids(
-    uri: str, key: Sequence[str], offset: UInt64[np.ndarray, " n"], size: UInt32[np.ndarray, " n"], *, kind: UidKind
+    uri: str,
+    key: Sequence[str],
+    offset: UInt64[np.ndarray, " n"],
+    size: UInt32[np.ndarray, " n"],
+    *,
+    kind: UidKind,
+    columns: CsvColumns | None = None,
 ) -> np.ndarray:
     """Return the uids of n samples of a shard, in order, as a structured array of `UID`.
 
@@ -41,7 +48,7 @@ def read_uids(
         InputError: a sample has no uid, or one that is no hexadecimal number of up to 128 bits.
     """
     uids = np.empty(len(key), UID)
-    for i, (name, text) in enumerate(zip(key, read_texts(uri, key, offset, size), strict=True)):
+    for i, (name, text) in enumerate(zip(key, read_texts(uri, key, offset, size, columns=columns), strict=True)):
         digits = _md5(name, text) if kind == "md5" else _uid(text.meta.get("uid"), where=f"{uri}: {name}")
         uids[i] = divmod(int(digits, 16), 2**64)
     return uids

@@ -192,7 +192,7 @@ class PictureReader:
         key, place = rows.key[row], f"{uri}, row {row}"
         try:
             if shard not in self._shards:
-                self._shards[shard] = open_shard(uri)
+                self._shards[shard] = open_shard(uri, self.store.csv_columns)
             stored = self._shards[shard].read(int(rows.offset[row]), int(rows.size[row]))
             if stored.image is None:
                 raise BadSample("no image", where=place)

@@ -74,7 +74,7 @@ def read_truth(balance: StageRecord, store: Store, corpora: Sequence[StageRecord
         groups, rows = read_groups(balance.path, shard.index), store.rows(shard.index)
         chosen = groups.row.astype(np.int64)
         keys = [rows.key[row] for row in chosen]
-        texts = read_texts(shard.uri, keys, rows.offset[chosen], rows.size[chosen])
+        texts = read_texts(shard.uri, keys, rows.offset[chosen], rows.size[chosen], columns=store.csv_columns)
         scenes.append(np.array([text.meta["group"] for text in texts], np.int64))
         samples.append(sample_id(shard.index, groups.row))
         kept_for.append(groups.representative)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,29 +13,31 @@ import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from distilclip import files, stage_folder
+from distilclip import stage_folder
 from distilclip.configs.embed import Config
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy, OnError
-from distilclip.data.scan import ScannedBatch, ShardEmbeddings, scan
+from distilclip.data.scan import ScannedBatch, ShardEmbeddings, ShardList, scan
+from distilclip.data.shards import find_shards, source_size
 from distilclip.data.store import finished_shard, read_shard_rows, write_manifest
+from distilclip.data.tabular import PictureFolder
 from distilclip.data.views import Views
 from distilclip.devices import resolve_device
 from distilclip.engine import map_parts
 from distilclip.errors import InputError
 from distilclip.models.clip import Clip, load_clip, normalise_pixels
-from distilclip.progress import progress
+from distilclip.progress import progress, say
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(config: Config) -> dict[str, Any]:
     """Embed every shard, or those that an earlier run left; the folder's result."""
-    folder = stage_folder.open_folder(
-        config.out, stage="embed", config=config, inputs=stage_folder.folders_of("train", [config.model])
-    )
+    folder = stage_folder.open_folder(config.out, stage="embed", config=config, inputs=config.inputs())
     if folder.finished:
         return folder.result()
-    uris = files.expand(config.data)
+    uris = find_shards(config.data)
+    _say_captionless(uris)
     policy = ErrorPolicy(config.on_error, config.max_bad_ratio)
     pending = [(shard, u) for shard, u in enumerate(uris) if not _count_finished(folder.path, shard, u, policy)]
     teacher = _embed(config, folder.path, pending, policy)
@@ -45,7 +47,7 @@ def main(config: Config) -> dict[str, Any]:
     policy.check(final=True)
     shards = [line for shard in range(len(uris)) if (line := finished_shard(folder.path, shard))]
     dim = teacher.pop("dim")
-    write_manifest(folder.path, shards, dim=dim, teacher=teacher, views=_views(config))
+    write_manifest(folder.path, shards, dim=dim, teacher=teacher, views=_views(config), csv_columns=config.columns)
     return folder.finish(
         {
             "num_shards": len(shards),
@@ -58,6 +60,17 @@ def main(config: Config) -> dict[str, Any]:
             "teacher": teacher,
         }
     )
+
+
+def _say_captionless(uris: Sequence[str]) -> None:
+    """Say of how many pictures the folders hold no captions: they are embedded with empty ones."""
+    folders = [PictureFolder(uri) for uri in uris if uri.endswith("/")]
+    num_pictures = sum(len(folder.index()) for folder in folders if not folder.has_captions)
+    if num_pictures:
+        say(
+            f"{num_pictures:,} pictures have no caption (a .txt of the same name). They are embedded with an empty "
+            "one: balance and cluster can use them, train cannot."
+        )
 
 
 Shards = tuple[tuple[int, str], ...]  # numbers and URIs
@@ -73,6 +86,7 @@ def _embed(config: Config, path: str, pending: list[tuple[int, str]], policy: Er
         precision=config.precision,
         max_pixels=config.max_pixels,
         views=_views(config),
+        columns=config.columns,
         device=config.device,
         num_workers=config.num_workers,
     )
@@ -100,6 +114,7 @@ class Embedder:
     precision: str
     max_pixels: int
     views: Views | None
+    columns: CsvColumns
     device: str
     num_workers: int
 
@@ -116,7 +131,7 @@ class Embedder:
         """Write the shards of a store, each with its row table last; the teacher's description and width."""
         teacher = describe_teacher(clip, precision=self.precision)
         batches = scan(
-            list(shards),
+            ShardList(shards=shards, columns=self.columns),
             preprocess=clip.preprocess,
             tokenize=clip.tokenizer,
             batch_size=self.batch_size,
@@ -196,10 +211,10 @@ def _count_finished(folder: str, shard: int, uri: str, policy: ErrorPolicy) -> b
     line = finished_shard(folder, shard)
     if line is None:
         return False
-    if (line.uri, line.num_bytes) != (uri, files.size(uri)):
+    if (line.uri, line.num_bytes) != (uri, source_size(uri)):
         raise InputError(
             f"{folder}: shard {shard} was made from {line.uri} ({line.num_bytes} bytes), but is now {uri} "
-            f"({files.size(uri)} bytes). The data changed since this folder was begun; choose another --out."
+            f"({source_size(uri)} bytes). The data changed since this folder was begun; choose another --out."
         )
     rows = read_shard_rows(folder, shard)
     policy.seen(len(rows))

@@ -13,11 +13,12 @@ from typing import Any, TypeVar, cast
 
 from distilclip import files, stage_folder
 from distilclip.configs.export import Config
+from distilclip.data.shards import find_shards
 from distilclip.engine import Engine, map_parts
 from distilclip.export.curated_tars import TarWriter, plan_tars
 from distilclip.export.row_lists import PartitionWriter, UidWriter, join_uids, write_keys
 from distilclip.export.selection import Selection, open_selection
-from distilclip.progress import progress
+from distilclip.progress import progress, say
 
 Part = TypeVar("Part")
 Result = TypeVar("Result")
@@ -25,16 +26,21 @@ Result = TypeVar("Result")
 
 def main(config: Config) -> dict[str, Any]:
     """Write the export, or what is missing of it; the folder's result."""
-    inputs = [(path, stage) for path, stage in ((config.store, "embed"), (config.groups, "balance")) if path]
-    if config.model:
-        inputs += stage_folder.folders_of("train", [config.model])
-    if config.evaluation:
-        inputs.append((config.evaluation, "evaluate"))
-    folder = stage_folder.open_folder(config.out, stage="export", config=config, inputs=inputs)
+    folder = stage_folder.open_folder(config.out, stage="export", config=config, inputs=config.inputs())
     if folder.finished:
-        return folder.result()
-    write = _write_data if config.store else _write_model
-    return folder.finish({"what": config.what, **write(config, folder.path)})
+        result = folder.result()
+    else:
+        write = _write_data if config.store else _write_model
+        result = folder.finish({"what": config.what, **write(config, folder.path)})
+    if config.push_to:
+        _push(files.join(folder.path, result["model"]), config.push_to, dry_run=config.push_dry_run)
+    return result
+
+
+def _push(model: str, repo: str, *, dry_run: bool) -> None:
+    from distilclip.export.hub import list_push, push_folder, show_push
+
+    say(show_push(list_push(model, repo)) if dry_run else f"export: pushed to {push_folder(model, repo)}")
 
 
 def _write_data(config: Config, folder: str) -> dict[str, Any]:
@@ -50,7 +56,7 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
         groups=config.groups,
         subset=config.subset,
         uid=config.uid,
-        data=files.expand(list(config.data)) if config.data else (),
+        data=find_shards(list(config.data)) if config.data else (),
     )
     engine = config.execution
     shards = range(selection.store.num_shards)
@@ -108,6 +114,14 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
         from distilclip.export.huggingface import write_huggingface
 
         exported = write_huggingface(clip, target)
+    elif config.what == "sentence-transformers":
+        from distilclip.export.sentence_transformers_folder import write_sentence_transformers
+
+        exported = write_sentence_transformers(clip, target)
+    elif config.what == "timm":
+        from distilclip.export.timm_folder import write_timm
+
+        exported = write_timm(clip, target)
     else:
         from distilclip.export.onnx_files import write_onnx
 
@@ -116,7 +130,7 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
             from distilclip.export.int8 import measure_int8, write_int8
 
             sizes = write_int8(target)
-            data = files.expand(list(config.data))
+            data = find_shards(list(config.data))
             lost = measure_int8(target, data, num_samples=config.num_samples, batch_size=config.batch_size)
             exported |= {"bytes": sizes, "int8": lost}
     card = model_card(

@@ -18,7 +18,7 @@ from rich.table import Table
 from distilclip import files, stage_folder
 from distilclip.configs.search import Config
 from distilclip.data.samples import IMAGE_EXTENSIONS, BadSample, Entry, decode_image
-from distilclip.data.shards import Shard, open_shard
+from distilclip.data.shards import Shard, find_shards, open_shard
 from distilclip.errors import InputError
 
 MARGIN, LINE = 8, 16  # of the sheet, in pixels
@@ -30,8 +30,7 @@ def main(config: Config) -> dict[str, Any]:
 
     folder = None
     if config.out:
-        inputs = stage_folder.folders_of("export", [config.model])
-        folder = stage_folder.open_folder(config.out, stage="search", config=config, inputs=inputs)
+        folder = stage_folder.open_folder(config.out, stage="search", config=config, inputs=config.inputs())
     if folder is not None and folder.finished:
         _print(folder.result())
         return folder.result()
@@ -69,8 +68,12 @@ def main(config: Config) -> dict[str, Any]:
 
 
 def _pictures(source: str, unreadable: list[dict[str, str]]) -> Iterator[tuple[str, Image.Image]]:
-    """Yield name and picture of every file, in the order of names; files that fail are added to `unreadable`."""
-    for name, read in _files(source) if not files.is_url(source) and os.path.isdir(source) else _samples(source):
+    """Yield name and picture of every file, in the order of names; files that fail are added to `unreadable`.
+
+    A folder without pictures is one of shards.
+    """
+    is_folder = not files.is_url(source) and os.path.isdir(source)
+    for name, read in _files(source) if is_folder and any(_files(source)) else _samples(source):
         try:
             yield name, decode_image(read(), where=name)
         except BadSample as error:
@@ -89,10 +92,11 @@ def _files(folder: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def _samples(pattern: str) -> Iterator[tuple[str, Callable[[], bytes]]]:
-    for uri in files.expand(pattern):
+    for uri in find_shards(pattern):
+        name = os.path.basename(uri.rstrip("/"))
         with contextlib.closing(open_shard(uri)) as shard:
             for entry in shard.index():
-                yield f"{os.path.basename(uri)}/{entry.key}", partial(_image, shard, entry)
+                yield f"{name}/{entry.key}", partial(_image, shard, entry)
 
 
 def _image(shard: Shard, entry: Entry) -> bytes:

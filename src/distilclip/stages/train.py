@@ -52,7 +52,7 @@ def main(config: Config) -> dict[str, Any]:
 def _train(config: Config, device: torch.device) -> dict[str, Any]:
     require_packages(config.track)
     folder = distributed.on_first(
-        lambda: stage_folder.open_folder(config.out, stage="train", config=config, inputs=_inputs(config))
+        lambda: stage_folder.open_folder(config.out, stage="train", config=config, inputs=config.inputs())
     )
     if distributed.on_first(lambda: folder.finished):
         return folder.result()
@@ -71,15 +71,6 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     return distributed.on_first(
         lambda: _finish(config, folder, method, {**facts, "num_rows": stream.num_rows}, unusable)
     )
-
-
-def _inputs(config: Config) -> list[tuple[str, str]]:
-    """The folders that this one is made from, each with its stage."""
-    named = ((config.store, "embed"), (config.groups, "balance"), (config.clusters, "cluster"))
-    found = [(path, stage) for path, stage in named if path is not None]
-    found += [(path, "embed") for path in config.weight_of_store]
-    models = [source.partition(":")[2] for source in config.init]
-    return found + stage_folder.folders_of("train", [*models, *([config.live_teacher] if config.live_teacher else [])])
 
 
 def _fit(
@@ -192,6 +183,7 @@ def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip
             stores=[store.path for store in stores],
             groups=config.groups,
             clusters=config.clusters,
+            columns=config.columns,
         ),
         Presentation(
             sizes=[c.image_size for c in (clip, live) if c is not None],
