@@ -2,12 +2,17 @@ from __future__ import annotations
 
 import os
 import pickle
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from distilclip import files
-from distilclip.data.reader import Reader
+from distilclip.data import reader as reader_module
+from distilclip.data.reader import COPY_AFTER, Reader
+from distilclip.data.stream import PairSource, Presentation, open_stream
+from tests.data.conftest import tokenize, write_store
 
 CONTENT = bytes(range(200))
 
@@ -56,3 +61,104 @@ def test_a_forked_process_does_not_share_the_file_position(tmp_path: Path) -> No
         os._exit(0 if reader.read(50, 5) == CONTENT[50:55] and reader._file.tell() == 55 else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert reader._file.tell() == 10
+
+
+@pytest.fixture
+def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of copies."""
+    monkeypatch.setenv("DISTILCLIP_COPIES", str(tmp_path / "copies"))
+    reader_module._Copier.of_process.cache_clear()
+    return tmp_path / "copies"
+
+
+@pytest.fixture
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The path of each range that is requested."""
+    made: list[str] = []
+    read_range = files.read_range
+
+    def counted(path: str, offset: int, length: int) -> bytes:
+        made.append(path)
+        return read_range(path, offset, length)
+
+    monkeypatch.setattr(files, "read_range", counted)
+    return made
+
+
+def read_until(read: Callable[[], bytes], condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert read() == CONTENT[20:25]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_is_read_often_is_copied_and_a_changed_file_is_another(copies: Path, requests: list[str]) -> None:
+    path = "memory://reader/often"
+    files.write_bytes(path, CONTENT)
+    reader, other = Reader(path, copied=True), Reader(path, copied=True)
+    reader.prefetch(0, 5)
+    for _ in range(COPY_AFTER - 1):
+        reader.read(20, 5)
+    assert not copies.exists()
+    assert len(requests) >= COPY_AFTER - 1  # what was asked for ahead may be under way
+    read_until(lambda: reader.read(20, 5), lambda: reader.path != path)
+    read_until(lambda: other.read(20, 5), lambda: other.path != path)
+    assert len(list(copies.iterdir())) == 1
+    made = len(requests)
+    assert reader.read(0, 5) == CONTENT[:5]  # as it was asked for ahead
+    assert reader.read(190, 50) == CONTENT[190:]
+    assert pickle.loads(pickle.dumps(reader)).read(7, 3) == CONTENT[7:10]
+    assert len(requests) == made
+    files.write_bytes(path, CONTENT[::-1])
+    reader_module._Copier.of_process.cache_clear()
+    changed = Reader(path, copied=True)
+    for _ in range(2 * COPY_AFTER):
+        time.sleep(0.01)
+        assert changed.read(0, 3) == CONTENT[::-1][:3]
+
+
+@pytest.mark.parametrize("why", ["no room", "not wanted", "no access"])
+def test_without_a_copy_the_file_is_read_where_it_lies(
+    why: str, copies: Path, requests: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = "memory://reader/never"
+    files.write_bytes(path, CONTENT)
+    if why == "no room":
+        monkeypatch.setattr(reader_module, "FREE_SHARE", 1.0)
+    elif why == "not wanted":
+        monkeypatch.setenv("DISTILCLIP_COPIES", "0")
+    else:
+        copies.write_text("a file")
+        monkeypatch.setattr(reader_module, "_open_folder", lambda: str(copies))
+    reader = Reader(path, copied=True)
+    read_until(lambda: reader.read(20, 5), lambda: reader._reads_to_copy < 0)
+    assert reader.path == path
+    assert reader.read(20, 5) == CONTENT[20:25]
+    assert not copies.is_dir() or not list(copies.iterdir())
+    assert ("could not be copied" in capsys.readouterr().err) == (why == "no access")
+
+
+def test_training_makes_one_request_for_a_sample(
+    copies: Path, requests: list[str], pair_tars: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reader_module, "COPY_AFTER", 8)
+    tars = []
+    for path in pair_tars(shards=2, rows=12):
+        tars.append(f"memory://training/{Path(path).name}")
+        files.write_bytes(tars[-1], Path(path).read_bytes())
+    write_store("memory://training/store", tars)
+    presentation = Presentation(sizes=[32], tokenize=tokenize, seed=0)
+    stream = open_stream(PairSource(stores=["memory://training/store"]), presentation, batch_size=8)
+    first = next(iter(stream.batches(stop=1)))
+    assert len(requests) - 2 == 3 * len(first)  # the tar's span, a row of image and of text embeddings; two headers
+    last = first
+    for batch in stream.batches(start=1, stop=60):
+        time.sleep(0.01)
+        last = batch
+    assert last.teacher_image[0].shape == first.teacher_image[0].shape
+    requests.clear()
+    for batch in stream.batches(start=60, stop=63):
+        assert len(batch) == 8
+    assert len(requests) == 3 * 8
+    assert all(path.endswith(".tar") for path in requests)

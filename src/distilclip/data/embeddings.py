@@ -74,7 +74,7 @@ class _Rows:
     """Rows of the tensors in one safetensors file per shard; each row is one read at its position.
 
     A batch has rows of any shard. So nothing is mapped (each map holds a file open), of remote files nothing else is
-    fetched, and headers are kept: a file that is opened again is not parsed again.
+    fetched until copies of them are here, and headers are kept: a file that is opened again is not parsed again.
     """
 
     def __init__(self, path_of: Callable[[int], str], check: Callable[[int, Header], None]) -> None:
@@ -123,7 +123,7 @@ class _Rows:
             raise InputError(f"A file of embeddings is missing ({error}). {_EMBED_AGAIN}") from error
 
     def _reader(self, shard: int) -> Reader:
-        return Reader(self.path_of(shard))
+        return Reader(self.path_of(shard), copied=True)
 
 
 _EMBED_AGAIN = "Embed the data again, into a new folder."
