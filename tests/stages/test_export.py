@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from distilclip import stage_folder
 from distilclip.config import build
+from distilclip.configs.export import MEANINGFUL, Config
 from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.export.curated_tars import tar_path
 from distilclip.export.selection import open_selection
 from distilclip.models.clip import load_clip
 from distilclip.options import option_fields
-from distilclip.stages.export import MEANINGFUL, Config, main
+from distilclip.stages.export import main
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 from tests.export.conftest import Made, make, write_balance
 
@@ -231,6 +233,31 @@ def test_a_hugging_face_folder_is_complete(checkpoint: str, tmp_path: Path, monk
     names = {path.name for path in (tmp_path / "out/model").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "README.md"}
     assert run_example(tmp_path / "out", monkeypatch)["model"].config.projection_dim == 16
+
+
+def test_a_sentence_transformers_folder_is_complete(checkpoint: str, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    result = main(Config(what="sentence-transformers", model=checkpoint, out=str(tmp_path / "out")))
+    assert max(result["difference"].values()) < 1e-5
+    names = {path.name for path in (tmp_path / "out/model").iterdir()}
+    assert names >= {"modules.json", "config_sentence_transformers.json", "model.safetensors", "README.md"}
+    card = (tmp_path / "out/model/README.md").read_text()
+    assert "library_name: sentence-transformers\n" in card
+    assert 'SentenceTransformer("model")' in card
+
+
+def test_the_cards_example_of_a_timm_model_gives_the_embedding(
+    checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = main(Config(what="timm", model=checkpoint, out=str(tmp_path / "out")))
+    assert max(result["difference"].values()) < 1e-5
+    assert "library_name: timm\n" in (tmp_path / "out/model/README.md").read_text()
+    (tmp_path / "out/cat.jpg").write_bytes(encoded(picture(1)))
+    found = run_example(tmp_path / "out", monkeypatch)["image"]
+    clip = load_clip(checkpoint)
+    with Image.open(tmp_path / "out/cat.jpg") as image, torch.no_grad():
+        own = clip.encode_image(clip.preprocess(image.convert("RGB"))[None])
+    torch.testing.assert_close(found, own, atol=1e-5, rtol=0)
 
 
 def test_a_tower_that_transformers_lacks_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,11 @@ from typing import Literal
 from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.options import changeable, option_fields, option_values
+from distilclip.stage_folder import folders_of
 
-What = Literal["tars", "keys", "subset", "clip-retrieval", "open_clip", "huggingface", "onnx"]
+What = Literal[
+    "tars", "keys", "subset", "clip-retrieval", "open_clip", "huggingface", "sentence-transformers", "timm", "onnx"
+]
 MAX_SAMPLES = 20_000  # their similarities are one matrix
 
 
@@ -21,7 +24,8 @@ class Config:
 
     what: What
     """from a store: tars (a curated copy), keys (text), subset (DataComp's .npy), clip-retrieval (npy and Parquet);
-    from a model: open_clip, huggingface (transformers' CLIPModel), onnx (two encoders and a tokenizer)"""
+    from a model: open_clip, huggingface (transformers' CLIPModel), sentence-transformers, timm (the image tower alone),
+    onnx (two encoders and a tokenizer)"""
     out: str
     """folder to write; a model goes into its subfolder `model`"""
     store: str | None = None
@@ -50,6 +54,11 @@ class Config:
     """number of pairs of --data to measure int8 on (the first usable ones)"""
     batch_size: int = changeable(32)
     """number of pairs per forward pass while measuring"""
+    push_to: str | None = changeable(None)
+    """push the model to this repository of the Hugging Face hub, ORG/NAME, with the token of `hf auth login`; a new
+    repository is private"""
+    push_dry_run: bool = changeable(False)
+    """only list what --push-to would push: the files, their sizes, and the model card"""
     execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
@@ -67,13 +76,23 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1.")
+        if self.push_dry_run and not self.push_to:
+            raise InputError("--push-dry-run lists what --push-to would push: give --push-to ORG/NAME, too.")
+        if self.push_to is not None and (self.push_to.count("/") != 1 or not all(self.push_to.split("/"))):
+            raise InputError(f"--push-to {self.push_to}: a repository is named ORG/NAME.")
         if self.num_samples > MAX_SAMPLES:
             raise InputError(f"num_samples is {self.num_samples}; every two are compared, so at most {MAX_SAMPLES}.")
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        found = [(path, stage) for path, stage in ((self.store, "embed"), (self.groups, "balance")) if path]
+        found += folders_of("train", [self.model] if self.model else [])
+        return found + ([(self.evaluation, "evaluate")] if self.evaluation else [])
 
 
 _ENGINE = {"engine", "engine_address", "engine_workers"}
 _ROWS = {"store", "groups", "data", "uid"}
-_MODEL = {"model", "weights", "name", "evaluation"}
+_MODEL = {"model", "weights", "name", "evaluation", "push_to", "push_dry_run"}
 MEANINGFUL: dict[What, set[str]] = {
     "tars": _ROWS | _ENGINE | {"subset", "samples_per_tar"},
     "keys": _ROWS | {"subset"},
@@ -81,11 +100,14 @@ MEANINGFUL: dict[What, set[str]] = {
     "clip-retrieval": _ROWS | _ENGINE | {"subset"},
     "open_clip": _MODEL,
     "huggingface": _MODEL,
+    "sentence-transformers": _MODEL,
+    "timm": _MODEL,
     "onnx": _MODEL | {"quantize", "data", "num_samples", "batch_size"},
 }
 """Which flags each `what` reads, besides `what` and `out`."""
 _PACKAGES: dict[What, Sequence[str]] = {
     "huggingface": ("transformers",),
+    "sentence-transformers": ("transformers",),
     "onnx": ("onnx", "onnxscript", "onnxruntime", "tokenizers"),
 }
 

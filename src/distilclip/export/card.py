@@ -15,9 +15,16 @@ from distilclip.errors import InputError
 from distilclip.models import towers
 from distilclip.stage_folder import StageRecord, read_finished, require
 
-Form = Literal["open_clip", "huggingface", "onnx"]
+Form = Literal["open_clip", "huggingface", "sentence-transformers", "timm", "onnx"]
 FILL_IN = "**to be filled in**"
-_LIBRARY = {"open_clip": "open_clip", "huggingface": "transformers", "onnx": "onnx"}
+_LIBRARY = {
+    "open_clip": "open_clip",
+    "huggingface": "transformers",
+    "sentence-transformers": "sentence-transformers",
+    "timm": "timm",
+    "onnx": "onnx",
+}
+_TASK = {"sentence-transformers": "sentence-similarity", "timm": "image-feature-extraction"}  # others: zero-shot
 
 _USE = {
     "open_clip": """\
@@ -34,6 +41,24 @@ tokenizer = AutoTokenizer.from_pretrained("model")
 # Pictures are resized with Pillow, as in training; transformers' default, torchvision, rounds otherwise.
 # Where the longer side, resized, is 3, 7, 11, ... pixels too long, transformers cuts one pixel earlier than open_clip.
 processor = AutoImageProcessor.from_pretrained("model", backend="pil")""",
+    "sentence-transformers": """\
+from PIL import Image
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer("model")
+# Unit rows of one space; transformers resizes pictures with torchvision, which rounds otherwise than training did.
+images, texts = model.encode([Image.open("cat.jpg")]), model.encode(["a photo of a cat"])
+similarity = model.similarity(images, texts)""",
+    "timm": """\
+import timm
+import torch
+from PIL import Image
+
+model = timm.create_model("local-dir:model", pretrained=True).eval()  # num_classes=0: features before the projection
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+with torch.no_grad():
+    output = model(transform(Image.open("cat.jpg").convert("RGB"))[None])
+image = torch.nn.functional.normalize(output, dim=-1)  # the image embedding""",
     "onnx": """\
 import numpy as np
 import onnxruntime
@@ -144,7 +169,7 @@ def _front_matter(name: str, form: Form) -> str:
             "license: unknown # to be filled in",
             f"library_name: {_LIBRARY[form]}",
             f"model_name: {json.dumps(name, ensure_ascii=False)}",  # a JSON string is a YAML string, whatever is in it
-            "pipeline_tag: zero-shot-image-classification",
+            f"pipeline_tag: {_TASK.get(form, 'zero-shot-image-classification')}",
             "tags: [clip, distillation]",
             "---",
         ]
