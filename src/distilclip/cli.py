@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -21,20 +22,34 @@ STAGES = {
     "run": "every step of a recipe, or of several with one report; finished steps are skipped",
     "demo": "the whole story on a made-up corpus, in minutes, on two CPU cores",
 }
+COMMANDS = {
+    "recipes": "list the recipes in the package; `distilclip recipes NAME > my.toml` copies one",
+    "completion": "print completions for a shell: `distilclip completion bash` (or zsh, tcsh)",
+}
+MESSAGES = """Every stage also takes
+  --log-level LEVEL   debug, info (default), warning or error; messages go to stderr
+  --quiet             only warnings and errors: --log-level warning
+  --log-format json   one JSON object a line, for programs (default: text)"""
 
 
 def usage() -> str:
     """Return the text of `distilclip --help`."""
-    lines = [f"  {name:10} {text}" for name, text in STAGES.items()]
     return "\n".join(
         [
-            "usage: distilclip STAGE [RECIPE.toml[#STEP]] [--flag value ...]",
+            "usage: distilclip STAGE [RECIPE[#STEP]] [--flag value ...]",
             "",
             "Small CLIP models from large ones. Stages:",
             "",
-            *lines,
+            *(f"  {name:10} {text}" for name, text in STAGES.items()),
             "",
-            "`distilclip STAGE --help` lists the flags of a stage. Flags win over the recipe.",
+            "Also:",
+            "",
+            *(f"  {name:10} {text}" for name, text in COMMANDS.items()),
+            "",
+            "`distilclip STAGE --help` lists the flags of a stage. RECIPE is a TOML file, the config.json of an",
+            "earlier folder, or (for run) the name of a recipe in the package; flags win over it.",
+            "",
+            MESSAGES,
         ]
     )
 
@@ -50,28 +65,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(version("distilclip"))
         return 0
-    name = argv.pop(0)
     from distilclip.errors import InputError, did_you_mean
 
-    if name not in STAGES:
-        print(f"distilclip: no stage {name!r}. {did_you_mean(name, STAGES)}", file=sys.stderr)
-        return 2
-    from distilclip import config
-    from distilclip.progress import say, summarise
-
-    options = importlib.import_module(f"distilclip.configs.{name}")
-    started = time.perf_counter()
+    name = argv.pop(0)
     try:
-        values = config.parse(options.Config, argv, stage=name, description=STAGES[name])
-        result = importlib.import_module(f"distilclip.stages.{name}").main(values)
-        say(summarise(result, seconds=time.perf_counter() - started, out=values.out))
+        if name in COMMANDS:
+            print(importlib.import_module("distilclip.commands").COMMANDS[name](argv))
+        elif name in STAGES:
+            _run_stage(name, argv)
+        else:
+            raise InputError(f"no stage {name!r}. {did_you_mean(name, [*STAGES, *COMMANDS])}")
     except InputError as error:
-        print(f"distilclip {name}: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of several processes of torchrun, one says it
+            print(f"distilclip{f' {name}' if name in STAGES else ''}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"distilclip {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
+
+
+def _run_stage(name: str, argv: list[str]) -> None:
+    from distilclip import config, messages
+
+    options = importlib.import_module(f"distilclip.configs.{name}")
+    messages.set_up_messages(**config.take_message_flags(argv))
+    started = time.perf_counter()
+    values = config.parse(options.Config, argv, stage=name, description=f"{_sentence(STAGES[name])}\n\n{MESSAGES}")
+    result = importlib.import_module(f"distilclip.stages.{name}").main(values)
+    from distilclip.progress import summarise
+
+    messages.say(summarise(result, seconds=time.perf_counter() - started, out=values.out))
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 if __name__ == "__main__":

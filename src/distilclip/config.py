@@ -8,20 +8,38 @@ from __future__ import annotations
 
 import itertools
 import json
-import sys
+import os
+import re
+import tomllib
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from distilclip import files
+from distilclip import files, messages
 from distilclip.errors import InputError, did_you_mean
 from distilclip.options import option_fields
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 C = TypeVar("C")
+
+ALIASES = {
+    "lr": "learning-rate",
+    "wd": "weight-decay",
+    "warmup": "warmup-steps",
+    "workers": "num-workers",
+    "pretrained": "weights",
+    "report-to": "track",
+    "train-data": "data",
+}
+"""Flags of open_clip and others, and ours that mean the same."""
+HINTS = {
+    "batch-size-per-gpu": "--batch-size counts the pairs of a step over all processes: give it N times as much.",
+    "local-batch-size": "--batch-size counts the pairs of a step over all processes: give it N times as much.",
+    "accum-freq": "--micro-batch says how many pairs a process holds at once; gradients stay the same.",
+    "model": "train calls it --student.",
+    "pretrained": "train calls it --init: weights:FILE, or inherit:TEACHER.",
+    "resume": "the same command goes on from the last checkpoint in --out.",
+    "amp": "--precision bf16 or fp32.",
+}
+"""What to say about flags of open_clip and others that have no equal here."""
 
 
 def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description: str = "") -> C:
@@ -35,7 +53,7 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     """
     import tyro
 
-    argv = list(argv)
+    argv = translate_aliases(argv, config_type)
     flags: list[str] = []
     positional = bool(argv) and not argv[0].startswith("-")
     if positional and not argv[0].endswith(".json") and "recipe" in field_names(config_type):
@@ -60,6 +78,72 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     )
 
 
+def translate_aliases(argv: Sequence[str], config_type: Any) -> list[str]:
+    """Replace flags by which other tools know an option, and say so; `InputError` for one that has no equal here."""
+    known = {name.replace("_", "-") for name in field_names(config_type)}
+    words = []
+    for word in argv:
+        flag, separator, value = word.removeprefix("--").partition("=")
+        if word.startswith("--") and flag not in known:
+            if (ours := ALIASES.get(flag)) in known:
+                messages.say(f"--{flag} is called --{ours} here")
+                word = f"--{ours}{separator}{value}"
+            elif flag in HINTS and "student" in known:
+                raise InputError(f"There is no --{flag}: {HINTS[flag]}")
+        words.append(word)
+    return words
+
+
+def take_message_flags(argv: list[str]) -> dict[str, str]:
+    """Remove --log-level, --log-format and --quiet from the words; the arguments of `messages.set_up_messages`."""
+    found: dict[str, str] = {}
+    for flag, name in (("--log-level", "level"), ("--log-format", "style")):
+        for place in range(len(argv) - 1, -1, -1):
+            word = argv[place]
+            if word == flag:
+                if place + 1 == len(argv):
+                    raise InputError(f"{flag} needs a value.")
+                found[name] = argv[place + 1]
+                del argv[place : place + 2]
+            elif word.startswith(f"{flag}="):
+                found[name] = word.partition("=")[2]
+                del argv[place]
+    if "--quiet" in argv:
+        argv.remove("--quiet")
+        found["level"] = "warning"
+    return found
+
+
+def packaged_recipes() -> dict[str, str]:
+    """Return the paths of the package's recipes by name; in a checkout they lie in `recipes/`."""
+    package = os.path.dirname(os.path.abspath(__file__))
+    for folder in (os.path.join(package, "recipes"), os.path.join(package, "..", "..", "recipes")):
+        if os.path.isdir(folder):
+            names = sorted(name for name in os.listdir(folder) if name.endswith(".toml"))
+            return {name.removesuffix(".toml"): os.path.normpath(os.path.join(folder, name)) for name in names}
+    return {}
+
+
+def first_comment(path: str) -> str:
+    """Return the first sentence of a recipe's comment."""
+    with open(path, encoding="utf-8") as file:
+        lines = itertools.takewhile(lambda line: line.startswith("#"), file)
+        text = " ".join(line.lstrip("# ").strip() for line in lines)
+    return re.split(r"(?<=[a-z\d])\.\s(?=[A-Z])", text, maxsplit=1)[0].rstrip(".") + "."
+
+
+def find_recipe(name: str) -> str:
+    """Return the path of a recipe: a file, or the name of one in the package. `InputError` where there is neither."""
+    if files.exists(name):
+        return name
+    known = packaged_recipes()
+    if name.removesuffix(".toml") in known:
+        return known[name.removesuffix(".toml")]
+    raise InputError(
+        f"The recipe {name!r} does not exist: it is no file, and none in the package. {did_you_mean(name, known)}"
+    )
+
+
 def _with_values(argv: Sequence[str], config_type: Any) -> list[str]:
     """Replace `--list` alone by `--list True`: a switch takes a value as every flag does, so a recipe can set it."""
     switches = {f"--{f.name}".replace("_", "-") for f in option_fields(config_type) if f.type in ("bool", bool)}
@@ -78,8 +162,7 @@ def build(config_type: type[C], values: dict[str, Any], *, stage: str) -> C:
 
 def read_recipe(path: str) -> dict[str, Any]:
     """Read a recipe file's tables; a config.json is a recipe with one stage."""
-    if not files.exists(path):
-        raise InputError(f"The recipe {path!r} does not exist.")
+    path = find_recipe(path)
     content = files.read_bytes(path).decode()
     try:
         if path.endswith(".json"):

@@ -16,6 +16,11 @@ def changeable(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"changeable": True})
 
 
+def extendable(default: Any) -> Any:
+    """Declare a config field that may grow: a folder made with a smaller value goes on to the larger one."""
+    return dataclasses.field(default=default, metadata={"extendable": True})
+
+
 def option_fields(config_type: Any) -> list[dataclasses.Field[Any]]:
     """Return the fields of a Config class in order, each group replaced by its own fields."""
     types = typing.get_type_hints(config_type)
@@ -23,6 +28,14 @@ def option_fields(config_type: Any) -> list[dataclasses.Field[Any]]:
     for field in dataclasses.fields(config_type):
         group = types[field.name]
         found += option_fields(group) if dataclasses.is_dataclass(group) else [field]
+    return found
+
+
+def option_types(config_type: Any) -> dict[str, Any]:
+    """Return the types of a Config's options by name, with those of its groups."""
+    found: dict[str, Any] = {}
+    for name, kind in typing.get_type_hints(config_type).items():
+        found |= option_types(kind) if dataclasses.is_dataclass(kind) else {name: kind}
     return found
 
 

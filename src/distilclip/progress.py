@@ -1,18 +1,16 @@
-"""Show how far a stage is, on stderr: a bar on a terminal, plain lines in a log file.
-
-`DISTILCLIP_PROGRESS=0` silences both. Of several processes of `torchrun`, only the first speaks.
-"""
+"""Show how far a stage is, on stderr: a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
+
+from distilclip.messages import progress_is_heard, say, speaks_json
 
 T = TypeVar("T")
 
@@ -40,9 +38,9 @@ class Advance(Protocol):
 @contextlib.contextmanager
 def progress(description: str, total: float | int) -> Iterator[Advance]:
     """Show progress for the length of the block; yields `advance(amount, num_samples)`, amounts summing to `total`."""
-    if not _is_heard():
+    if not progress_is_heard():
         yield lambda amount, num_samples, note="": None
-    elif sys.stderr.isatty():
+    elif sys.stderr.isatty() and not speaks_json():
         with _bar(description, total) as advance:
             yield advance
     else:
@@ -58,12 +56,6 @@ def track(
         for item in items:
             yield item
             advance(1, num_samples, note())
-
-
-def say(text: str) -> None:
-    """Print a line on stderr, unless it is empty or `DISTILCLIP_PROGRESS=0`."""
-    if text and _is_heard():
-        print(text, file=sys.stderr, flush=True)
 
 
 def summarise(result: Mapping[str, Any], *, seconds: float, out: str) -> str:
@@ -86,10 +78,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.1f} {unit}"
     return f"{seconds:.0f} s"
-
-
-def _is_heard() -> bool:
-    return os.environ.get("DISTILCLIP_PROGRESS", "1") != "0" and os.environ.get("RANK", "0") == "0"
 
 
 @contextlib.contextmanager
@@ -134,13 +122,18 @@ def _lines(description: str, total: float | int) -> Iterator[Advance]:
     def show() -> None:
         seconds = time.perf_counter() - started
         words = [f"{done:,.6g} of {total:,} ({100 * done / total if total else 100:.0f}%)"]
+        values: dict[str, Any] = {"task": description, "done": done, "total": total, "seconds": round(seconds, 1)}
         if num_done:
+            values["samples_per_second"] = round(num_done / seconds, 1)
             words.append(f"{num_done / seconds:,.0f} samples/s")
         words.append(f"{duration(seconds)} so far")
         if 0 < done < total:
+            values["seconds_left"] = round(seconds * (total - done) / done, 1)
             words.append(f"{duration(seconds * (total - done) / done)} left")
-        print(f"{time.strftime('%H:%M:%S')} {description}: {', '.join(filter(None, [*words, last_note]))}", file=stream)
-        stream.flush()
+        if last_note:
+            values["note"] = last_note
+            words.append(last_note)
+        say(f"{description}: {', '.join(words)}", **values)
 
     def watch() -> None:
         for due in itertools.chain(FIRST_LINES, itertools.count(60, 60)):
@@ -148,7 +141,6 @@ def _lines(description: str, total: float | int) -> Iterator[Advance]:
                 return
             show()
 
-    stream = sys.stderr
     watcher = threading.Thread(target=watch, daemon=True)  # a thread: one part of the work can take an hour
     watcher.start()
     try:
@@ -156,5 +148,5 @@ def _lines(description: str, total: float | int) -> Iterator[Advance]:
     finally:
         finished.set()
         watcher.join()
-        if time.perf_counter() - started >= FIRST_LINES[0] or "DISTILCLIP_PROGRESS" in os.environ:
+        if time.perf_counter() - started >= FIRST_LINES[0]:
             show()

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from typing import Any
 
 from distilclip import files
@@ -112,23 +111,26 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
     changed since, naming what differs.
     """
     folder = Folder(str(path), stage)
-    digests: dict[str, str] = {}
     for input_path, input_stage in inputs:
         require(input_path, stage=input_stage)
-        name = input_stage if input_stage not in digests else f"{input_stage} {len(digests) + 1}"
-        digests[name] = result_digest(input_path)
+    digests = _input_digests(inputs)
     config_path, inputs_path = folder.child("config.json"), folder.child("inputs.json")
     values = {"stage": stage, **config_values(config)}
     if files.exists(config_path):
         before = read_json(config_path)
-        try:
-            _check_same(folder, before, values, config, digests)
-        except InputError:
-            if before.get("stage") != stage or not _holds_nothing(folder.path):
-                raise
-        else:
+        differences, changed = _differences(before, values, config), _changed_inputs(folder.path, digests)
+        if not differences and not changed:
+            if _grown(before, values, config):
+                _extend(folder, before, values, config)
             _remove_leftovers(folder.path)
             return folder
+        if before.get("stage") != stage or not _holds_nothing(folder.path):
+            if not differences:
+                check_made_from(folder.path, read_json(inputs_path), digests)
+            raise InputError(
+                f"{folder.path} was made with another configuration: {'; '.join(differences)}. "
+                "Choose another --out, or remove that folder."
+            )
     elif not files.is_url(folder.path) and not _holds_nothing(folder.path):
         raise InputError(f"{path} is not empty and is no {stage} folder (no config.json). Choose another --out.")
     write_json(folder.child("env.json"), environment())
@@ -138,18 +140,61 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
     return folder
 
 
-def _check_same(
-    folder: Folder, before: dict[str, Any], values: dict[str, Any], config: Any, digests: Mapping[str, str]
-) -> None:
-    """Raise `InputError` where a folder was begun with another config (`before`) or from other inputs."""
-    if differences := _differences(before, values, config):
-        raise InputError(
-            f"{folder.path} was made with another configuration: {'; '.join(differences)}. "
-            "Choose another --out, or remove that folder."
-        )
-    inputs_path = folder.child("inputs.json")
-    if files.exists(inputs_path):
-        check_made_from(folder.path, read_json(inputs_path), digests)
+def find_changes(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[str, str]] = ()) -> list[str]:
+    """Say why a begun folder cannot go on with this config and these inputs; empty where it can, or is not begun.
+
+    Takes what `open_folder` takes, and writes nothing.
+    """
+    if not files.exists(files.join(path, "config.json")) or _holds_nothing(path):
+        return []
+    before = read_json(files.join(path, "config.json"))
+    if before.get("stage") != stage:
+        return [f"it was written by `distilclip {before.get('stage')}`"]
+    changes = _differences(before, {"stage": stage, **config_values(config)}, config)
+    records = [read_finished(input_path, stage=input_stage) for input_path, input_stage in inputs]
+    unfinished = [given for (given, _), record in zip(inputs, records, strict=True) if record is None]
+    if unfinished:
+        return changes + [f"{given} is not finished" for given in unfinished]
+    changed = _changed_inputs(path, _input_digests(inputs))
+    return changes + ([f"{', '.join(changed)} changed since it was made"] if changed else [])
+
+
+def is_outgrown(path: str, config: Any) -> bool:
+    """Whether a finished folder was made with a smaller value of an option that may grow."""
+    if not files.exists(files.join(path, "result.json")):
+        return False
+    return bool(_grown(read_json(files.join(path, "config.json")), config_values(config), config))
+
+
+def _input_digests(inputs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    digests: dict[str, str] = {}
+    for path, stage in inputs:
+        name = stage if stage not in digests else f"{stage} {len(digests) + 1}"
+        digests[name] = result_digest(path)
+    return digests
+
+
+def _changed_inputs(path: str, now: Mapping[str, str]) -> list[str]:
+    """Return the names of inputs that came, went or changed since inputs.json was written, if it was."""
+    before_path = files.join(path, "inputs.json")
+    before = read_json(before_path) if files.exists(before_path) else now
+    return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
+
+
+def _grown(before: dict[str, Any], values: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return the former values of options that may grow and have grown."""
+    names = [field.name for field in option_fields(type(config)) if field.metadata.get("extendable")]
+    return {name: before[name] for name in names if name in before and before[name] != values[name]}
+
+
+def _extend(folder: Folder, before: dict[str, Any], values: dict[str, Any], config: Any) -> None:
+    """Let a folder go on to larger values: extended.json lists the former ones, and result.json goes until the end."""
+    record = folder.child("extended.json")
+    former = read_json(record)["former"] if files.exists(record) else []
+    write_json(record, {"former": [*former, _grown(before, values, config)]})
+    if folder.finished:
+        files.remove(folder.child("result.json"))
+    write_json(folder.child("config.json"), values)
 
 
 def folders_of(stage: str, paths: Sequence[str]) -> list[tuple[str, str]]:
@@ -198,6 +243,8 @@ def config_values(config: Any) -> dict[str, Any]:
 
 def environment() -> dict[str, Any]:
     """Describe where and with what this runs: versions, git commit, device, command, time."""
+    from importlib import metadata  # here, since `distilclip run` looks at finished folders in no time
+
     versions = {}
     for name in ("distilclip", "torch", "torchvision", "open_clip_torch", "timm", "numpy", "numba", "pyarrow"):
         try:
@@ -310,6 +357,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any], config: Any) -> list[
         if field.name not in old and field.default is not dataclasses.MISSING:
             old[field.name] = json.loads(json.dumps(field.default))
     names = [*new, *(n for n in old if n not in new)]
+    grows = {f.name for f in fields if f.metadata.get("extendable") and f.name in old and old[f.name] < new[f.name]}
     return [
-        f"{n} was {old.get(n)!r}, now {new.get(n)!r}" for n in names if n not in ignored and old.get(n) != new.get(n)
+        f"{n} was {old.get(n)!r}, now {new.get(n)!r}"
+        for n in names
+        if n not in ignored | grows and old.get(n) != new.get(n)
     ]

@@ -54,3 +54,7 @@ class Config:
     def rule(self) -> Rule:
         """Which images are joined and which are kept."""
         return Rule(**{option.name: getattr(self, option.name) for option in fields(Rule)})
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        return [(self.store, "embed")]

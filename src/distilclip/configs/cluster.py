@@ -23,3 +23,7 @@ class Config:
     device: str = changeable("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
     execution: Engine = field(default_factory=Engine)
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        return [(self.store, "embed")] + ([(self.groups, "balance")] if self.groups else [])

@@ -30,3 +30,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.num_workers < 0:
             raise InputError(f"--num-workers is {self.num_workers}; 0 draws in the main process, n > 0 in n more.")
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        return []

@@ -11,6 +11,7 @@ from distilclip.errors import InputError
 from distilclip.evaluate.model_specs import split_model, weights_by_name
 from distilclip.options import changeable
 from distilclip.sets.specs import ALL_TASKS, Task, expand_groups, parse_spec
+from distilclip.stage_folder import folders_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +94,13 @@ class Config:
         if self.batch_size < 1 or self.num_workers < 0 or self.seed < 0:
             raise InputError("--batch-size must be at least 1, --num-workers and --seed at least 0.")
         check_bad_ratio(self.max_bad_ratio)
+
+    def inputs(self) -> Sequence[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        specs = [split_model(spec)[1] for spec in self.models]
+        if self.teacher:
+            specs.append(dict(map(split_model, self.models)).get(self.teacher, split_model(self.teacher)[1]))
+        return [found for stage in ("train", "export") for found in folders_of(stage, list(dict.fromkeys(specs)))]
 
 
 def _check_unique(names: Sequence[str], *, flag: str) -> None:

@@ -40,3 +40,7 @@ class Config:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 16 <= self.thumbnail_size <= 1024:
             raise InputError(f"thumbnail_size is {self.thumbnail_size}; it is a side in pixels, from 16 to 1024.")
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        return []  # what it reads is found when it starts, and listed in result.json

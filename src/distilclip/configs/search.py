@@ -8,6 +8,7 @@ from typing import Literal
 
 from distilclip.errors import InputError
 from distilclip.options import changeable
+from distilclip.stage_folder import folders_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,3 +45,7 @@ class Config:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
         if not 16 <= self.thumbnail_size <= 1024:
             raise InputError(f"thumbnail_size is {self.thumbnail_size}; it is a side in pixels, from 16 to 1024.")
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        return folders_of("export", [self.model])

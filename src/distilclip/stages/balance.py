@@ -37,7 +37,8 @@ from distilclip.grouping.search_parts import (
     rows_of_budget,
     save_forest,
 )
-from distilclip.progress import duration, progress, say
+from distilclip.messages import say, warn
+from distilclip.progress import duration, progress
 from distilclip.vectors.points import Points
 from distilclip.vectors.tolerance import equivalents
 
@@ -48,7 +49,7 @@ NUM_EXAMPLES = 12  # pairs on either side of the threshold, and largest groups, 
 
 def main(config: Config) -> dict[str, Any]:
     """Group the images of a store and return the folder's result."""
-    folder = stage_folder.open_folder(config.out, stage="balance", config=config, inputs=[(config.store, "embed")])
+    folder = stage_folder.open_folder(config.out, stage="balance", config=config, inputs=config.inputs())
     if folder.finished:
         return folder.result()
     images, rule = ImageMatrix(Store.open(config.store)), config.rule
@@ -76,7 +77,7 @@ def main(config: Config) -> dict[str, Any]:
     _write_groups(folder.path, images, balance)
     result = {**_result(balance), **_examples(balance, images)}
     for warning in result["warnings"]:
-        say(f"balance: warning: {warning}")
+        warn(f"balance: {warning}")
     return folder.finish(result)
 
 

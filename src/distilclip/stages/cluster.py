@@ -19,7 +19,8 @@ from distilclip.data.side_files import kept_rows, write_centers
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import Workers, connected
-from distilclip.progress import progress, say
+from distilclip.messages import say
+from distilclip.progress import progress
 from distilclip.vectors.points import Points
 
 ROUNDS = "rounds"  # the folder of what a fit needs between its rounds; gone when the stage is finished
@@ -27,8 +28,7 @@ ROUNDS = "rounds"  # the folder of what a fit needs between its rounds; gone whe
 
 def main(config: Config) -> dict[str, Any]:
     """Cluster the images of a store; return the folder's result."""
-    inputs = [(config.store, "embed")] + ([(config.groups, "balance")] if config.groups else [])
-    folder = stage_folder.open_folder(config.out, stage="cluster", config=config, inputs=inputs)
+    folder = stage_folder.open_folder(config.out, stage="cluster", config=config, inputs=config.inputs())
     if folder.finished:
         return folder.result()
     images = ImageMatrix(Store.open(config.store))

@@ -10,9 +10,7 @@ from rich.table import Table
 
 from distilclip import files, stage_folder
 from distilclip.configs.demo import Config
-from distilclip.devices import resolve_device
-from distilclip.errors import InputError
-from distilclip.progress import say
+from distilclip.messages import say
 from distilclip.stages import run
 
 # Column of the table: evaluation set and task. `unseen` holds pairs of shape and colour that were never trained on.
@@ -32,7 +30,7 @@ def main(config: Config) -> dict[str, Any]:
     if not has_fast_bf16():
         say("demo: training in fp32, since this CPU has no bfloat16 arithmetic and would emulate it 7 times slower")
         overrides = ("train.precision=fp32",)
-    result = run.main(run.Config(recipe=recipe_path(), out=config.out, seed=config.seed, overrides=overrides))
+    result = run.main(run.Config(recipe="demo", out=config.out, seed=config.seed, overrides=overrides))
     console = Console()
     console.print(comparison(config.out))
     console.print(f"The page: {files.join(config.out, 'report/index.html')}", highlight=False)
@@ -41,21 +39,11 @@ def main(config: Config) -> dict[str, Any]:
 
 def has_fast_bf16() -> bool:
     """Whether training computes in bfloat16 natively: on a GPU, or by instructions that Linux lists for the CPU."""
-    if resolve_device("auto").type != "cpu" or not os.path.exists("/proc/cpuinfo"):
+    if any(map(os.path.exists, ("/dev/nvidia0", "/dev/kfd"))) or not os.path.exists("/proc/cpuinfo"):
         return True
     with open("/proc/cpuinfo") as file:
         flags = set(file.read().split())
     return not flags.isdisjoint({"avx512_bf16", "amx_bf16", "bf16", "svebf16"})
-
-
-def recipe_path() -> str:
-    """Return the path of the demo's recipe: beside the code in an installed package, in `recipes/` in a checkout."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    for folder in (os.path.join(package, "recipes"), os.path.join(package, "..", "..", "recipes")):
-        path = os.path.join(folder, "demo.toml")
-        if os.path.exists(path):
-            return os.path.normpath(path)
-    raise InputError("recipes/demo.toml is missing from this installation; reinstall distilclip.")
 
 
 def comparison(out: str) -> Table:

@@ -38,10 +38,8 @@ def main(config: Config) -> dict[str, Any]:
         print(describe_catalogue(config.data_root))
         return {}
     models, sets = dict(map(split_model, config.models)), expand_groups(config.sets)
-    specs = [*models.values(), *([split_model(config.teacher)[1]] if config.teacher else [])]
-    inputs = [found for stage in ("train", "export") for found in stage_folder.folders_of(stage, _unique(specs))]
     digests = _digests(config, models, sets)
-    folder = stage_folder.open_folder(config.out, stage="evaluate", config=config, inputs=inputs)
+    folder = stage_folder.open_folder(config.out, stage="evaluate", config=config, inputs=config.inputs())
     parts = {
         (model, spec): folder.child("parts", f"{i:02}-{j:02}.json")
         for i, model in enumerate(models)

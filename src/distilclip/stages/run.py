@@ -12,18 +12,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
+import itertools
+import os
 import re
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from distilclip import files, stage_folder
 from distilclip.config import build, field_names, read_recipe, recipe_values, step_names
 from distilclip.configs.run import Config
 from distilclip.errors import InputError, did_you_mean
-from distilclip.progress import say, summarise
+from distilclip.messages import say
+from distilclip.progress import summarise
 
 REFERENCE = re.compile(r"(?:^|(?<=[=:]))@([\w./-]*)")
 STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "export", "report")
@@ -41,25 +44,141 @@ class Step:
     config: Any
 
 
+@dataclass(frozen=True, kw_only=True)
+class Standing:
+    """How a step stands: `state` in a word, and why it is stale."""
+
+    step: Step
+    state: Literal["finished", "unfinished", "to do", "longer", "stale", "left out"]
+    reasons: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        return f"{self.step.path}: {self.state}" + (f" ({'; '.join(self.reasons)})" if self.reasons else "")
+
+
 def main(config: Config) -> dict[str, Any]:
     """Run all steps; every config is checked before the first step starts."""
-    if config.other_recipes:
-        out, steps, summary = _several(config)
-    else:
-        out, steps, summary = _one(config)
+    out, steps, summary = _several(config) if config.other_recipes else _one(config)
+    chosen = _choose(steps, config)
+    standings = predict(steps, chosen)
+    if config.dry_run:
+        print("\n".join(str(standing) for standing in standings))
+        return {}
+    stale = [standing for standing in standings if standing.state == "stale"]
+    if stale and config.stale == "stop":
+        raise InputError(_explain_stale(stale, out))
     folder = stage_folder.open_folder(out, stage="run", config=dataclasses.replace(config, out=out))
-    shared = _shared(steps, out)
+    shared, before = _shared(steps, out), _unused_folder(out)
     for number, step in enumerate(steps, start=1):
-        finished = stage_folder.Folder(step.config.out, step.stage).finished
-        state = f" (is {shared[step.path]})" if step.path in shared else " (finished before)" if finished else ""
-        say(f"{number}/{len(steps)} {step.path}{state}")
+        standing = look_at(step, steps) if step.path in chosen else Standing(step=step, state="left out")
+        note = f"is {shared[step.path]}" if step.path in shared else "finished before"
+        if standing.state in ("finished", "left out"):
+            say(f"{number}/{len(steps)} {step.path} ({standing.state if standing.state == 'left out' else note})")
+            continue
+        say(f"{number}/{len(steps)} {standing}" if standing.reasons else f"{number}/{len(steps)} {step.path}")
+        if standing.state == "stale":
+            if config.stale == "stop":  # what it reads came out differently
+                raise InputError(_explain_stale([standing], out))
+            _put_away(step.config.out, files.join(before, step.path) if config.stale == "redo" else None)
         started = time.perf_counter()
         result = importlib.import_module(f"distilclip.stages.{step.stage}").main(step.config)
-        if not state:
-            say(f"    {summarise(result, seconds=time.perf_counter() - started, out=step.config.out)}")
-    if folder.finished and folder.result() == {"stage": "run", **summary}:
-        return folder.result()
+        say(f"    {summarise(result, seconds=time.perf_counter() - started, out=step.config.out)}")
+    if len(chosen) < len(steps) or (folder.finished and folder.result() == {"stage": "run", **summary}):
+        return {"stage": "run", **summary}
     return folder.finish(summary)
+
+
+def look_at(step: Step, steps: Sequence[Step]) -> Standing:
+    """Say how a step stands now, from the small files of its folder."""
+    config = step.config
+    folder = stage_folder.Folder(config.out, step.stage)
+    changes = stage_folder.find_changes(config.out, stage=step.stage, config=config, inputs=config.inputs())
+    if not changes and step.stage == "report" and folder.finished:
+        changes = _changed_sources(folder.result()["sources"], config.folders, steps)
+    if changes:
+        return Standing(step=step, state="stale", reasons=changes)
+    if stage_folder.is_outgrown(config.out, config):
+        return Standing(step=step, state="longer", reasons=["goes on to a larger value"])
+    if folder.finished:
+        return Standing(step=step, state="finished")
+    return Standing(step=step, state="unfinished" if files.exists(folder.child("config.json")) else "to do")
+
+
+def predict(steps: Sequence[Step], chosen: Collection[str]) -> list[Standing]:
+    """Say how all steps stand, before any is run; a finished one that reads a stale one is stale, too."""
+    found: list[Standing] = []
+    anew: dict[str, str] = {}
+    for step in steps:
+        if step.path not in chosen:
+            found.append(Standing(step=step, state="left out"))
+            continue
+        standing = look_at(step, steps)
+        read = [anew[path] for path, _ in step.config.inputs() if path in anew]
+        if step.stage == "report":
+            read = list(anew.values())
+        if read and standing.state in ("finished", "stale"):
+            reasons = [*standing.reasons, f"it reads {', '.join(dict.fromkeys(read))}, made anew"]
+            standing = Standing(step=step, state="stale", reasons=reasons)
+        if standing.state in ("stale", "longer"):
+            anew[step.config.out] = step.path
+        found.append(standing)
+    return found
+
+
+def _choose(steps: Sequence[Step], config: Config) -> list[str]:
+    """Return the paths of the steps that `--only` and `--from-step` leave."""
+    paths = [step.path for step in steps]
+    name = config.only or config.from_step
+    if name is None:
+        return paths
+    if name not in paths:
+        flag = "--only" if config.only else "--from-step"
+        raise InputError(f"{flag} {name!r}: the recipe has no such step. {did_you_mean(name, paths)}")
+    return [name] if config.only else paths[paths.index(name) :]
+
+
+def _changed_sources(sources: Mapping[str, str], folders: Sequence[str], steps: Sequence[Step]) -> list[str]:
+    """Say which steps a page does not show as they are now."""
+    places = tuple(files.join(folder, "") for folder in folders)
+    told = [step for step in steps if step.stage not in ("report", "corpus")]
+    shown = [step for step in told if files.join(step.config.out, "").startswith(places)]
+    records = {step.path: (step.config.out, stage_folder.read_finished(step.config.out)) for step in shown}
+    changed = [
+        path
+        for path, (folder, record) in records.items()
+        if record is not None and sources.get(folder) != stage_folder.result_digest(folder)
+    ]
+    return [f"{', '.join(changed)} changed since it was made"] if changed else []
+
+
+def _explain_stale(stale: Sequence[Standing], out: str) -> str:
+    lines = [f"  {standing}" for standing in stale]
+    return "\n".join(
+        [
+            f"{out} holds steps that would come out differently now:",
+            *lines,
+            "Make them anew with --stale redo, which moves the old folders beside, or --stale replace, which removes "
+            "them; or choose another --out.",
+        ]
+    )
+
+
+def _unused_folder(out: str) -> str:
+    numbers = itertools.count(1)
+    return next(path for path in (f"{out.rstrip('/')}-before-{n}" for n in numbers) if not files.is_folder(path))
+
+
+def _put_away(path: str, place: str | None) -> None:
+    """Move the folder of a stale step to `place`, or remove it."""
+    if place is None:
+        say(f"    removes {path}")
+        files.remove_folder(path)
+    elif files.is_url(path):
+        raise InputError(f"{path} cannot be moved: run again with --stale replace, or with another --out.")
+    else:
+        say(f"    moves {path} to {place}")
+        os.makedirs(os.path.dirname(place), exist_ok=True)
+        os.rename(path, place)
 
 
 def _one(config: Config) -> tuple[str, list[Step], dict[str, Any]]:
