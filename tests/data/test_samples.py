@@ -8,7 +8,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from distilclip.data.samples import BadSample, clean_caption, decode_image, decode_meta, decode_text, reason_of
+from distilclip.data.samples import (
+    BadSample,
+    Sample,
+    clean_caption,
+    decode_image,
+    decode_meta,
+    decode_text,
+    first_caption,
+    judge_memory,
+    reason_of,
+)
 from tests.conftest import encoded, picture
 
 
@@ -132,7 +142,7 @@ def test_any_cut_or_changed_byte_gives_an_image_or_a_reason(format: str) -> None
     for _ in range(60):
         broken = bytearray(data[: random.integers(1, len(data) + 1)])
         broken[random.integers(len(broken))] = random.integers(256)
-        reasons = ("truncated image", "damaged image", "not an image", "too many pixels")
+        reasons = ("truncated image", "damaged image", "not an image", "too many pixels", "too elongated")
         assert verdict(bytes(broken)) in ("RGB", *reasons)
 
 
@@ -177,3 +187,33 @@ def test_the_reason_of_an_error_leaves_out_its_detail() -> None:
     error = BadSample("too many pixels", detail="9 x 9", where="a.tar: 1").error
     assert error == "too many pixels: 9 x 9"
     assert reason_of(error) == "too many pixels"
+
+
+def test_a_thin_picture_is_refused_from_its_header() -> None:
+    assert reason(encoded(Image.new("P", (1, 20_000)), "GIF")) == "too elongated"
+    assert reason(encoded(Image.new("RGB", (101, 1)), "PNG")) == "too elongated"
+    assert decode_image(encoded(Image.new("RGB", (100, 1)), "PNG")).size == (100, 1)
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OverflowError("size does not fit in an int")])
+def test_a_lack_of_memory_is_a_verdict_on_the_sample(error: Exception) -> None:
+    with pytest.raises(BadSample, match=r"a\.tar: 0: no memory for it"), judge_memory("a.tar: 0"):
+        raise error
+
+
+def test_long_captions_are_cut_before_anything_reads_them() -> None:
+    assert clean_caption("  " + "&amp;" * 20_000) == "&amp;" * 2_000
+    assert clean_caption("a" * 9_999 + " b") == "a" * 9_999  # no blank is left at the cut
+
+
+def test_of_several_captions_the_first_that_says_something_counts() -> None:
+    assert first_caption(None, ["", " two ", "three"]) == "two"
+    assert first_caption("one", ["two"]) == "one"
+    assert first_caption([], None, []) is None
+    assert Sample("k", None, "one", {"captions": ["two", "one"], "caption": ["three"]}).captions == [
+        "one",
+        "two",
+        "three",
+    ]
+    with pytest.raises(BadSample, match="caption is no text: int"):
+        first_caption([5])

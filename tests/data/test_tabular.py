@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import re
 import tracemalloc
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from distilclip.csv_rows import CsvColumns
 from distilclip.data.samples import BadSample, Sample
 from distilclip.data.shards import open_shard
 from distilclip.errors import InputError
@@ -197,3 +200,118 @@ def test_a_remote_table_finds_its_images(tmp_path: Path) -> None:
     memory.pipe("/table/a/0.jpg", IMAGES[0])
     memory.pipe("/table/b.jpg", IMAGES[1])
     assert [s.image for s in read_all("memory://table/pairs.csv")] == IMAGES[:2]
+
+
+def test_parquet_whose_structs_name_files_reads_them(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    for i in (0, 1):
+        (tmp_path / "images" / f"{i}.jpg").write_bytes(IMAGES[i])
+    fsspec.filesystem("memory").pipe("/named/2.jpg", IMAGES[2])
+    paths = ["images/0.jpg", str(tmp_path / "images" / "1.jpg"), "memory://named/2.jpg", "images/9.jpg", None]
+    images = pa.array(
+        [{"bytes": None, "path": path} for path in paths], pa.struct({"bytes": "binary", "path": "string"})
+    )
+    pq.write_table(pa.table({"image": images, "text": list("abcde")}), tmp_path / "a.parquet")
+    shard = open_shard(str(tmp_path / "a.parquet"))
+    assert [entry.error for entry in shard.index()] == [""] * 5
+    assert [shard.read(row, 0).image for row in (0, 1, 2, 4)] == [*IMAGES[:3], None]
+    with pytest.raises(BadSample, match=r"a\.parquet: 000000003: missing image file: .*images/9\.jpg"):
+        shard.read(3, 0)
+
+
+def test_parquet_with_lists_of_captions_means_what_a_tar_does(tmp_path: Path) -> None:
+    lists = [["one", "two"], ["", "three"], [], None, ["four", "four"]]
+    for column in ("captions", "caption"):
+        table = pa.table({"image": pa.array(IMAGES, pa.binary()), column: pa.array(lists, pa.list_(pa.string()))})
+        pq.write_table(table, tmp_path / f"{column}.parquet")
+        samples = read_all(str(tmp_path / f"{column}.parquet"))
+        assert [s.caption for s in samples] == ["one", "three", None, None, "four"]
+        assert [s.captions for s in samples] == [["one", "two"], ["three"], [], [], ["four"]]
+
+
+@pytest.mark.parametrize(
+    ("header", "flags"),
+    [
+        ("filepath,caption", {}),
+        ("title\tfilepath", {}),
+        ("Image;Title", {}),
+        ("image_path|id|text", {}),
+        ("caption\turl", {}),
+        ("photo;alt", {"csv_img_key": "photo", "csv_caption_key": "alt"}),
+        ("photo#caption", {"csv_img_key": "photo", "csv_separator": "#"}),
+        ("filepath\tcaption,title", {"csv_separator": "\\t", "csv_caption_key": "caption,title"}),
+    ],
+)
+def test_columns_and_separator_by_guess_and_by_flag(tmp_path: Path, header: str, flags: dict[str, str]) -> None:
+    (tmp_path / "0.jpg").write_bytes(IMAGES[0])
+    columns = CsvColumns(**flags)
+    separator = "\t" if flags.get("csv_separator") == "\\t" else next(c for c in "\t;|#," if c in header)
+    image_names = {"filepath", "Image", "image_path", "url", "photo"}
+    row = separator.join("0.jpg" if name in image_names else f"a {name}" for name in header.split(separator))
+    (tmp_path / "pairs.csv").write_text(f"{header}\n{row}\n")
+    shard = open_shard(str(tmp_path / "pairs.csv"), columns)
+    (entry,) = shard.index()
+    sample = shard.read(entry.offset, 0)
+    assert (sample.key, sample.image) == ("0.jpg", IMAGES[0])
+    assert sample.caption == f"a {flags.get('csv_caption_key') or re.search('caption|Title|title|text', header)[0]}"  # type: ignore[index]
+
+
+def test_wrong_columns_by_flag_are_named(tmp_path: Path) -> None:
+    (tmp_path / "pairs.csv").write_text("photo,words\n0.jpg,a\n")
+    with pytest.raises(InputError, match=r"has no column foto; .*Did you mean 'photo'\?.*--csv-img-key"):
+        open_shard(str(tmp_path / "pairs.csv"), CsvColumns(csv_img_key="foto", csv_caption_key="words")).index()
+    with pytest.raises(InputError, match=r"csv_separator is '::'; it must be one character"):
+        CsvColumns(csv_separator="::")
+
+
+def test_addresses_in_a_table_are_to_be_fetched_first(tmp_path: Path) -> None:
+    (tmp_path / "cc3m.tsv").write_text("caption\turl\na\thttps://example.org/0.jpg\n")
+    with pytest.raises(
+        InputError, match=r"web addresses .*img2dataset .*--input_format tsv --url_col url --caption_col"
+    ):
+        open_shard(str(tmp_path / "cc3m.tsv")).index()
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+@pytest.mark.parametrize("later", ["", 'said "so"', '5 inch"'])
+def test_a_stray_quote_spoils_its_own_row_alone(tmp_path: Path, place: str, later: str) -> None:
+    """A caption that begins with a quote, and another later on that ends the quoted text legally or not, or never."""
+    (tmp_path / "0.jpg").write_bytes(IMAGES[0])
+    rows = [f"caption number {i}" for i in range(1000)]
+    rows[10] = '"hello'
+    rows[900] = later or rows[900]
+    lines = [f"0.jpg,{row}" if place == "last" else f"{row},0.jpg" for row in rows]
+    (tmp_path / "pairs.csv").write_text(
+        "filepath,caption\n" * (place == "last") + "caption,filepath\n" * (place != "last")
+    )
+    with (tmp_path / "pairs.csv").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    shard = open_shard(str(tmp_path / "pairs.csv"))
+    entries = shard.index()
+    assert len(entries) == 1000
+    assert [(i, entry.error) for i, entry in enumerate(entries) if entry.error] == [(10, "unclosed quote")]
+    for row in (0, 9, 11, 900, 999):
+        assert shard.read(row, 0).caption == rows[row]
+    with pytest.raises(BadSample, match="row 10: unclosed quote"):
+        shard.read(10, 0)
+
+
+def test_captions_of_several_lines_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "pairs.csv").write_text('caption,filepath\n"two\nlines",0.jpg\none,1.jpg\n')
+    assert [entry.key for entry in open_shard(str(tmp_path / "pairs.csv")).index()] == ["0.jpg", "1.jpg"]
+    assert "of 2 rows, the longest has 2 lines" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "path", ["a\0b.jpg", "x" * 300 + ".jpg", ".", "pipe.jpg", "loop.jpg", "/dev/zero", "0.jpg/1.jpg"]
+)
+def test_a_path_that_cannot_be_read_condemns_its_own_row(tmp_path: Path, path: str) -> None:
+    (tmp_path / "0.jpg").write_bytes(IMAGES[0])
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
+    (tmp_path / "pairs.csv").write_text(f"filepath,caption\n{path},a\n0.jpg,b\n")
+    shard = open_shard(str(tmp_path / "pairs.csv"))
+    shard.index()
+    with pytest.raises(BadSample, match=r"row 0: (missing|unreadable) image file"):
+        shard.read(0, 0)
+    assert shard.read(1, 0).image == IMAGES[0]

@@ -35,7 +35,7 @@ from distilclip.data.samples import (
     first_caption,
 )
 from distilclip.errors import InputError
-from distilclip.progress import say
+from distilclip.messages import say
 
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")

@@ -25,8 +25,8 @@ from distilclip.data.views import Views
 from distilclip.devices import resolve_device
 from distilclip.engine import map_parts
 from distilclip.errors import InputError
-from distilclip.models.clip import Clip, load_clip, normalise_pixels
 from distilclip.messages import say
+from distilclip.models.clip import Clip, load_clip, normalise_pixels
 from distilclip.progress import progress
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
