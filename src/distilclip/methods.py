@@ -7,6 +7,7 @@ or a recipe is checked at once.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Literal, get_args
@@ -116,6 +117,8 @@ class Weights:
         for name in values:
             if name not in known:
                 raise InputError(f"The objective has no term or constant {name!r}. {did_you_mean(name, known)}")
+            if not isinstance(values[name], numbers.Real):
+                raise InputError(f"{name} is {values[name]!r}; a weight or constant of the objective is a number.")
         weights = {name: values.get(name, term.default) for name, term in TERMS.items()}
         for name, value in weights.items():
             if not 0 <= value < math.inf:  # so that nan is refused, too
@@ -161,5 +164,5 @@ def weights_of(name: str, overrides: Mapping[str, float] | None = None) -> Weigh
     Raises `InputError` for an unknown method, term or constant.
     """
     if name not in METHODS:
-        raise InputError(f"No objective {name!r}. {did_you_mean(name, METHODS)}")
+        raise InputError(f"No objective {name!r}. {did_you_mean(str(name), METHODS)}")
     return Weights(**{**METHODS[name], **(overrides or {})})

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import pickle
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -131,3 +133,19 @@ def test_overrides_replace_weights_and_constants() -> None:
 def test_bad_objectives_are_named(name: str, overrides: dict[str, float], message: str) -> None:
     with pytest.raises(InputError, match=message):
         objective(name, overrides)
+
+
+def test_words_for_weights_are_named() -> None:
+    """In a process of its own: here, the types themselves are checked before the function is called."""
+    code = """
+import distilclip as dc
+for name, overrides in (("clip", {"feature": "1"}), ("clip", {"alpha": None}), (None, {})):
+    try:
+        dc.objective(name, overrides)
+    except dc.InputError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    expected = ["feature is '1'; a weight", "alpha is None; a weight", "No objective None. Known: clip"]
+    for part, message in zip(expected, done.stdout.splitlines(), strict=True):
+        assert part in message

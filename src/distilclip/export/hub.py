@@ -16,7 +16,7 @@ from distilclip.export.card import FILL_IN
 
 CARD = "README.md"
 
-_NO_ANSWER = (HfHubHTTPError.__bases__[0], OSError)
+_NO_ANSWER: tuple[type[BaseException], ...] = (HfHubHTTPError.__bases__[0], OSError)
 """What the client raises where nobody answers: the base of the errors of the HTTP library that it uses, which one that
 is depends on its release."""
 

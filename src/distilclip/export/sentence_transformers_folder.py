@@ -16,7 +16,12 @@ _MODULES = [
 """The model itself lies beside modules.json, so that transformers reads the folder, too. The names are those that
 every release of sentence-transformers from 2 on knows."""
 
-_SETTINGS = {"model_type": "SentenceTransformer", "prompts": {}, "default_prompt_name": None}
+_SETTINGS: dict[str, Any] = {
+    "model_type": "SentenceTransformer",
+    "prompts": {},
+    "default_prompt_name": None,
+    "similarity_fn_name": "cosine",
+}
 
 
 def write_sentence_transformers(clip: Clip, folder: str) -> dict[str, Any]:
@@ -26,10 +31,9 @@ def write_sentence_transformers(clip: Clip, folder: str) -> dict[str, Any]:
     backend: the difference is `pixels_with_torchvision`.
     """
     found = write_huggingface(clip, folder)
-    settings = {**_SETTINGS, "similarity_fn_name": "cosine"}
     for name, content in (
         ("modules.json", _MODULES),
-        ("config_sentence_transformers.json", settings),
+        ("config_sentence_transformers.json", _SETTINGS),
         (files.join("1_Normalize", "config.json"), {}),
     ):
         files.write_bytes(files.join(folder, name), json.dumps(content, indent=2).encode())

@@ -33,7 +33,7 @@ _SAME_KEYS = {"mobilenetv3_small_clip": "mobilenetv3_small_100"}  # distilclip's
 class Tower:
     """A timm model with the weights of an image tower, and the arguments that make it anew."""
 
-    model: nn.Module
+    model: Any
     arguments: dict[str, Any]
 
 
@@ -106,7 +106,7 @@ def _tower_of_transformer(clip: Clip, vision: dict[str, Any]) -> Tower:
     if getattr(visual, "proj", None) is None:
         raise _refuse(clip, "its image tower has no projection")
     heads = visual.transformer.resblocks[0].attn.num_heads
-    arguments = {
+    arguments: dict[str, Any] = {
         "img_size": list(visual.image_size),
         "patch_size": int(visual.conv1.kernel_size[0]),
         "embed_dim": int(visual.conv1.out_channels),
