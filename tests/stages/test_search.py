@@ -76,6 +76,7 @@ def test_tars_are_searched_too(model: str, tmp_path: Path) -> None:
     members = [("a.jpg", encoded(picture(1))), ("a.txt", b"x"), ("b.txt", b"no picture"), ("c.png", b"broken")]
     write_tar(tmp_path / "0.tar", members)
     result = main(Config(model=model, pictures=str(tmp_path / "*.tar"), query="anything"))
+    assert main(Config(model=model, pictures=str(tmp_path), query="anything")) == result  # their folder
     assert [match["picture"] for match in result["matches"]] == ["0.tar/a"]
     assert {line["picture"]: line["reason"] for line in result["unreadable"]} == {
         "0.tar/b": "no image",

@@ -283,7 +283,7 @@ class PairLoader(Dataset):
                 index = int(self._generator(epoch, index, attempt).integers(len(self.table)))
         raise InputError(
             f"{MAX_REPLACEMENTS} samples drawn in a row cannot be used, the last {bad[-1][0]}: {bad[-1][1]}. "
-            "Check the data with `distilclip embed`."
+            "Check the data with `distilclip embed`; pictures without captions can be embedded, but not trained on."
         )
 
     def _draw(self, epoch: int, index: int) -> _ShownPair:
