@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -75,3 +76,12 @@ def pair_tars(tmp_path: Path) -> Callable[..., list[str]]:
         return paths
 
     return write
+
+
+@pytest.fixture(autouse=True)
+def _messages_begin_anew() -> Iterator[None]:
+    """Every test hears what a fresh process would say, at the level of its own environment."""
+    yield
+    logger = logging.getLogger("distilclip")
+    logger.handlers.clear()
+    logger.propagate = True  # else pytest adds handlers of its own, and somebody would seem to listen

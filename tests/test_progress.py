@@ -11,19 +11,17 @@ import time
 import pytest
 
 from distilclip import progress as module
-from distilclip.progress import duration, progress, say, summarise, track
+from distilclip.messages import say, set_up_messages
+from distilclip.progress import duration, progress, summarise, track
 
 
-def test_a_short_loop_in_a_log_file_says_nothing(
-    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.delenv("DISTILCLIP_PROGRESS", raising=False)
+def test_a_short_loop_in_a_log_file_says_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     assert list(track(range(3), "train", num_samples=8)) == [0, 1, 2]
     assert capfd.readouterr() == ("", "")
 
 
 def test_shows_speed_when_asked_to(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("DISTILCLIP_PROGRESS", "1")
+    monkeypatch.setattr(module, "FIRST_LINES", (0,))
     assert list(track(range(3), "train", num_samples=8)) == [0, 1, 2]
     with progress("embed", 1.0) as advance:
         advance(0.5, 100)
@@ -40,7 +38,6 @@ def test_a_long_loop_in_a_log_file_is_not_silent(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Also while one part takes long: lines come by the clock, not by the parts."""
-    monkeypatch.delenv("DISTILCLIP_PROGRESS", raising=False)
     monkeypatch.setattr(module, "FIRST_LINES", (0.05, 0.1, 0.15, 59))
     with progress("embed runs/a", 40) as advance:
         time.sleep(0.2)
@@ -49,13 +46,13 @@ def test_a_long_loop_in_a_log_file_is_not_silent(
     lines = capfd.readouterr().err.splitlines()
     assert len(lines) == 5
     assert re.fullmatch(r"\d\d:\d\d:\d\d embed runs/a: 0 of 40 \(0%\), \d+ s so far", lines[0])
-    assert lines[3] == "embed: a word"
+    assert re.fullmatch(r"\d\d:\d\d:\d\d embed: a word", lines[3])
     last = r"\d\d:\d\d:\d\d embed runs/a: 10 of 40 \(25%\), [\d,]+ samples/s, \d+ s so far, \d+ s left, loss 2.5"
     assert re.fullmatch(last, lines[4])
     assert "\x1b" not in "".join(lines)
 
 
-@pytest.mark.parametrize("variable", ["DISTILCLIP_PROGRESS=0", "RANK=1"])
+@pytest.mark.parametrize("variable", ["DISTILCLIP_LOG_LEVEL=warning", "RANK=1"])
 def test_silence_where_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], variable: str
 ) -> None:
@@ -72,7 +69,6 @@ def test_a_terminal_gets_a_bar() -> None:
     program = "from distilclip.progress import track; list(track(range(3), 'train', num_samples=8))"
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    environment.pop("DISTILCLIP_PROGRESS", None)
     subprocess.run([sys.executable, "-c", program], check=True, stderr=slave, env=environment)
     os.close(slave)
     shown = os.read(master, 100_000).decode()
@@ -81,13 +77,13 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "samples/s" in shown
 
 
-def test_a_failure_inside_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_inside_is_not_hidden() -> None:
     def fail() -> None:
         with progress("embed", 1.0):
             raise KeyError("inside")
 
-    for shown in ("0", "1"):
-        monkeypatch.setenv("DISTILCLIP_PROGRESS", shown)
+    for level in ("info", "warning"):
+        set_up_messages(level=level)
         with pytest.raises(KeyError, match="inside"):
             fail()
 

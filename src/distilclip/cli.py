@@ -26,6 +26,8 @@ COMMANDS = {
     "recipes": "list the recipes in the package; `distilclip recipes NAME > my.toml` copies one",
     "completion": "print completions for a shell: `distilclip completion bash` (or zsh, tcsh)",
 }
+FROM_A_RECIPE = """Flags can be saved in a recipe and given as `distilclip {} RECIPE[#STEP]`: a TOML file, or the
+config.json of an earlier folder. Flags on the command line win over it."""
 MESSAGES = """Every stage also takes
   --log-level LEVEL   debug, info (default), warning or error; messages go to stderr
   --quiet             only warnings and errors: --log-level warning
@@ -91,7 +93,7 @@ def _run_stage(name: str, argv: list[str]) -> None:
     options = importlib.import_module(f"distilclip.configs.{name}")
     messages.set_up_messages(**config.take_message_flags(argv))
     started = time.perf_counter()
-    values = config.parse(options.Config, argv, stage=name, description=f"{_sentence(STAGES[name])}\n\n{MESSAGES}")
+    values = config.parse(options.Config, argv, stage=name, description=f"{_sentence(STAGES[name])}\n\n{FROM_A_RECIPE.format(name)}\n\n{MESSAGES}")
     result = importlib.import_module(f"distilclip.stages.{name}").main(values)
     from distilclip.progress import summarise
 

@@ -38,6 +38,7 @@ HINTS = {
     "pretrained": "train calls it --init: weights:FILE, or inherit:TEACHER.",
     "resume": "the same command goes on from the last checkpoint in --out.",
     "amp": "--precision bf16 or fp32.",
+    "epochs": "--num-steps counts optimisation steps: epochs x pairs / --batch-size.",
 }
 """What to say about flags of open_clip and others that have no equal here."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from distilclip import stage_folder
+from distilclip import progress, stage_folder
 from distilclip.errors import InputError
 from distilclip.models.clip import load_clip
 from distilclip.stages import balance, embed, train
@@ -186,7 +186,7 @@ def test_the_progress_line_shows_the_loss_and_its_terms(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setenv("DISTILCLIP_PROGRESS", "1")
+    monkeypatch.setattr(progress, "FIRST_LINES", (0,))
     train.main(config(tmp_path / "out", tiny_clip_json, data=tuple(pair_tars(shards=1, rows=8))))
     *_, line = [text for text in capfd.readouterr().err.splitlines() if " train: " in text]
     loss = steady_metrics(tmp_path / "out")[-1]["loss"]
