@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from distilclip.clustering import _assign_cpu, sketches
-from distilclip.clustering.kmeans import KMeans, gini, is_finished, kmeans, size_histogram
 from distilclip.clustering.fit_options import FitOptions
+from distilclip.clustering.kmeans import KMeans, gini, is_finished, kmeans, size_histogram
 from distilclip.clustering.sums import CenterSums
 from distilclip.errors import InputError
 
@@ -88,7 +88,7 @@ for given, options in [
     (x, {"num_centers": 2, "num_iterations": 0}), (x, {"num_centers": 2, "tolerance": float("nan")}),
     (x, {"num_centers": 2, "points_per_center": 0}), (x, {"num_centers": 2, "device": "nonsense"}),
     ([[1.0, 2.0], [3.0]], {"num_centers": 1}), (x.astype(int), {"num_centers": 1}), ("rows", {"num_centers": 1}),
-    (x, {"num_centers": 2, "initial": [1.0, 2.0]}),
+    (x, {"num_centers": 2, "initial": [1.0, 2.0]}), (x, {"num_centers": True}), (x, {"num_centers": 2, "device": 3}),
 ]:
     try:
         dc.kmeans(given, **options)
@@ -104,7 +104,7 @@ def test_wrong_inputs_are_named_and_lists_and_tensors_work() -> None:
     starts = ["num_centers is 2.5; it must be a whole number of at least 1", "num_centers is 0", "seed is -1"]
     starts += ["num_iterations is 0", "tolerance is nan", "points_per_center is 0", "The device 'nonsense' cannot"]
     starts += ["Expected rows of equal length", "Expected rows of float16", "Expected rows of float16"]
-    starts += ["Expected rows of float16"]
+    starts += ["Expected rows of float16", "num_centers is True", "The device 3 cannot be used"]
     assert [line[: len(start)] for line, start in zip(lines, starts, strict=True)] == starts
 
 

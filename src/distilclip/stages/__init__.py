@@ -10,8 +10,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 import sys
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distilclip.errors import did_you_mean
 from distilclip.stage_calls import make_callable
@@ -36,3 +37,7 @@ class _Stages(ModuleType):
 
 
 sys.modules[__name__].__class__ = _Stages
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Callable[..., dict[str, Any]]: ...
