@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -6,7 +8,8 @@ import pytest
 
 from distilclip.errors import InputError
 from distilclip.plan import costs
-from distilclip.plan.flops import Cost, cost_of
+from distilclip.plan.architecture_costs import Cost, cost_of
+from distilclip.plan.flops import count_cost
 from distilclip.plan.hardware import GPUS, Gpu, constant
 from distilclip.stages.plan import Config, main
 
@@ -23,6 +26,16 @@ def test_arithmetic_of_a_known_architecture() -> None:
     assert cost.dim == 512
     with pytest.raises(InputError, match="ViT-B-32"):
         cost_of("ViT-B-33")
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP", "MobileCLIP-S1"])
+def test_the_listed_costs_are_the_counted_ones(name: str) -> None:
+    assert cost_of(name) == count_cost(name)
+
+
+def test_a_plan_needs_no_torch() -> None:
+    code = "import sys; from distilclip.cli import main; main(['plan']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_every_stage_by_hand() -> None:

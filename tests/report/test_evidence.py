@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from distilclip.report import evidence, seeds, truth
-from distilclip.report.evidence import difference, paired_difference, seeds_difference
+from distilclip.report.evidence import difference, paired_difference, seeds_difference, t_reach, t_tails
 from distilclip.sets import score as scores
 from distilclip.sets.score import Score, mean_interval_of
 
@@ -105,3 +105,18 @@ def test_seeds_are_compared_by_welch() -> None:
 def test_a_mean_of_sets_is_surer_than_one_set() -> None:
     assert mean_interval_of([score(0.5, 0.4, 0.6)] * 4) == pytest.approx((0.45, 0.55))
     assert mean_interval_of([score(0.5, 0.4, 0.6), score(0.5)]) is None
+
+
+@pytest.mark.parametrize("freedom", [1.0, 2.4, 4.0, 30.0])
+def test_t_is_scipys(freedom: float) -> None:
+    for t in (0.1, 1.0, 3.0, 12.0):
+        assert t_tails(t, freedom) == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-4)
+    assert t_reach(0.95, freedom) == pytest.approx(stats.t.ppf(0.975, freedom), rel=1e-4)
+
+
+@pytest.mark.parametrize(("gained", "lost"), [(0, 0), (1, 0), (3, 3), (10, 2), (40, 61), (700, 650)])
+def test_mcnemar_is_scipys_binomial_test(gained: int, lost: int) -> None:
+    ours = np.repeat([True, False, True], [gained, lost, 5])
+    theirs = np.repeat([False, True, True], [gained, lost, 5])
+    expected = stats.binomtest(gained, gained + lost).pvalue if gained + lost else 1.0
+    assert paired_difference([(ours, theirs)]).p == pytest.approx(expected, rel=1e-9)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from distilclip.plan.flops import Cost
+from distilclip.plan.architecture_costs import Cost
 from distilclip.plan.hardware import Gpu, constant
 
 BYTES_PER_EDGE = 20  # of a forest, before compression

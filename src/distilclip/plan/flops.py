@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import Any
 
 import open_clip
@@ -11,24 +10,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distilclip.errors import InputError, did_you_mean
+from distilclip.plan.architecture_costs import Cost
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cost:
-    """The multiplications and additions of a pair's forward pass, and the size of the model."""
-
-    image_flops: float
-    text_flops: float
-    num_parameters: int
-    dim: int
-
-    @property
-    def flops(self) -> float:
-        """Return the arithmetic of both towers."""
-        return self.image_flops + self.text_flops
-
-
-def cost_of(architecture: str) -> Cost:
+def count_cost(architecture: str) -> Cost:
     """Count an open_clip architecture's forward pass for one image and one text.
 
     Raises:
@@ -63,4 +48,5 @@ def cost_of(architecture: str) -> Cost:
 
 def _without_weights(architecture: str) -> Any:
     with torch.device("meta"):
-        return open_clip.create_model(architecture, device="meta").eval()
+        model = open_clip.create_model(architecture, device="meta").eval()
+    return model.requires_grad_(False)  # else the counter asks for gradients of parameters that are given as inputs
