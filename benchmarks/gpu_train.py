@@ -17,7 +17,7 @@ import torch
 from _device import name_of, peak_mb, product_rate, reset_peak, seconds_of
 from _steps import Machine, Sizes, our_step
 
-from distilclip.plan.architecture_costs import cost_of
+from distilclip.plan.flops import cost_of
 from distilclip.train.objective import Objective, objective
 from distilclip.train.settings import Execution
 

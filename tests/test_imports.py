@@ -18,13 +18,14 @@ SOURCE = Path(__file__).parents[1] / "src" / "distilclip"
 
 # From the ground up. What stands on a level imports from the levels below it, and from its own package.
 LEVELS = [
-    {"errors", "options", "methods", "devices", "files", "csv_rows", "stage_folder", "progress", "stage_calls"},
+    {"errors", "messages", "options", "methods", "devices", "files", "csv_rows", "stage_folder", "progress", "stage_calls"},
     {"losses", "vectors", "measures", "data", "corpus", "plan"},
     {"grouping", "clustering", "sets", "models"},
     {"train", "evaluate", "export", "report"},
     {"configs"},
     {"stages"},
-    {"commands", "cli", "__main__"},
+    {"cli"},
+    {"commands", "__main__"},
 ]
 # What runs a stage, for stages and the training loop only, with what it imports itself.
 RUNNERS = {

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from distilclip.errors import InputError, did_you_mean
-from distilclip.options import option_fields
+from distilclip.options import option_fields, option_types
 
 
 class StageCall(types.ModuleType):
@@ -73,14 +73,6 @@ def build_config(config_type: Any, options: Mapping[str, Any], *, stage: str) ->
         raise InputError(f"{stage} needs a value for {', '.join(missing)}.")
     hints = option_types(config_type)
     return _fill(config_type, {name: _convert(value, hints[name], name) for name, value in options.items()})
-
-
-def option_types(config_type: Any) -> dict[str, Any]:
-    """Return the type of every option, those of groups included."""
-    found: dict[str, Any] = {}
-    for name, hint in typing.get_type_hints(config_type).items():
-        found |= option_types(hint) if dataclasses.is_dataclass(hint) else {name: hint}
-    return found
 
 
 def describe_options(config_type: Any) -> dict[str, str]:

@@ -8,8 +8,8 @@ import pytest
 
 from distilclip.errors import InputError
 from distilclip.plan import costs
-from distilclip.plan.architecture_costs import Cost, cost_of
-from distilclip.plan.flops import count_cost
+from distilclip.plan.architecture_costs import Cost
+from distilclip.plan.flops import cost_of, count_cost
 from distilclip.plan.hardware import GPUS, Gpu, constant
 from distilclip.stages.plan import Config, main
 

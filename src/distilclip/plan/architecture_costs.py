@@ -1,11 +1,8 @@
-"""Know what the common architectures cost, so that a plan of them needs neither torch nor open_clip."""
+"""List what the common architectures cost, so that a plan of them needs neither torch nor open_clip."""
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
-
-from distilclip.errors import InputError, did_you_mean
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +22,7 @@ class Cost:
 
 # Forward passes of one image and one text (operations), number of parameters, width of the embeddings: as
 # `flops.count_cost` counts them; a test compares.
-_KNOWN = {
+KNOWN = {
     "RN50": (12222939136, 5960065024, 102007137, 1024),
     "RN101": (19542523904, 5959540736, 119688033, 512),
     "RN50x4": (42557214720, 9266247680, 178300601, 640),
@@ -56,24 +53,3 @@ _KNOWN = {
     "MobileCLIP-S2": (15692779520, 5959540736, 99243329, 512),
     "MobileCLIP-B": (35415920640, 5959540736, 149777153, 512),
 }
-
-
-def cost_of(architecture: str) -> Cost:
-    """Return what an open_clip architecture costs; one that is not listed here is counted, which needs torch.
-
-    Raises:
-        InputError: open_clip does not know the architecture, or is not installed and it is not listed.
-    """
-    if architecture in _KNOWN:
-        image_flops, text_flops, num_parameters, dim = _KNOWN[architecture]
-        return Cost(
-            image_flops=float(image_flops), text_flops=float(text_flops), num_parameters=num_parameters, dim=dim
-        )
-    if importlib.util.find_spec("open_clip") is None:
-        raise InputError(
-            f"The costs of {architecture!r} are not listed, and counting them needs open_clip: "
-            f"pip install 'distilclip[train]'. {did_you_mean(architecture, _KNOWN)}"
-        )
-    from distilclip.plan.flops import count_cost
-
-    return count_cost(architecture)

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from typing import Any
 
-import open_clip
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-
 from distilclip.errors import InputError, did_you_mean
-from distilclip.plan.architecture_costs import Cost
+from distilclip.plan.architecture_costs import KNOWN, Cost
+
+
+def cost_of(architecture: str) -> Cost:
+    """Return what an open_clip architecture costs; one that is not listed here is counted, which needs torch.
+
+    Raises:
+        InputError: open_clip does not know the architecture, or is not installed and it is not listed.
+    """
+    if architecture in KNOWN:
+        image_flops, text_flops, num_parameters, dim = KNOWN[architecture]
+        return Cost(
+            image_flops=float(image_flops), text_flops=float(text_flops), num_parameters=num_parameters, dim=dim
+        )
+    if importlib.util.find_spec("open_clip") is None:
+        raise InputError(
+            f"The costs of {architecture!r} are not listed, and counting them needs open_clip: "
+            f"pip install 'distilclip[train]'. {did_you_mean(architecture, KNOWN)}"
+        )
+    return count_cost(architecture)
 
 
 def count_cost(architecture: str) -> Cost:
@@ -19,6 +35,10 @@ def count_cost(architecture: str) -> Cost:
     Raises:
         InputError: open_clip does not know the architecture.
     """
+    import open_clip  # here: a plan of a listed architecture needs neither of them
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
     known = open_clip.list_models()
     if architecture not in known:
         raise InputError(f"open_clip knows no architecture {architecture!r}. {did_you_mean(architecture, known)}")
@@ -47,6 +67,9 @@ def count_cost(architecture: str) -> Cost:
 
 
 def _without_weights(architecture: str) -> Any:
+    import open_clip
+    import torch
+
     with torch.device("meta"):
         model = open_clip.create_model(architecture, device="meta").eval()
     return model.requires_grad_(False)  # else the counter asks for gradients of parameters that are given as inputs

@@ -8,7 +8,7 @@ from typing import Any
 from distilclip import stage_folder
 from distilclip.configs.plan import Config
 from distilclip.plan import costs
-from distilclip.plan.architecture_costs import cost_of
+from distilclip.plan.flops import cost_of
 from distilclip.plan.hardware import CONSTANTS, GPUS, constant
 from distilclip.progress import duration
 
