@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST := $(BIN)/python -m pytest --jaxtyping-packages=distilclip,beartype.beartype -n 2 --dist loadgroup
 
-.PHONY: demo test test-slow check format layout bench clean
+.PHONY: demo test test-slow test-versions check format layout bench clean
 
 demo: .venv/installed
 	$(BIN)/distilclip demo --out runs/demo
@@ -13,6 +13,13 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	OMP_NUM_THREADS=1 $(TEST) -m slow
+
+# The oldest supported packages on the oldest Python, and the newest on the newest, each with its own environment.
+test-versions: .venv/installed
+	for set in "3.11 lowest-direct" "3.13 highest"; do set -- $$set; \
+	$(BIN)/uv venv -q --clear --python $$1 .venv-$$1 && \
+	$(BIN)/uv pip install -q --python .venv-$$1/bin/python --resolution $$2 -e '.[dev]' && \
+	OMP_NUM_THREADS=1 .venv-$$1/bin/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not browser" || exit 1; done
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
@@ -37,4 +44,4 @@ bench: .venv/installed
 	touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-* runs
