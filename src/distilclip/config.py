@@ -24,6 +24,8 @@ ALIASES = {
     "lr": "learning-rate",
     "wd": "weight-decay",
     "warmup": "warmup-steps",
+    "epochs": "num-epochs",
+    "force-patch-dropout": "patch-dropout",
     "workers": "num-workers",
     "pretrained": "weights",
     "report-to": "track",
@@ -37,8 +39,11 @@ HINTS = {
     "model": "train calls it --student.",
     "pretrained": "train calls it --init: weights:FILE, or inherit:TEACHER.",
     "resume": "the same command goes on from the last checkpoint in --out.",
-    "amp": "--precision bf16 or fp32.",
-    "epochs": "--num-steps counts optimisation steps: epochs x pairs / --batch-size.",
+    "amp": "--precision bf16, fp16 or fp32.",
+    "lock-image": "--freeze image, with --init.",
+    "lock-text": "--freeze text, with --init.",
+    "lr-scheduler": "--schedule cosine or constant.",
+    "epochs-cooldown": "--cooldown is a share of all steps.",
 }
 """What to say about flags of open_clip and others that have no equal here."""
 

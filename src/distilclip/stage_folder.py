@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distilclip import files
+from distilclip import files, folder_lock
 from distilclip.errors import InputError
 from distilclip.options import option_fields, option_values
 
@@ -45,8 +45,9 @@ class Folder:
         return read_json(self.child("result.json"))
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write result.json, the last act of a stage. It holds nothing that varies from run to run (no times)."""
+        """Write result.json, the last act of a stage, and give the folder back. No times: they vary from run to run."""
         write_json(self.child("result.json"), {"stage": self.stage, **result})
+        folder_lock.release(self.path)
         return self.result()
 
 
@@ -104,40 +105,70 @@ def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any
 def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[str, str]] = ()) -> Folder:
     """Create a stage's folder, or open it again to resume it or to find it finished.
 
-    `inputs` are the (folder, stage) that this one reads: each must be finished, and its digest is written down. A
-    folder in which the stage has made nothing yet is begun anew, so that a wrong value can be corrected.
+    An unfinished folder belongs to this process from here to `finish`; a finished one belongs to nobody. `inputs` are
+    the (folder, stage) that this one reads: each must be finished, and its digest is written down. A folder in which
+    the stage has made nothing yet is begun anew, so that a wrong value can be corrected.
 
-    Raises `InputError` when the folder was begun by another stage, with another config, or from inputs that have
-    changed since, naming what differs.
+    Raises `InputError` when another process holds the folder, and when it was begun by another stage, with another
+    config, or from inputs that have changed since, naming what differs.
     """
     folder = Folder(str(path), stage)
     for input_path, input_stage in inputs:
         require(input_path, stage=input_stage)
-    digests = _input_digests(inputs)
-    config_path, inputs_path = folder.child("config.json"), folder.child("inputs.json")
-    values = {"stage": stage, **config_values(config)}
-    if files.exists(config_path):
-        before = read_json(config_path)
-        differences, changed = _differences(before, values, config), _changed_inputs(folder.path, digests)
-        if not differences and not changed:
-            if _grown(before, values, config):
-                _extend(folder, before, values, config)
-            _remove_leftovers(folder.path)
+    digests, values = _input_digests(inputs), {"stage": stage, **config_values(config)}
+    if folder.finished and files.exists(folder.child("config.json")):
+        before = _check_same(folder, values, config, digests)
+        if before is not None and not _grown(before, values, config):
             return folder
-        if before.get("stage") != stage or not _holds_nothing(folder.path):
-            if not differences:
-                check_made_from(folder.path, read_json(inputs_path), digests)
-            raise InputError(
-                f"{folder.path} was made with another configuration: {'; '.join(differences)}. "
-                "Choose another --out, or remove that folder."
-            )
-    elif not files.is_url(folder.path) and not _holds_nothing(folder.path):
+    elif not (files.is_url(folder.path) or files.exists(folder.child("config.json")) or _holds_nothing(folder.path)):
         raise InputError(f"{path} is not empty and is no {stage} folder (no config.json). Choose another --out.")
+    folder_lock.hold(folder.path)
+    try:
+        _begin(folder, values, config, digests)
+    except BaseException:
+        folder_lock.release(folder.path)
+        raise
+    return folder
+
+
+def _begin(folder: Folder, values: dict[str, Any], config: Any, digests: Mapping[str, str]) -> None:
+    """Write the first files of a folder that this process holds, or find them as they must be."""
+    config_path, inputs_path = folder.child("config.json"), folder.child("inputs.json")
+    is_new = not files.exists(config_path)
+    before = None if is_new else _check_same(folder, values, config, digests)
+    files.remove_temporaries(folder.path, keep="config.json")
+    if before is not None:
+        if _grown(before, values, config):
+            _extend(folder, before, values, config)
+        return
     write_json(folder.child("env.json"), environment())
     if digests or files.exists(inputs_path):
         write_json(inputs_path, digests)
-    write_json(config_path, values)
-    return folder
+    if not is_new:
+        write_json(config_path, values)
+    elif not files.create_bytes(config_path, _json_bytes(values)):
+        raise InputError(f"{folder.path} was begun by another process just now. Run the same command again.")
+
+
+def _check_same(
+    folder: Folder, values: dict[str, Any], config: Any, digests: Mapping[str, str]
+) -> dict[str, Any] | None:
+    """Return the values that a folder was begun with, if it can go on with these; None where it is to begin anew.
+
+    Raises `InputError` where the stage has already made something from others.
+    """
+    before = read_json(folder.child("config.json"))
+    differences, changed = _differences(before, values, config), _changed_inputs(folder.path, digests)
+    if not differences and not changed:
+        return before
+    if before.get("stage") == folder.stage and _holds_nothing(folder.path):
+        return None
+    if not differences:
+        check_made_from(folder.path, read_json(folder.child("inputs.json")), digests)
+    raise InputError(
+        f"{folder.path} was made with another configuration: {'; '.join(differences)}. "
+        "Choose another --out, or remove that folder."
+    )
 
 
 def find_changes(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[str, str]] = ()) -> list[str]:
@@ -189,12 +220,17 @@ def _grown(before: dict[str, Any], values: dict[str, Any], config: Any) -> dict[
 
 def _extend(folder: Folder, before: dict[str, Any], values: dict[str, Any], config: Any) -> None:
     """Let a folder go on to larger values: extended.json lists the former ones, and result.json goes until the end."""
-    record = folder.child("extended.json")
-    former = read_json(record)["former"] if files.exists(record) else []
-    write_json(record, {"former": [*former, _grown(before, values, config)]})
+    former = [*former_values(folder.path), _grown(before, values, config)]
+    write_json(folder.child("extended.json"), {"former": former})
     if folder.finished:
         files.remove(folder.child("result.json"))
     write_json(folder.child("config.json"), values)
+
+
+def former_values(path: str) -> list[dict[str, Any]]:
+    """Return the smaller values with which a folder was made before it went on to its own, the first ones first."""
+    record = files.join(path, "extended.json")
+    return read_json(record)["former"] if files.exists(record) else []
 
 
 def folders_of(stage: str, paths: Sequence[str]) -> list[tuple[str, str]]:
@@ -272,7 +308,7 @@ def _git_commit() -> str | None:
     return found.stdout.strip() or None
 
 
-_BEGINNING = ("config.json", "env.json", "inputs.json")  # what `open_folder` writes, before the stage does
+_BEGINNING = ("config.json", "env.json", "inputs.json", folder_lock.NAME)  # `open_folder`'s, before the stage's own
 
 
 def _holds_nothing(path: str) -> bool:
@@ -283,18 +319,7 @@ def _holds_nothing(path: str) -> bool:
     else:
         walk = os.walk(path)
         places = [os.path.relpath(os.path.join(parent, name), path) for parent, _, names in walk for name in names]
-    return all(place in _BEGINNING or place.endswith(".tmp") for place in places)
-
-
-def _remove_leftovers(path: str) -> None:
-    """Remove temporary files of a killed run, except from folders of other stages below."""
-    if files.is_url(path):
-        return
-    for parent, folders, names in os.walk(path):
-        folders[:] = [f for f in folders if not os.path.exists(os.path.join(parent, f, "config.json"))]
-        for name in names:
-            if name.endswith(".tmp"):
-                os.remove(os.path.join(parent, name))
+    return all(place in _BEGINNING or files.is_temporary(place) for place in places)
 
 
 def _gpu_names() -> list[str]:
@@ -320,7 +345,11 @@ def read_json(path: str) -> dict[str, Any]:
 
 def write_json(path: str, value: Any) -> None:
     """Write JSON atomically; NaN is refused, since other readers cannot parse it."""
-    files.write_bytes(path, (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode())
+    files.write_bytes(path, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 class Metrics:
@@ -357,7 +386,8 @@ def _differences(old: dict[str, Any], new: dict[str, Any], config: Any) -> list[
         if field.name not in old and field.default is not dataclasses.MISSING:
             old[field.name] = json.loads(json.dumps(field.default))
     names = [*new, *(n for n in old if n not in new)]
-    grows = {f.name for f in fields if f.metadata.get("extendable") and f.name in old and old[f.name] < new[f.name]}
+    extendable = [f.name for f in fields if f.metadata.get("extendable")]
+    grows = {name for name in extendable if None not in (old.get(name), new[name]) and old[name] < new[name]}
     return [
         f"{n} was {old.get(n)!r}, now {new.get(n)!r}"
         for n in names

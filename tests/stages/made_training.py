@@ -12,7 +12,7 @@ from distilclip import stage_folder
 from distilclip.clustering.fit_options import FitOptions
 from distilclip.data.crops import Crops
 from distilclip.stages import balance, cluster, embed, train
-from distilclip.train.settings import Checkpoints, Execution, Optimization
+from distilclip.train.settings import Checkpoints, Execution, LearningCurve, Optimization, TowerTraining
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +42,7 @@ def config(out: Path, architecture: str, **values: Any) -> train.Config:
     values = {"precision": "fp32", "checkpoint_every": 2, **defaults, **values}
     groups = {}
     kinds = {"optimization": Optimization, "checkpoints": Checkpoints, "execution": Execution, "crops": Crops}
+    kinds |= {"learning_curve": LearningCurve, "towers": TowerTraining}
     for name, group in kinds.items():
         fields = {field.name for field in dataclasses.fields(group)}
         groups[name] = group(**{key: values.pop(key) for key in list(values) if key in fields})

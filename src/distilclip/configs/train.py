@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -11,7 +12,16 @@ from distilclip.errors import InputError
 from distilclip.methods import weights_of
 from distilclip.options import changeable, extendable
 from distilclip.stage_folder import folders_of
-from distilclip.train.settings import Checkpoints, Execution, Optimization, Tracker
+from distilclip.train.settings import (
+    Checkpoints,
+    Execution,
+    LearningCurve,
+    Optimization,
+    TowerTraining,
+    Tracker,
+    check_warmup,
+    steps_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,16 +56,21 @@ class Config:
     micro_batch: int | None = changeable(None)
     """pairs whose activations a process holds at once (default: all of its own); gradients stay the same, only dropout
     draws other numbers"""
-    num_steps: int = extendable(1000)
-    """optimisation steps; a finished training goes on to a larger number"""
+    num_steps: int | None = extendable(None)
+    """optimisation steps (default: 1000, or what --num-epochs says); a finished training goes on to a larger number"""
+    num_epochs: float | None = extendable(None)
+    """passes over the pairs that are trained on, instead of --num-steps: epochs x pairs / batch size, rounded up"""
     optimization: Optimization = field(default_factory=Optimization)
+    learning_curve: LearningCurve = field(default_factory=LearningCurve)
+    towers: TowerTraining = field(default_factory=TowerTraining)
     crops: Crops = field(default_factory=Crops)
     seed: int = 0
     """seed of the initial weights, the order, the crops, the sampled classes and the masks"""
     max_bad_ratio: float = 0.05
     """share of samples that may be unreadable; each is counted and replaced by another row. 0: stop at the first"""
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """number format of the towers, and of a live teacher's (autocast); losses are always float32"""
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    """number format of the towers, and of a live teacher's (autocast); losses are always float32. fp16 is for GPUs
+    without bf16, and scales gradients"""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
     execution: Execution = field(default_factory=Execution)
     centers_state: Literal["device", "host"] = changeable("device")
@@ -81,9 +96,9 @@ class Config:
             raise InputError("The centers of the cluster term belong to the store's teacher: leave out --live-teacher.")
         if (self.groups or self.clusters) and not self.store:
             raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
-        for name in ("batch_size", "num_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; it must be at least 1.")
+        self._check_length()
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise InputError(f"micro_batch is {self.micro_batch}; it must be from 1 to batch_size, {self.batch_size}.")
         if (self.other_stores or self.crops.views) and not self.store:
@@ -91,14 +106,51 @@ class Config:
         if self.live_teacher and (self.other_stores or self.crops.views):
             raise InputError("--other-stores and --views work with stored teachers only: leave out --live-teacher.")
         _ = self.weight_of_store  # checks it
-        if self.optimization.warmup_steps > self.num_steps:
-            raise InputError(
-                f"warmup_steps is {self.optimization.warmup_steps}, more than num_steps, {self.num_steps}."
-            )
+        self._check_towers()
         if (self.num_workers or 0) < 0 or self.seed < 0:
             raise InputError("num_workers and seed must be at least 0.")
         if self.checkpoints.keep_best not in ("none", "loss") and not method.needs_teacher:
             raise InputError(f"keep_best {self.checkpoints.keep_best} compares with a teacher, and this run has none.")
+
+    def _check_length(self) -> None:
+        if self.num_steps is not None and self.num_epochs is not None:
+            raise InputError(
+                f"num_steps is {self.num_steps} and num_epochs is {self.num_epochs}: give one of them. "
+                "`--num-steps None` takes back the number of a recipe."
+            )
+        if self.num_steps is None and self.num_epochs is None:
+            object.__setattr__(self, "num_steps", 1000)
+        if self.num_steps is not None and self.num_steps < 1:
+            raise InputError(f"num_steps is {self.num_steps}; it must be at least 1.")
+        if self.num_epochs is not None and not 0 < self.num_epochs < math.inf:
+            raise InputError(f"num_epochs is {self.num_epochs}; it must be positive.")
+        warmup = self.learning_curve.warmup_steps
+        if self.num_steps is not None and warmup is not None:
+            check_warmup(warmup, num_steps=self.num_steps)
+
+    def _check_towers(self) -> None:
+        if self.towers.freeze != "none" and not self.init:
+            raise InputError(
+                f"--freeze {self.towers.freeze} keeps the weights that this tower begins with, and without --init "
+                "they are random: give --init weights:FROM, or inherit:TEACHER."
+            )
+
+    def length(self, num_rows: int) -> tuple[int, int]:
+        """Return the steps of the training and of its warm-up, where `num_rows` pairs are trained on.
+
+        Raises `InputError` where the warm-up is longer than the training.
+        """
+
+        def steps(count: int | None, epochs: float | None) -> int:
+            if count is not None:
+                return count
+            assert epochs is not None  # one of the two is always there
+            return steps_of(epochs, num_rows=num_rows, batch_size=self.batch_size)
+
+        curve = self.learning_curve
+        num_steps, warmup = steps(self.num_steps, self.num_epochs), steps(curve.warmup_steps, curve.warmup_epochs)
+        check_warmup(warmup, num_steps=num_steps)
+        return num_steps, warmup
 
     @property
     def weight_of_store(self) -> dict[str, float]:

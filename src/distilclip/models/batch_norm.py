@@ -24,7 +24,8 @@ def require_exact_accumulation(clip: Clip) -> None:
     for name in batch_norms(clip.model):
         raise InputError(
             f"{clip.name} normalises over the batch ({name}): micro-batches would train another model than the "
-            "batch. Leave out --micro-batch, or choose a student with layer norm."
+            "batch. Leave out --micro-batch, choose a student with layer norm, or take the other model: --batch-norm "
+            "per-micro-batch."
         )
 
 
@@ -34,7 +35,8 @@ def synchronise_batch_norms(clip: Clip) -> None:
         if clip.device.type != "cuda":
             raise InputError(
                 f"{clip.name} normalises over the batch ({name}), which processes can share on CUDA only. Train it in "
-                "one process, or choose a student with layer norm."
+                "one process, choose a student with layer norm, or let each process normalise over its own pairs: "
+                "--batch-norm per-process."
             )
     timm.layers.convert_sync_batchnorm(clip.model)  # torch's own drops the activation inside timm's norms
 

@@ -16,11 +16,14 @@ from distilclip.data.store import Store
 from distilclip.data.stream import PairSource, PairStream, Presentation, open_stream
 from distilclip.data.workers import default_workers
 from distilclip.errors import InputError
+from distilclip.messages import say
 from distilclip.methods import TERMS
-from distilclip.models.batch_norm import require_exact_accumulation
+from distilclip.models.batch_norm import batch_norms, require_exact_accumulation
 from distilclip.models.clip import Clip, create_clip, load_clip, load_named
+from distilclip.models.freezing import freeze_tower
 from distilclip.models.heads import Heads
 from distilclip.models.initial import initialise
+from distilclip.models.patch_dropout import set_patch_dropout
 from distilclip.models.teacher import Teacher, live_teacher, stored_teachers
 from distilclip.train.checkpoint import (
     Progress,
@@ -32,14 +35,15 @@ from distilclip.train.checkpoint import (
     remove_incomplete_checkpoints,
 )
 from distilclip.train.class_head import ClassHead
+from distilclip.train.gradient_scale import GradientScale
 from distilclip.train.loop import TrainingPlan, fit
 from distilclip.train.objective import Objective, objective
-from distilclip.train.optimizer import Average, build_optimizer
+from distilclip.train.optimizer import Average, Schedule, build_optimizer
 from distilclip.train.parallel import build_towers
 from distilclip.train.step import Student
 from distilclip.train.trackers import open_trackers, require_packages
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # what compiles to them
 
 
@@ -51,6 +55,8 @@ def main(config: Config) -> dict[str, Any]:
 
 def _train(config: Config, device: torch.device) -> dict[str, Any]:
     require_packages(config.track)
+    if config.precision == "fp16" and device.type != "cuda":
+        raise InputError(f"precision fp16 is for CUDA GPUs, and this runs on {device.type}. Use bf16 or fp32.")
     folder = distributed.on_first(
         lambda: stage_folder.open_folder(config.out, stage="train", config=config, inputs=config.inputs())
     )
@@ -62,15 +68,20 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     fresh = initialise(clip, config.init)
     if config.init:
         facts["fresh"] = fresh
+    if config.towers.freeze != "none":
+        freeze_tower(clip, config.towers.freeze, fresh=fresh)
+    if config.towers.patch_dropout:
+        set_patch_dropout(clip, config.towers.patch_dropout)
+    facts |= _describe_batch_norm(config, clip)
     stores = _open_stores(config)
     live = load_named(config.live_teacher, device=device) if config.live_teacher and method.needs_teacher else None
     stream = _open_stream(config, clip, stores, live)
     training = _training(config, _student(config, method, clip, stores=stores, live=live), stream)
-    _fit(config, folder, method, stream, training, _teacher(config, method, stores, live, device))
+    schedule = _schedule(config, stream.num_rows)
+    _fit(config, folder, method, stream, training, _teacher(config, method, stores, live, device), schedule)
     unusable = count_unusable(stream.policy)
-    return distributed.on_first(
-        lambda: _finish(config, folder, method, {**facts, "num_rows": stream.num_rows}, unusable)
-    )
+    facts |= {"num_rows": stream.num_rows, "num_steps": schedule.num_steps}
+    return distributed.on_first(lambda: _finish(config, folder, method, facts, unusable))
 
 
 def _fit(
@@ -80,22 +91,29 @@ def _fit(
     stream: PairStream,
     training: Training,
     teacher: Teacher | None,
+    schedule: Schedule,
 ) -> None:
     """Train from the last complete checkpoint on, or from the start."""
     start = distributed.on_first(lambda: _last_checkpoint(config.out))
     progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
+    if start and (former := stage_folder.former_values(folder.path)):
+        said = ", ".join(f"{name} {value:g}" for name, value in former[-1].items())
+        say(
+            f"train {folder.path}: made with {said} before, goes on from step {start} to {schedule.num_steps}; from "
+            "here the learning rate follows the longer schedule, so the result is not that of one long training."
+        )
     num_workers = default_workers() if config.num_workers is None else config.num_workers
     names, values = config.track if distributed.rank() == 0 else (), stage_folder.config_values(config)
     fit(
         folder,
-        stream.batches(start=progress.step, stop=config.num_steps, num_workers=num_workers),
+        stream.batches(start=progress.step, stop=schedule.num_steps, num_workers=num_workers),
         training,
         progress,
         plan=TrainingPlan(
             objective=method,
             optimization=config.optimization,
             checkpoints=config.checkpoints,
-            num_steps=config.num_steps,
+            schedule=schedule,
             batch_size=config.batch_size,
             micro_batch=config.micro_batch or config.batch_size,
             seed=config.seed,
@@ -109,19 +127,42 @@ def _finish(
     config: Config, folder: stage_folder.Folder, method: Objective, facts: dict[str, Any], unusable: dict[str, Any]
 ) -> dict[str, Any]:
     """Write result.json."""
-    checkpoint = folder_name(config.num_steps)
+    checkpoint = folder_name(facts["num_steps"])
+    if former := stage_folder.former_values(folder.path):
+        facts = {**facts, "extended_from": former}
     return folder.finish(
         {
             "checkpoint": checkpoint,
             "objective": method.values,
             "terms": {name: TERMS[name].words for name in method.weights},
             **facts,
-            "num_samples_seen": config.num_steps * config.batch_size,
+            "num_samples_seen": facts["num_steps"] * config.batch_size,
             "num_unusable": sum(unusable["reasons"].values()),
             "reasons": unusable["reasons"],
             "digest": load_clip(folder.child(checkpoint)).digest,
         }
     )
+
+
+def _schedule(config: Config, num_rows: int) -> Schedule:
+    """The learning rate of every step, now that the rows to train on are counted."""
+    num_steps, warmup_steps = config.length(num_rows)
+    curve = config.learning_curve
+    return Schedule(
+        num_steps=num_steps,
+        warmup_steps=warmup_steps,
+        shape=curve.schedule,
+        final_ratio=curve.final_learning_rate_ratio,
+        cooldown_steps=round(curve.cooldown * num_steps),
+    )
+
+
+def _describe_batch_norm(config: Config, clip: Clip) -> dict[str, str]:
+    """What result.json says of batch norms that see less than the whole batch."""
+    kind = config.towers.batch_norm
+    if kind == "whole-batch" or not batch_norms(clip.model):
+        return {}
+    return {"batch_norm": f"{kind}: inexact, another model than with the statistics of the whole batch"}
 
 
 def _last_checkpoint(path: str) -> int:
@@ -134,13 +175,24 @@ def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[
     """The student with its heads, wrapped for the processes there are; built alike on every one of them."""
     heads = _heads(config, method, clip, stores=stores, live=live).to(clip.device)
     if (config.micro_batch or config.batch_size) * distributed.world() < config.batch_size:
-        require_exact_accumulation(clip)
+        if config.towers.batch_norm != "per-micro-batch":
+            require_exact_accumulation(clip)
+        if config.towers.patch_dropout:
+            raise InputError(
+                "--patch-dropout draws its patches for each micro-batch, so the result would depend on --micro-batch: "
+                "leave out one of them (--activations recompute saves memory, too)."
+            )
         if config.execution.compile in CUDA_GRAPHS:
             raise InputError(
                 f"--compile {config.execution.compile} replays one CUDA graph for all micro-batches, over the "
                 "gradients of those before. Use --compile default, or a --micro-batch of a process's whole share."
             )
-    towers = build_towers(clip, precision=PRECISIONS[config.precision], execution=config.execution)
+    towers = build_towers(
+        clip,
+        precision=PRECISIONS[config.precision],
+        execution=config.execution,
+        synchronising=config.towers.batch_norm == "whole-batch",
+    )
     if not method.needs("centers"):
         return Student(clip=clip, heads=heads, towers=towers)
     centers = read_centers(config.clusters or "")
@@ -156,9 +208,10 @@ def _training(config: Config, student: Student, stream: PairStream) -> Training:
         stream.policy.forget()  # what failed while indexing failed once, not once a process
     return Training(
         student=student,
-        optimizer=build_optimizer(student.named_parameters(), optimization),
+        optimizer=build_optimizer(student.named_parameters(), optimization, config.towers),
         policy=stream.policy,
         average=Average(student.clip.model, decay=optimization.average_decay) if optimization.average_decay else None,
+        scale=GradientScale() if config.precision == "fp16" else None,
     )
 
 

@@ -22,6 +22,7 @@ from distilclip import distributed, files, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
 from distilclip.models.clip import WEIGHTS_FILE
+from distilclip.train.gradient_scale import GradientScale
 from distilclip.train.optimizer import Average
 from distilclip.train.parallel import like, place_, whole
 from distilclip.train.settings import Checkpoints
@@ -39,6 +40,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     policy: ErrorPolicy
     average: Average | None = None
+    scale: GradientScale | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,7 @@ def save_checkpoint(
     if distributed.rank() == 0:
         content = {"step": progress.step, "format": FORMAT, "scheduled": scheduled, "unusable": unusable}
         content |= {"log": progress.log, "metrics": dict(metrics or {})}
+        content |= {} if training.scale is None else {"gradient_scale": training.scale.state()}
         stage_folder.write_json(files.join(folder, "state.json"), content)
     distributed.barrier()
 
@@ -111,6 +114,9 @@ def load_checkpoint(folder: str, training: Training) -> Progress:
     _load_optimizer_state(training, _read(folder, "optimizer.safetensors"))
     if student.class_head is not None:
         student.class_head.load(files.join(folder, "centers"))
+    if training.scale is not None:
+        training.scale.value = found["gradient_scale"]["value"]
+        training.scale.num_good = found["gradient_scale"]["num_good"]
     if distributed.rank() == 0:
         restore_unusable(training.policy, found["unusable"])
     return Progress(step=int(found["step"]), log=found["log"])

@@ -18,6 +18,7 @@ from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.stream import Batch
 from distilclip.errors import InputError
 from distilclip.models.batch_norm import RunningStatistics
+from distilclip.models.freezing import begin_training
 from distilclip.models.teacher import Teacher
 from distilclip.progress import track
 from distilclip.train.checkpoint import (
@@ -31,8 +32,8 @@ from distilclip.train.checkpoint import (
 )
 from distilclip.train.log import Lines, Log, Stopwatch
 from distilclip.train.objective import Objective
-from distilclip.train.optimizer import schedule, set_learning_rate
-from distilclip.train.parallel import clip_gradients_, non_finite_gradients
+from distilclip.train.optimizer import Schedule, set_learning_rate
+from distilclip.train.parallel import average_statistics_, clip_gradients_, non_finite_gradients
 from distilclip.train.settings import Checkpoints, Optimization
 from distilclip.train.signals import OverdueError, Signals, terminate
 from distilclip.train.step import Inputs, StepResult, compute_gradients
@@ -48,12 +49,17 @@ class TrainingPlan:
     objective: Objective
     optimization: Optimization
     checkpoints: Checkpoints
-    num_steps: int
+    schedule: Schedule
     batch_size: int
     """rows of all processes"""
     micro_batch: int
     """rows of this process whose activations are held at once"""
     seed: int
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.schedule.num_steps
 
 
 def fit(
@@ -72,9 +78,9 @@ def fit(
     that trains alone saves the state before it; several end without, since they can only save together.
 
     Raises `InputError` naming step, terms and rank when the loss or its gradient stops being finite; nothing is updated
-    then, and the state before that step is saved.
+    then, and the state before that step is saved. With a gradient scale, a gradient that overflows only costs its step.
     """
-    training.student.clip.model.train()
+    begin_training(training.student.clip.model)
     log = Log(training.student.clip.device, carried=progress.log)
     steps = _Steps(training=training, teacher=teacher, plan=plan, stopwatch=log.stopwatch)
     saving = _Saving(folder, training, plan.checkpoints, log)
@@ -93,12 +99,13 @@ def fit(
                 break
             result, norm = steps.gradients(step, batch, diagnosing=scheduled)
             loss, save, stop = _exchange_flags(result.loss, save=signals.take() or saving.due, stop=signals.stop)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
+            overflows = math.isfinite(loss) and not math.isfinite(norm) and steps.lower_scale()
+            if not (overflows or (math.isfinite(loss) and math.isfinite(norm))):
                 statistics.put_back()
                 saving.save_before(step, counted)
                 _stop_non_finite(step, training, result)
-            learning_rate = steps.update(step, result)
-            log.add({"loss": result.loss, **result.terms, **result.cosines}, norm, plan.batch_size)
+            learning_rate = steps.update(step, result, leave_out=overflows)
+            log.add({"loss": result.loss, **result.terms, **result.cosines}, norm.nan_to_num(0, 0, 0), plan.batch_size)
             line: dict[str, float] = {}
             if (step + 1) % LOG_EVERY == 0 or scheduled:  # a line never spans a scheduled checkpoint
                 line = {**log.line(), "learning_rate": learning_rate, **_measure_now(training, result)}
@@ -145,6 +152,7 @@ class _Steps:
             generator=torch.Generator(device).manual_seed(self.plan.seed * 1_000_003 + step),
             stopwatch=self.stopwatch,
             diagnosing=diagnosing,
+            gradient_scale=1.0 if self.training.scale is None else self.training.scale.value,
         )
         centers = [] if result.classes is None else [result.classes.centers]
         with self.stopwatch.measure("optimizer"):
@@ -152,11 +160,23 @@ class _Steps:
             norm = clip_gradients_(student.parameters(), sharded=centers, max_norm=max_norm)
         return result, norm
 
-    def update(self, step: int, result: StepResult) -> float:
-        """Update weights, class centers and the average of weights; return the student's learning rate."""
-        training, student, plan = self.training, self.training.student, self.plan
-        share = schedule(step, num_steps=plan.num_steps, warmup_steps=plan.optimization.warmup_steps)
+    def lower_scale(self) -> bool:
+        """Lower the gradient scale after an overflow; False where there is none, or none to lower."""
+        return self.training.scale is not None and self.training.scale.lower()
+
+    def update(self, step: int, result: StepResult, *, leave_out: bool = False) -> float:
+        """Update weights, class centers and the average of weights; return the student's learning rate.
+
+        A step that is left out, for its gradient overflowed, changes no weight.
+        """
+        training, student = self.training, self.training.student
+        share = self.plan.schedule.share(step)
         learning_rate = set_learning_rate(training.optimizer, share)
+        if leave_out:
+            return learning_rate
+        if training.scale is not None:
+            training.scale.grow()
+        average_statistics_(student.clip.model)
         with self.stopwatch.measure("optimizer"):
             training.optimizer.step()
             if result.classes is not None:
@@ -217,7 +237,8 @@ def _make_inputs(batch: Batch, teacher: Teacher | None, device: torch.device) ->
 def _measure_now(training: Training, result: StepResult) -> dict[str, float]:
     """What a line says of the moment, not of the steps since the line before."""
     scale = round(float(training.student.clip.scale.detach()), 4)
-    return {"scale": scale, **({} if result.diagnosis is None else result.diagnosis.line())}
+    factor = {} if training.scale is None else {"gradient_scale": training.scale.value}
+    return {"scale": scale, **factor, **({} if result.diagnosis is None else result.diagnosis.line())}
 
 
 def _exchange_flags(loss: Tensor, *, save: bool, stop: bool) -> tuple[float, bool, bool]:

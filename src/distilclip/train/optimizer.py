@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from distilclip.train.parallel import local
-from distilclip.train.settings import Optimization
+from distilclip.train.settings import Optimization, TowerTraining
 
 # Positions and class tokens, as open_clip, timm and transformers name them.
 POSITIONS = {
@@ -25,43 +26,66 @@ POSITIONS = {
 }
 
 
-def build_optimizer(parameters: Mapping[str, nn.Parameter], optimization: Optimization) -> torch.optim.AdamW:
-    """Return AdamW over named parameters. No decay on biases, norms, scales and positions (anything of fewer than two
-    dimensions). Class centers have an optimizer of their own (train.class_head).
+def build_optimizer(
+    parameters: Mapping[str, nn.Parameter], optimization: Optimization, towers: TowerTraining | None = None
+) -> torch.optim.AdamW:
+    """Return AdamW over the named parameters that are trained, at the rates of `towers`. No decay on biases, norms,
+    scales and positions (anything of fewer than two dimensions). Class centers have an optimizer of their own
+    (train.class_head).
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    towers = towers or TowerTraining()
+    groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         if parameter.requires_grad:
             decays = parameter.ndim >= 2 and not any(part in POSITIONS for part in name.split("."))
-            groups.setdefault((decays, isinstance(parameter, DTensor)), []).append(parameter)  # kernels take no mixture
+            key = decays, isinstance(parameter, DTensor), towers.learning_rate_ratio(name)  # kernels take no mixture
+            groups.setdefault(key, []).append(parameter)
     lists: list[dict[str, Any]] = [
         {
             "params": params,
             "weight_decay": optimization.weight_decay if decays else 0.0,
-            "peak": optimization.learning_rate,
+            "peak": optimization.learning_rate * ratio,
         }
-        for (decays, _), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
+        for (decays, _, ratio), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
     ]
     betas = optimization.beta1, optimization.beta2
     return torch.optim.AdamW(lists, lr=optimization.learning_rate, betas=betas, eps=optimization.eps, fused=True)
 
 
-def schedule(step: int, *, num_steps: int, warmup_steps: int) -> float:
-    """Return the share of the peak learning rate at a step: linear warm-up, then half a cosine down to zero.
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """The share of the peak learning rate at each step: linear warm-up, then down to `final_ratio`.
 
-    Example: of 110 steps with 10 of warm-up, step 0 has 0.1, step 9 has 1, step 60 has 0.5.
+    `cosine` is half a cosine. `constant` stays at the peak and goes down in a straight line over the last
+    `cooldown_steps` (WSD: Hu et al. 2024). The step after the last one would have the final ratio.
     """
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    num_steps: int
+    warmup_steps: int = 0
+    shape: Literal["cosine", "constant"] = "cosine"
+    final_ratio: float = 0.0
+    cooldown_steps: int = 0
+
+    def share(self, step: int) -> float:
+        """Return the share of a step, counted from 0.
+
+        Example: of 110 steps of a cosine with 10 of warm-up, step 0 has 0.1, step 9 has 1, step 60 has 0.5.
+        """
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        falling = self.num_steps - self.warmup_steps
+        if self.shape == "constant":
+            falling = min(falling, self.cooldown_steps)
+        progress = min(1.0, max(0.0, (step - self.num_steps + falling) / max(1, falling)))
+        left = 1 - progress if self.shape == "constant" else 0.5 * (1 + math.cos(math.pi * progress))
+        return self.final_ratio + (1 - self.final_ratio) * left
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, share: float) -> float:
-    """Give every group its peak times `share`, and return the student's learning rate."""
+    """Give every group its peak times `share`, and return the learning rate of a group whose ratio is 1."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
-    return float(optimizer.param_groups[0]["lr"])
+    return float(optimizer.defaults["lr"] * share)
 
 
 class Average:

@@ -21,6 +21,7 @@ from distilclip import distributed
 from distilclip.errors import InputError
 from distilclip.models.batch_norm import batch_norms, fixed_statistics, synchronise_batch_norms
 from distilclip.models.clip import Clip
+from distilclip.models.patch_dropout import every_patch
 from distilclip.train.settings import Execution
 
 OWNED = ("logit_scale", "logit_bias")
@@ -45,19 +46,20 @@ class Towers(nn.Module):
         with torch.autocast(pixels.device.type, self._precision, enabled=self._precision != torch.float32):
             features = [self._clip.encode_image(pixels), self._clip.encode_text(tokens)]
             if masked is not None:
-                with fixed_statistics(self.model):
+                with fixed_statistics(self.model), every_patch(self.model):
                     features.append(self._clip.encode_image(masked))
         return features
 
 
-def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution) -> nn.Module:
+def build_towers(clip: Clip, *, precision: torch.dtype, execution: Execution, synchronising: bool = True) -> nn.Module:
     """Wrap the towers as `execution` asks; FSDP2 replaces the model's parameters, so optimizers are built after it.
 
+    Where `synchronising`, batch norms use the rows of all processes, else those of their own (`average_statistics_`).
     Raises `InputError` for a model that cannot recompute activations, and for batch norm on several CPU processes.
     """
     if execution.activations == "recompute":
         _recompute_activations(clip)
-    if distributed.world() > 1:
+    if distributed.world() > 1 and synchronising:
         synchronise_batch_norms(clip)
     towers: nn.Module = Towers(clip, precision)
     if execution.compile != "no":
@@ -134,6 +136,17 @@ def sum_gradients_(parameters: Sequence[nn.Parameter]) -> None:
     packed = distributed.reduce_(torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, summed in zip(gradients, packed.split([g.numel() for g in gradients]), strict=True):
         gradient.copy_(summed.view_as(gradient))
+
+
+def average_statistics_(model: nn.Module) -> None:
+    """Replace the running statistics of batch norms that are not synchronised by their mean over processes."""
+    norms = [norm for norm in batch_norms(model).values() if norm.training and not isinstance(norm, nn.SyncBatchNorm)]
+    buffers = [buffer for norm in norms for buffer in norm.buffers(recurse=False) if buffer.is_floating_point()]
+    if distributed.world() == 1 or not buffers:
+        return
+    packed = distributed.reduce_(torch.cat([buffer.flatten() for buffer in buffers])) / distributed.world()
+    for buffer, mean in zip(buffers, packed.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(mean.view_as(buffer))
 
 
 def clip_gradients_(parameters: Sequence[Tensor], *, sharded: Sequence[Tensor], max_norm: float) -> Float[Tensor, ""]:

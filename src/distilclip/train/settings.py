@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Literal
 
 from distilclip.errors import InputError
@@ -13,12 +15,10 @@ Tracker = Literal["tensorboard", "wandb"]
 
 @dataclass(frozen=True, kw_only=True)
 class Optimization:
-    """How weights are updated: AdamW, linear warm-up, then a cosine."""
+    """How weights are updated: by AdamW."""
 
     learning_rate: float = 1e-3
     """peak learning rate of AdamW"""
-    warmup_steps: int = 100
-    """steps of linear warm-up before the cosine"""
     weight_decay: float = 0.2
     """weight decay of matrices; biases, norms, scales and positions have none"""
     beta1: float = 0.9
@@ -39,7 +39,7 @@ class Optimization:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.centers_learning_rate < 0:
             raise InputError("learning_rate must be positive, centers_learning_rate at least 0.")
-        for name in ("warmup_steps", "weight_decay", "centers_weight_decay", "gradient_clip"):
+        for name in ("weight_decay", "centers_weight_decay", "gradient_clip"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0.")
         for name in ("average_decay", "beta1", "beta2"):
@@ -47,6 +47,82 @@ class Optimization:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
         if self.eps <= 0:
             raise InputError(f"eps is {self.eps}; it must be positive.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearningCurve:
+    """How the learning rate rises and falls: linear warm-up, then a cosine, or constant with a cooldown."""
+
+    warmup_steps: int | None = None
+    """steps of linear warm-up before the schedule (default: 100, or what --warmup-epochs says)"""
+    warmup_epochs: float | None = None
+    """length of the warm-up in epochs, instead of --warmup-steps"""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """after the warm-up: half a cosine down, or constant and then a straight line down over the --cooldown"""
+    final_learning_rate_ratio: float = 0.0
+    """share of the peak learning rate at which the schedule ends"""
+    cooldown: float = 0.2
+    """share of all steps in which the constant schedule goes down, at its end (0: it stays constant)"""
+
+    def __post_init__(self) -> None:
+        if self.warmup_steps is not None and self.warmup_epochs is not None:
+            raise InputError("Give --warmup-steps or --warmup-epochs, not both.")
+        for name in ("warmup_steps", "warmup_epochs"):
+            if (getattr(self, name) or 0) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        for name in ("final_learning_rate_ratio", "cooldown"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
+        if self.warmup_steps is None and self.warmup_epochs is None:
+            object.__setattr__(self, "warmup_steps", 100)
+
+
+def steps_of(epochs: float, *, num_rows: int, batch_size: int) -> int:
+    """Return the steps in which `epochs` x `num_rows` pairs are seen, rounded up to a whole batch.
+
+    Example: one epoch of 24 pairs in batches of 16 has 2 steps, two epochs have 3.
+    """
+    return math.ceil(Fraction(str(epochs)) * num_rows / batch_size)
+
+
+def check_warmup(warmup_steps: int, *, num_steps: int) -> None:
+    """Raise `InputError` for a warm-up that is longer than the training."""
+    if warmup_steps > num_steps:
+        raise InputError(
+            f"warmup_steps is {warmup_steps}, more than num_steps, {num_steps}. Give a smaller --warmup-steps or "
+            "--warmup-epochs."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TowerTraining:
+    """What of the two towers is trained, how fast, and what they see."""
+
+    freeze: Literal["none", "image", "text"] = "none"
+    """tower that keeps the weights of --init and runs as in evaluation"""
+    image_learning_rate_ratio: float = 1.0
+    """learning rate of the image tower, in shares of --learning-rate"""
+    text_learning_rate_ratio: float = 1.0
+    """learning rate of the text tower, in shares of --learning-rate"""
+    patch_dropout: float = 0.0
+    """share of the patches that a step of training leaves out of each picture; not of masked pictures (0: off)"""
+    batch_norm: Literal["whole-batch", "per-process", "per-micro-batch"] = "whole-batch"
+    """pairs over which a batch norm normalises; per-process and per-micro-batch are other models than whole-batch, and
+    need no exchange"""
+
+    def __post_init__(self) -> None:
+        for name in ("image_learning_rate_ratio", "text_learning_rate_ratio"):
+            if getattr(self, name) <= 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive. --freeze keeps a tower as is.")
+        if not 0 <= self.patch_dropout < 1:
+            raise InputError(f"patch_dropout is {self.patch_dropout}; it must be at least 0 and below 1.")
+
+    def learning_rate_ratio(self, name: str) -> float:
+        """Return the share of the learning rate that a parameter has, by its name in the student (`model.visual.x`)."""
+        if name.startswith("model.visual."):
+            return self.image_learning_rate_ratio
+        is_text = name.startswith("model.") and not name.startswith("model.logit_")
+        return self.text_learning_rate_ratio if is_text else 1.0
 
 
 @dataclass(frozen=True, kw_only=True)

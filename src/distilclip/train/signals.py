@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NoReturn
 
+from distilclip import folder_lock
+
 REPEAT_SECONDS = 5
 """A SIGTERM this long after the first ends the process at once. Sooner it may be the same: torchrun passes it on."""
 DATA_SECONDS = 10.0
@@ -93,6 +95,7 @@ class Signals:
 
 
 def terminate() -> NoReturn:
-    """End the process, as the noted SIGTERM would have done."""
+    """End the process, as the noted SIGTERM would have done, but first give its folder back for the next one."""
+    folder_lock.release_all()
     signal.raise_signal(signal.SIGTERM)
     raise SystemExit(128 + signal.SIGTERM)  # where the caller's own handler returns

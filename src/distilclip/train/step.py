@@ -16,12 +16,13 @@ from distilclip.losses.contrastive import row_block
 from distilclip.losses.distillation import draw_masks, hide_patches
 from distilclip.losses.features import Features, RankRows
 from distilclip.losses.terms import StepClasses
+from distilclip.models.batch_norm import fixed_statistics
 from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.models.heads import Heads
 from distilclip.train.class_head import ClassHead
 from distilclip.train.log import Stopwatch
 from distilclip.train.objective import Objective
-from distilclip.train.parallel import OWNED, gradient_sync, sum_gradients_
+from distilclip.train.parallel import OWNED, gradient_sync, local, sum_gradients_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +111,7 @@ def compute_gradients(
     generator: torch.Generator,
     stopwatch: Stopwatch | None = None,
     diagnosing: bool = False,
+    gradient_scale: float = 1.0,
 ) -> StepResult:
     """Write the objective's gradients over the global batch to `.grad`, with activations of `micro_batch` rows only.
 
@@ -117,7 +119,8 @@ def compute_gradients(
     a graph, differentiate the objective with respect to the features of the whole batch, then embed each micro-batch
     again and push its slice of that gradient back. With one micro-batch there is no second pass. Every process must
     call with equally many rows and an equally seeded `generator`, which draws the sampled classes and the masks of the
-    global batch; its seed also fixes dropout, the same in both passes.
+    global batch; its seed also fixes dropout, the same in both passes. Gradients pass the towers multiplied by
+    `gradient_scale`, a power of two, and are divided by it afterwards. Batch norms count the first pass only.
     """
     stopwatch = stopwatch or Stopwatch(inputs.pixels.device)
     rows = distributed.rows_of_this_rank(len(inputs.pixels))
@@ -141,11 +144,25 @@ def compute_gradients(
         result = _evaluate(student, objective, leaves, inputs, classes, rows, diagnosing=diagnosing)
     with stopwatch.measure("student"):
         for part in slices:
-            with gradient_sync(student.towers, now=part is slices[-1]):
+            with gradient_sync(student.towers, now=part is slices[-1]), fixed_statistics(student.clip.model):
                 features = parts[0] if len(slices) == 1 else embed(part)
-                torch.autograd.backward(features, [_gradient_of(leaf)[part] for leaf in leaves])
+                trained = [place for place, feature in enumerate(features) if feature.requires_grad]  # is not frozen
+                torch.autograd.backward(
+                    [features[place] for place in trained],
+                    [_gradient_of(leaves[place])[part] * gradient_scale for place in trained],
+                )
+        _unscale_(student, gradient_scale)
         sum_gradients_(student.owned_parameters())
     return result
+
+
+def _unscale_(student: Student, scale: float) -> None:
+    """Divide the gradients that came through the towers."""
+    if scale == 1:
+        return
+    owned = {id(parameter) for parameter in student.owned_parameters()}
+    gradients = [local(p.grad) for p in student.parameters() if p.grad is not None and id(p) not in owned]
+    torch._foreach_mul_(gradients, 1 / scale)
 
 
 def _gradient_of(leaf: Tensor) -> Tensor:
