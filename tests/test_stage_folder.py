@@ -47,7 +47,7 @@ def test_a_folder_in_which_nothing_was_made_is_begun_anew(tmp_path: Path, root: 
     for store, threshold in ((stores[0], 7.0), (stores[1], 0.1)):
         config, inputs = Config(out=out, threshold=threshold), [(store, "embed")]
         folder = stage_folder.open_folder(out, stage="balance", config=config, inputs=inputs)
-        stage_folder.files.write_bytes(folder.child("forest.parquet.123.tmp"), b"a write that was killed")
+        stage_folder.files.write_bytes(folder.child("forest.parquet.123.0123abcd.tmp"), b"a write that was killed")
     folder.finish({})
     record = stage_folder.read_finished(out, stage="balance")
     assert record is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import os
@@ -229,7 +230,7 @@ def atomic_write(path: str) -> Iterator[Any]:
     if is_url(path):
         fs, inner = filesystem(path)
         fs.makedirs(os.path.dirname(inner), exist_ok=True)
-        temporary = f"{inner}.{secrets.token_hex(4)}.tmp"
+        temporary = _temporary(inner)
         try:
             with fs.open(temporary, "wb") as file:
                 yield file
@@ -240,17 +241,28 @@ def atomic_write(path: str) -> Iterator[Any]:
             raise
         return
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    temporary = f"{path}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+    temporary = _temporary(path)
     try:
         with open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
+            error.filename, error.filename2 = path, None  # a write does not say where, and nobody knows that name
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
+
+
+def _temporary(path: str) -> str:
+    return f"{path}.{os.getpid()}.{secrets.token_hex(4)}.tmp"
+
+
+def is_temporary(name: str) -> bool:
+    """Return whether `atomic_write` gave a file its name, to be written or left behind by a killed process."""
+    return re.search(r"\.\d+\.[0-9a-f]{8}\.tmp$", name) is not None
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -259,8 +271,89 @@ def write_bytes(path: str, content: bytes) -> None:
         file.write(content)
 
 
+def create_bytes(path: str, content: bytes) -> bool:
+    """Write a new file, whole or not at all; returns False, and writes nothing, where it exists already.
+
+    Of several processes one succeeds. Storages that cannot create exclusively are asked first whether it exists.
+    """
+    if is_url(path):
+        fs, inner = filesystem(path)
+        with explain_failure(path):
+            if fs.exists(inner):
+                return False
+            try:
+                fs.pipe_file(inner, content, mode="create")
+            except FileExistsError:
+                return False
+            except (TypeError, ValueError, NotImplementedError):  # it knows no modes
+                fs.pipe_file(inner, content)
+        return True
+    temporary = _temporary(path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
+            error.filename, error.filename2 = path, None
+            raise
+        return _create_in_place(path, content)  # no hard links here
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)
+    return True
+
+
+def _create_in_place(path: str, content: bytes) -> bool:
+    try:
+        with open(path, "xb") as file:
+            file.write(content)
+    except FileExistsError:
+        return False
+    return True
+
+
+def modified(path: str) -> float | None:
+    """Return when a file was last written, in seconds since 1970; None where there is none."""
+    try:
+        if not is_url(path):
+            return os.stat(path).st_mtime
+        fs, inner = filesystem(path)
+        fs.invalidate_cache()
+        with explain_failure(path):
+            return float(fs.modified(inner).timestamp())
+    except FileNotFoundError:
+        return None
+
+
+def remove_temporaries(folder: str, *, keep: str) -> None:
+    """Remove what killed processes left of `atomic_write` below a folder, except in folders that hold a file `keep`."""
+    if is_url(folder):
+        fs, inner = filesystem(folder)
+        with explain_failure(folder):
+            places = fs.find(inner)
+            kept = [place.removesuffix(keep) for place in places if place.endswith(f"/{keep}")]
+            own = inner.rstrip("/") + "/"
+            others = tuple(place for place in kept if place.lstrip("/") != own.lstrip("/"))
+            for place in places:
+                if is_temporary(place) and not place.startswith(others):
+                    fs.rm_file(place)
+        return
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [f for f in folders if not os.path.exists(os.path.join(parent, f, keep))]
+        for name in filter(is_temporary, names):
+            os.remove(os.path.join(parent, name))
+
+
 def remove(path: str) -> None:
     """Remove a file."""
+    if not is_url(path):
+        os.remove(path)
+        return
     fs, inner = filesystem(path)
     fs.rm_file(inner)
 

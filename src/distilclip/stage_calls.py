@@ -17,6 +17,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from distilclip import folder_lock
 from distilclip.errors import InputError, did_you_mean
 from distilclip.options import option_fields, option_types
 
@@ -33,7 +34,9 @@ class StageCall(types.ModuleType):
         Raises `InputError` for an option that the stage does not have, lacks, or that has a value it cannot have.
         """
         stage = self.__name__.rpartition(".")[2]
-        return self.main(build_config(self.Config, options, stage=stage))
+        config = build_config(self.Config, options, stage=stage)
+        with folder_lock.held_for_block():
+            return self.main(config)
 
     @property
     def __signature__(self) -> inspect.Signature:
