@@ -29,7 +29,7 @@ LEVELS = [
 ]
 # What runs a stage, for stages and the training loop only, with what it imports itself.
 RUNNERS = {
-    "config": {"errors", "files", "messages", "options"},
+    "config": {"errors", "files", "messages", "options", "stage_calls"},
     "engine": {"errors", "options"},
     "distributed": {"errors", "devices", "losses"},  # of losses only the record of what is where
 }

@@ -116,7 +116,7 @@ def predict(steps: Sequence[Step], chosen: Collection[str]) -> list[Standing]:
         read = [anew[path] for path, _ in step.config.inputs() if path in anew]
         if step.stage == "report":
             read = list(anew.values())
-        if read and standing.state in ("finished", "stale"):
+        if read and standing.state != "to do":
             reasons = [*standing.reasons, f"it reads {', '.join(dict.fromkeys(read))}, made anew"]
             standing = Standing(step=step, state="stale", reasons=reasons)
         if standing.state in ("stale", "longer"):
