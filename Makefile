@@ -19,7 +19,7 @@ test-versions: .venv/installed
 	for set in "3.11 lowest-direct" "3.13 highest"; do set -- $$set; \
 	$(BIN)/uv venv -q --clear --python $$1 .venv-$$1 && \
 	$(BIN)/uv pip install -q --python .venv-$$1/bin/python --resolution $$2 -e '.[dev]' && \
-	OMP_NUM_THREADS=1 .venv-$$1/bin/python -m pytest -q -n 2 --dist loadgroup -m "not slow and not browser" || exit 1; done
+	OMP_NUM_THREADS=1 .venv-$$1/bin/python -m pytest -q -n 2 --dist loadgroup -W ignore::DeprecationWarning -W ignore::FutureWarning -m "not slow and not browser" || exit 1; done
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
