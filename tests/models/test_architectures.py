@@ -46,6 +46,43 @@ def test_a_name_is_a_base_whose_values_can_be_replaced() -> None:
     assert STUDENTS["ViT-T-16"]["vision_cfg"]["width"] == 192
 
 
+@pytest.mark.parametrize(
+    ("vision", "message"),
+    [
+        ({"timm_pool": "map"}, r"attention pooling.*timm_pool 'map'.*timm_pool avg with timm_proj linear"),
+        ({"timm_pool": "foo"}, r"Only avg, avgmax.*timm_pool 'foo'"),
+        ({"timm_pool": "abs_attn"}, r"this does not hold: assert feature_ndim == 2"),
+        ({"timm_pool": "avg", "timm_proj": "foo"}, "timm_proj 'foo'"),
+        ({"timm_pool": "avg", "timm_proj": "none"}, "its image tower is 192 wide, not embed_dim, 16"),
+    ],
+)
+def test_a_timm_tower_that_cannot_be_built_says_what_was_asked_for(
+    vision: dict[str, str], message: str, tiny_clip_json: str
+) -> None:
+    tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_proj": "linear", "image_size": 224, **vision}
+    with pytest.raises(InputError, match=message):
+        create_clip(json.dumps(json.loads(tiny_clip_json) | {"vision_cfg": tower}), seed=0)
+
+
+def test_a_timm_tower_without_projection_works_where_it_has_the_width(tiny_clip_json: str) -> None:
+    tower = {"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "timm_proj": "none", "image_size": 224}
+    clip = create_clip(json.dumps(json.loads(tiny_clip_json) | {"embed_dim": 192, "vision_cfg": tower}), seed=0)
+    assert clip.dim == 192
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"vision_cfg": None}, "vision_cfg of the model config is None"),
+        ({"text_cfg": [1]}, r"text_cfg of the model config is \[1\]"),
+        ({"text_cfg": {"width": 32, "heads": 3, "layers": 1}}, "embed_dim must be divisible by num_heads"),
+    ],
+)
+def test_a_config_that_is_no_model_is_bad_input(values: dict[str, object], message: str, tiny_clip_json: str) -> None:
+    with pytest.raises(InputError, match=message):
+        create_clip(json.dumps(json.loads(tiny_clip_json) | values), seed=0)
+
+
 def test_near_names_are_offered() -> None:
     assert {"ViT-T-16", "ViT-B-32"} <= set(architectures())
     with pytest.raises(InputError, match="Did you mean 'MobileViT-S'"):

@@ -73,6 +73,11 @@ def _parse_config(text: str) -> dict[str, Any]:
     missing = {"embed_dim", "vision_cfg", "text_cfg"} - set(config)
     if missing:
         raise InputError(f"The model config lacks {sorted(missing)}; see open_clip's model_configs for examples.")
+    for name in ("vision_cfg", "text_cfg"):
+        if not isinstance(config[name], dict):
+            raise InputError(f"{name} of the model config is {config[name]!r}; it must be an object of options.")
+    if config["text_cfg"].get("tokenizer_kwargs", {}) is None:
+        del config["text_cfg"]["tokenizer_kwargs"]  # with null, open_clip could not open the saved model's tokenizer
     return config
 
 

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -167,6 +168,8 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
             f"{spec!r} is neither an open_clip architecture nor a folder with {CONFIG_FILE}. "
             + did_you_mean(spec, open_clip.list_models())
         )
+    if spec in open_clip.list_models():
+        open_tokenizer(spec, model_config(spec), name=spec)  # before weights are downloaded for nothing
     path, preprocess_cfg = find_weights(spec, weights)
     clip = create_clip(spec, preprocess_cfg=preprocess_cfg, device=device)
     load_weights(clip.model, path, name=clip.name)
@@ -226,6 +229,7 @@ def _load_hub(spec: str, device: str | torch.device) -> Clip:
 
 
 def _build(source: str, name: str, config: dict[str, Any], *, load_weights: bool, device: str | torch.device) -> Clip:
+    tokenizer = open_tokenizer(source, config, name=name)  # first: that of a hub may not be there
     root = logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)  # open_clip warns that a model to be trained has no weights yet
@@ -233,11 +237,38 @@ def _build(source: str, name: str, config: dict[str, Any], *, load_weights: bool
         model, _, preprocess = open_clip.create_model_and_transforms(
             source, load_weights=load_weights, pretrained_text=False
         )
-    except (RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"open_clip cannot build the model {name!r}: {error}") from error
+    except (RuntimeError, KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        raise InputError(f"open_clip cannot build the model {name!r}: {_explain_failure(error, config)}") from error
     finally:
         root.setLevel(level)
-    return _assemble(name, model, preprocess, open_tokenizer(source, config, name=name), config, device)
+    clip = _assemble(name, model, preprocess, tokenizer, config, device)
+    if config["vision_cfg"].get("timm_proj") == "none":
+        _require_shared_width(clip, config["embed_dim"])
+    return clip
+
+
+def _explain_failure(error: Exception, config: dict[str, Any]) -> str:
+    """Say why a model cannot be built: the error, or the condition that did not hold, and what timm was asked for."""
+    reason = str(error).rstrip(".") or f"this does not hold: {traceback.extract_tb(error.__traceback__)[-1].line}"
+    vision = config["vision_cfg"]
+    if not vision.get("timm_model_name"):
+        return reason
+    asked = ", ".join(
+        f"{key} {vision[key]!r}" for key in ("timm_model_name", "timm_pool", "timm_proj") if key in vision
+    )
+    return f"{reason}. Its vision_cfg asks timm for {asked}; timm_pool avg with timm_proj linear fits most towers."
+
+
+def _require_shared_width(clip: Clip, dim: int) -> None:
+    """Raise `InputError` where an image tower without a projection has not the width of the shared space."""
+    size = clip.image_size
+    with torch.no_grad():
+        width = clip.model.encode_image(torch.zeros(1, 3, size, size, device=clip.device)).shape[-1]
+    if width != dim:
+        raise InputError(
+            f"The model {clip.name!r} has timm_proj 'none', and its image tower is {width} wide, not embed_dim, {dim}: "
+            f"set timm_proj to 'linear', or embed_dim to {width}."
+        )
 
 
 def _assemble(

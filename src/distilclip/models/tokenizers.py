@@ -48,7 +48,10 @@ def open_tokenizer(source: str, config: dict[str, Any], *, name: str) -> Tokeniz
     except (OSError, ImportError, ValueError, TypeError) as error:
         raise InputError(
             f"{name}: its tokenizer {hub_name or source!r} cannot be had: {_first_line(error)}. It is read through "
-            "transformers from the hub, which needs the network once; later it is read from the hub's cache."
+            "transformers from the hub, which needs the network once; later it is read from the hub's cache. Without a "
+            "network: copy its files (tokenizer.json, tokenizer_config.json, ...) into a folder here and name that, "
+            f'{{"base": "{name}", "text_cfg": {{"hf_tokenizer_name": "FOLDER"}}}}; or choose an architecture that has '
+            "open_clip's own tokenizer, such as ViT-B-32."
         ) from error
 
 
