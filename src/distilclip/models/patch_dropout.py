@@ -22,9 +22,10 @@ def set_patch_dropout(clip: Clip, ratio: float) -> None:
     visual = clip.model.visual
     trunk = getattr(visual, "trunk", None)
     if isinstance(visual, VisionTransformer):
-        visual.patch_dropout = PatchDropout(ratio)
+        visual.patch_dropout = PatchDropout(ratio).train(visual.training)
     elif trunk is not None and hasattr(trunk, "patch_drop"):
-        trunk.patch_drop = timm.layers.PatchDropout(ratio, num_prefix_tokens=trunk.num_prefix_tokens)
+        dropout = timm.layers.PatchDropout(ratio, num_prefix_tokens=trunk.num_prefix_tokens)
+        trunk.patch_drop = dropout.train(visual.training)
     else:
         raise InputError(
             f"The image tower of {clip.name} is no vision transformer: it has no patches that --patch-dropout could "
