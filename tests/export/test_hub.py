@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,15 @@ from distilclip import cli
 from distilclip.configs.export import Config
 from distilclip.errors import InputError
 from distilclip.export.hub import list_push, push_folder
+from distilclip.stage_calls import build_config
 from distilclip.stages.export import main
 
 hub = pytest.importorskip("huggingface_hub")
+
+
+def options_of(**values: Any) -> Config:
+    """A Config from options by their flags' names, whatever group they are in."""
+    return build_config(Config, values, stage="export")
 
 
 class _Refusing(BaseHTTPRequestHandler):
@@ -52,7 +59,7 @@ def refusing(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Refusing]]:
 
 
 def exported(tmp_path: Path, model: str, **options: object) -> dict[str, object]:
-    return main(Config(what="open_clip", model=model, out=str(tmp_path / "out"), **options))  # type: ignore[arg-type]
+    return main(options_of(what="open_clip", model=model, out=str(tmp_path / "out"), **options))
 
 
 def test_a_dry_run_lists_files_sizes_and_the_card(
@@ -127,9 +134,9 @@ def test_without_a_network_the_export_is_done_and_the_message_says_so(
 )
 def test_wrong_names_are_refused_at_once(options: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Config(what="open_clip", model="m", out="o", **options)  # type: ignore[arg-type]
+        options_of(what="open_clip", model="m", out="o", **options)
     with pytest.raises(InputError, match="--push-to has no meaning"):
-        Config(what="keys", store="s", out="o", push_to="a/b")
+        options_of(what="keys", store="s", out="o", push_to="a/b")
 
 
 def test_a_name_that_the_hub_does_not_allow_is_refused(tmp_path: Path) -> None:

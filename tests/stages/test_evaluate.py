@@ -16,6 +16,7 @@ from distilclip.evaluate.protocol import Protocol, View
 from distilclip.models.clip import create_clip
 from distilclip.sets.dataset import EvaluationSet
 from distilclip.sets.score import Score
+from distilclip.stage_calls import build_config
 from distilclip.stages.evaluate import Config, main
 from tests.conftest import TINY_CLIP
 from tests.sets import made_sets
@@ -39,7 +40,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 def config_of(out: Path, models: tuple[str, ...], sets: tuple[str, ...], **options: object) -> Config:
     values = {"out": str(out), "models": models, "sets": sets, "device": "cpu", "num_workers": 0, **options}
-    return Config(**values)  # type: ignore[arg-type]
+    return build_config(Config, values, stage="evaluate")
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -212,7 +213,7 @@ def test_flags_parse_from_the_command_line(tmp_path: Path) -> None:
     config = recipes.parse(Config, argv.split(), stage="evaluate")
     assert config.models == ("a", "b=c")
     assert config.tasks == ("zero-shot", "retrieval")
-    assert config.probe_features == "projected"
+    assert config.probe.probe_features == "projected"
 
 
 def test_a_published_set_that_is_missing_is_a_row_and_its_group_a_counted_average(

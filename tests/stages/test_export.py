@@ -18,15 +18,20 @@ from PIL import Image
 from distilclip import stage_folder
 from distilclip.config import build
 from distilclip.configs.export import MEANINGFUL, Config
-from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.export.curated_tars import tar_path
 from distilclip.export.selection import open_selection
 from distilclip.models.clip import load_clip
 from distilclip.options import option_fields
+from distilclip.stage_calls import build_config
 from distilclip.stages.export import main
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 from tests.export.conftest import Made, make, write_balance
+
+
+def options(**values: Any) -> Config:
+    """A Config from options by their flags' names, whatever group they are in."""
+    return build_config(Config, values, stage="export")
 
 
 @pytest.fixture
@@ -42,7 +47,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_tars_are_curated_and_counted(made: Made, tmp_path: Path) -> None:
-    result = main(Config(what="tars", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
+    result = main(options(what="tars", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
     assert result == {
         "stage": "export",
         "what": "tars",
@@ -52,24 +57,25 @@ def test_tars_are_curated_and_counted(made: Made, tmp_path: Path) -> None:
         "num_bytes": sum(os.path.getsize(tar_path(str(tmp_path / "out"), shard)) for shard in range(3)),
         "num_renamed": 0,
     }
-    again = main(Config(what="tars", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
+    again = main(options(what="tars", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
     assert again == result
 
 
 def test_processes_write_the_same_bytes(made: Made, tmp_path: Path) -> None:
     shared: dict[str, Any] = {"what": "tars", "store": made.store, "groups": made.groups, "samples_per_tar": 5}
-    main(Config(**shared, out=str(tmp_path / "here")))
-    main(Config(**shared, out=str(tmp_path / "there"), execution=Engine(engine="processes", engine_workers=2)))
+    main(options(**shared, out=str(tmp_path / "here")))
+    main(options(**shared, out=str(tmp_path / "there"), engine="processes", engine_workers=2))
     assert contents(tmp_path / "there") == contents(tmp_path / "here")
 
 
 def test_a_killed_export_goes_on_to_the_same_bytes(made: Made, tmp_path: Path) -> None:
     """The process is killed while it writes its second tar; a store of pipes could not be killed more precisely."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    main(Config(what="tars", store=made.store, groups=made.groups, out=str(whole)))
+    main(options(what="tars", store=made.store, groups=made.groups, out=str(whole)))
     code = (
         "import sys, time\n"
         "from distilclip.export import curated_tars\n"
+        "from distilclip.stage_calls import build_config\n"
         "from distilclip.stages.export import Config, main\n"
         "check = curated_tars._check\n"
         "def slow(span, key, digest, *, uri, row):\n"
@@ -78,7 +84,8 @@ def test_a_killed_export_goes_on_to_the_same_bytes(made: Made, tmp_path: Path) -
         "        print('now', flush=True)\n"
         "        time.sleep(60)\n"
         "curated_tars._check = slow\n"
-        f"main(Config(what='tars', store={made.store!r}, groups={made.groups!r}, out={str(cut)!r}))\n"
+        f"values = dict(what='tars', store={made.store!r}, groups={made.groups!r}, out={str(cut)!r})\n"
+        "main(build_config(Config, values, stage='export'))\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -87,29 +94,29 @@ def test_a_killed_export_goes_on_to_the_same_bytes(made: Made, tmp_path: Path) -
     assert len(list((cut / "tars").glob("*.tmp"))) == 1  # the half-written one
     assert not (cut / "result.json").exists()
     finished = (cut / "tars/00000.tar").stat().st_mtime_ns
-    main(Config(what="tars", store=made.store, groups=made.groups, out=str(cut)))
+    main(options(what="tars", store=made.store, groups=made.groups, out=str(cut)))
     assert contents(cut) == contents(whole)
     assert (cut / "tars/00000.tar").stat().st_mtime_ns == finished
 
 
 def test_keys_subset_and_clip_retrieval_are_of_the_kept_rows(made: Made, tmp_path: Path) -> None:
     shared: dict[str, Any] = {"store": made.store, "groups": made.groups}
-    keys = main(Config(what="keys", out=str(tmp_path / "keys"), **shared))
+    keys = main(options(what="keys", out=str(tmp_path / "keys"), **shared))
     assert (keys["num_keys"], keys["num_ambiguous"], keys["plain"]) == (12, 8, False)
-    subset = main(Config(what="subset", out=str(tmp_path / "subset"), **shared))
+    subset = main(options(what="subset", out=str(tmp_path / "subset"), **shared))
     assert (subset["num_samples"], subset["num_uids"]) == (12, 12)
-    retrieval = main(Config(what="clip-retrieval", out=str(tmp_path / "npy"), **shared))
+    retrieval = main(options(what="clip-retrieval", out=str(tmp_path / "npy"), **shared))
     assert retrieval["num_samples"] == 12
     assert np.load(tmp_path / "npy/img_emb/img_emb_2.npy").shape == (4, 4)
 
 
 def test_a_subset_file_selects_what_it_was_written_from(made: Made, tmp_path: Path) -> None:
-    main(Config(what="subset", out=str(tmp_path / "subset"), store=made.store, groups=made.groups))
+    main(options(what="subset", out=str(tmp_path / "subset"), store=made.store, groups=made.groups))
     uids = np.load(tmp_path / "subset/subset.npy")
     assert (uids == np.sort(uids)).all()
     subset = str(tmp_path / "subset/subset.npy")
-    main(Config(what="tars", out=str(tmp_path / "by_uid"), store=made.store, subset=subset))
-    main(Config(what="tars", out=str(tmp_path / "by_groups"), store=made.store, groups=made.groups))
+    main(options(what="tars", out=str(tmp_path / "by_uid"), store=made.store, subset=subset))
+    main(options(what="tars", out=str(tmp_path / "by_groups"), store=made.store, groups=made.groups))
     by_uid, by_groups = contents(tmp_path / "by_uid"), contents(tmp_path / "by_groups")
     differing = {name for name in {*by_uid, *by_groups} if by_uid.get(name) != by_groups.get(name)}
     assert differing == {"inputs.json", "subset.json"}
@@ -118,7 +125,7 @@ def test_a_subset_file_selects_what_it_was_written_from(made: Made, tmp_path: Pa
 def test_a_subset_that_changed_between_two_runs_is_refused(made: Made, tmp_path: Path) -> None:
     uids = np.array([(0, 0), (0, 7919)], "u8,u8")
     np.save(tmp_path / "subset.npy", uids)
-    config = Config(what="tars", out=str(tmp_path / "out"), store=made.store, subset=str(tmp_path / "subset.npy"))
+    config = options(what="tars", out=str(tmp_path / "out"), store=made.store, subset=str(tmp_path / "subset.npy"))
     assert main(config)["num_samples"] == 2
     (tmp_path / "out/result.json").unlink()
     np.save(tmp_path / "subset.npy", uids[:1])
@@ -130,8 +137,8 @@ def test_moved_data_are_found(made: Made, tmp_path: Path) -> None:
     (tmp_path / "data").rename(tmp_path / "moved")
     config: dict[str, Any] = {"what": "tars", "store": made.store}
     with pytest.raises(InputError, match="is missing"):
-        main(Config(**config, out=str(tmp_path / "a")))
-    result = main(Config(**config, out=str(tmp_path / "b"), data=(str(tmp_path / "moved/*.tar"),)))
+        main(options(**config, out=str(tmp_path / "a")))
+    result = main(options(**config, out=str(tmp_path / "b"), data=(str(tmp_path / "moved/*.tar"),)))
     assert result["num_samples"] == 18  # without groups, every valid row
 
 
@@ -140,7 +147,7 @@ def test_groups_of_another_store_are_refused(made: Made, tmp_path: Path) -> None
     write_balance(made.groups, open_selection(other.store).store)
     stage_folder.write_json(f"{made.groups}/inputs.json", {"embed": "another"})
     with pytest.raises(InputError, match="another store"):
-        main(Config(what="keys", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
+        main(options(what="keys", store=made.store, groups=made.groups, out=str(tmp_path / "out")))
 
 
 def test_every_flag_belongs_to_some_export() -> None:
@@ -156,7 +163,7 @@ def test_every_flag_belongs_to_some_export() -> None:
         ({"what": "tars", "store": "s", "model": "m"}, "--model has no meaning with --what tars"),
         ({"what": "onnx", "model": "m", "groups": "g"}, "--groups has no meaning with --what onnx"),
         ({"what": "huggingface", "model": "m", "quantize": "int8"}, "--quantize has no meaning"),
-        ({"what": "keys", "store": "s", "execution": Engine(engine="ray")}, "--engine has no meaning with --what keys"),
+        ({"what": "keys", "store": "s", "engine": "ray"}, "--engine has no meaning with --what keys"),
         ({"what": "tars"}, "needs --store"),
         ({"what": "onnx"}, "needs --model"),
         ({"what": "keys", "store": "s", "groups": "g", "subset": "n"}, "give one of them"),
@@ -169,15 +176,15 @@ def test_every_flag_belongs_to_some_export() -> None:
 )
 def test_flags_without_meaning_are_refused(flags: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Config(out="out", **flags)
+        options(out="out", **flags)
 
 
 def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"transformers is not installed: pip install 'distilclip\[huggingface\]'"):
-        Config(what="huggingface", model="m", out="out")
+        options(what="huggingface", model="m", out="out")
     with pytest.raises(InputError, match=r"distilclip\[onnx\]"):
-        Config(what="onnx", model="m", out="out")
+        options(what="onnx", model="m", out="out")
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +218,7 @@ def run_example(folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]
 def test_an_open_clip_folder_loads_in_open_clip_itself(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = main(Config(what="open_clip", model=checkpoint, name="small", out=str(tmp_path / "out")))
+    result = main(options(what="open_clip", model=checkpoint, name="small", out=str(tmp_path / "out")))
     clip = load_clip(checkpoint)
     assert (result["name"], result["digest"]) == ("small", clip.digest)
     example = run_example(tmp_path / "out", monkeypatch)
@@ -228,7 +235,7 @@ def test_an_open_clip_folder_loads_in_open_clip_itself(
 
 def test_a_hugging_face_folder_is_complete(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
-    result = main(Config(what="huggingface", model=checkpoint, out=str(tmp_path / "out")))
+    result = main(options(what="huggingface", model=checkpoint, out=str(tmp_path / "out")))
     assert max(result["difference"].values()) < 1e-5
     names = {path.name for path in (tmp_path / "out/model").iterdir()}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "preprocessor_config.json", "README.md"}
@@ -237,7 +244,7 @@ def test_a_hugging_face_folder_is_complete(checkpoint: str, tmp_path: Path, monk
 
 def test_a_sentence_transformers_folder_is_complete(checkpoint: str, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
-    result = main(Config(what="sentence-transformers", model=checkpoint, out=str(tmp_path / "out")))
+    result = main(options(what="sentence-transformers", model=checkpoint, out=str(tmp_path / "out")))
     assert max(result["difference"].values()) < 1e-5
     names = {path.name for path in (tmp_path / "out/model").iterdir()}
     assert names >= {"modules.json", "config_sentence_transformers.json", "model.safetensors", "README.md"}
@@ -249,7 +256,7 @@ def test_a_sentence_transformers_folder_is_complete(checkpoint: str, tmp_path: P
 def test_the_cards_example_of_a_timm_model_gives_the_embedding(
     checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    result = main(Config(what="timm", model=checkpoint, out=str(tmp_path / "out")))
+    result = main(options(what="timm", model=checkpoint, out=str(tmp_path / "out")))
     assert max(result["difference"].values()) < 1e-5
     assert "library_name: timm\n" in (tmp_path / "out/model/README.md").read_text()
     (tmp_path / "out/cat.jpg").write_bytes(encoded(picture(1)))
@@ -266,7 +273,7 @@ def test_a_tower_that_transformers_lacks_is_refused(tmp_path: Path) -> None:
     vision = {"timm_model_name": "cnn_w8", "timm_pool": "max", "timm_proj": "linear", "image_size": 32}
     create_clip(json.dumps({**TINY_CLIP, "vision_cfg": vision}), seed=0).save(str(tmp_path / "cnn"))
     with pytest.raises(InputError, match=r"timm's 'cnn_w8'.*--what onnx"):
-        main(Config(what="huggingface", model=str(tmp_path / "cnn"), out=str(tmp_path / "out")))
+        main(options(what="huggingface", model=str(tmp_path / "cnn"), out=str(tmp_path / "out")))
 
 
 def test_onnx_with_int8_reports_its_loss(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +300,7 @@ def test_onnx_with_int8_reports_its_loss(checkpoint: str, tmp_path: Path, monkey
 
 def test_times_are_not_part_of_a_result(made: Made, tmp_path: Path) -> None:
     config: dict[str, Any] = {"what": "clip-retrieval", "store": made.store, "groups": made.groups}
-    main(Config(**config, out=str(tmp_path / "a")))
+    main(options(**config, out=str(tmp_path / "a")))
     time.sleep(1.1)
-    main(Config(**config, out=str(tmp_path / "b")))
+    main(options(**config, out=str(tmp_path / "b")))
     assert contents(tmp_path / "a") == contents(tmp_path / "b")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from distilclip.data.limits import MAX_PIXELS, OnError, check_bad_ratio
@@ -12,6 +12,48 @@ from distilclip.evaluate.model_specs import split_model, weights_by_name
 from distilclip.options import changeable
 from distilclip.sets.specs import ALL_TASKS, Task, expand_groups, parse_spec
 from distilclip.stage_folder import folders_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Words:
+    """Choose the words that images are compared with."""
+
+    prompts: str | None = None
+    """openai/CLIP's data/prompts.md, for class names and templates of the published sets"""
+    templates: str | None = None
+    """prompt templates to use instead of the sets' own: a text file, one a line, or openai/CLIP's prompts.md#SET"""
+    captions: Literal["all", "first"] = "all"
+    """captions of each image for retrieval: all, or only the first, which is easier and what CLIP-KD's code does"""
+    caption_prefix: str = ""
+    """text to write before every caption, such as "a photo of "; recorded with the scores"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeOptions:
+    """Choose how the linear probe is fitted."""
+
+    probe_features: Literal["backbone", "projected"] = "backbone"
+    """features of the linear probe: before the projection, as in CLIP's protocol, or the unit embeddings"""
+    probe_l2: float | None = None
+    """penalty of the linear probe (1 / C of scikit-learn; default: CLIP's sweep from 1e-6 to 1e6)"""
+    seed: int = 0
+    """seed for the rows that the probe holds out"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """Choose how images are read, and what happens to those that cannot be."""
+
+    on_error: OnError = "raise"
+    """an image that cannot be read stops the run (raise), or is left out and counted (skip)"""
+    max_bad_ratio: float = 0.01
+    """largest share of a split's images that may be left out"""
+    max_pixels: int = MAX_PIXELS
+    """larger images count as unreadable"""
+    num_workers: int = changeable(2)
+    """number of processes that read and decode (0: the main process does it)"""
+    cache: str | None = changeable(None)
+    """folder of image features and text classifiers, which evaluations can share (default: OUT/cache)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,36 +81,15 @@ class Config:
     """model to compare the others with: the name of one of --models, or another model"""
     teacher_weights: str | None = None
     """weights file of a teacher given as an open_clip name"""
-    prompts: str | None = None
-    """openai/CLIP's data/prompts.md, for class names and templates of the published sets"""
-    templates: str | None = None
-    """prompt templates to use instead of the sets' own: a text file, one a line, or openai/CLIP's prompts.md#SET"""
-    probe_features: Literal["backbone", "projected"] = "backbone"
-    """features of the linear probe: before the projection, as in CLIP's protocol, or the unit embeddings"""
-    probe_l2: float | None = None
-    """penalty of the linear probe (1 / C of scikit-learn; default: CLIP's sweep from 1e-6 to 1e6)"""
-    captions: Literal["all", "first"] = "all"
-    """captions of each image for retrieval: all, or only the first, which is easier and what CLIP-KD's code does"""
-    caption_prefix: str = ""
-    """text to write before every caption, such as "a photo of "; recorded with the scores"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """precision of the towers (autocast); similarities are always float32"""
     batch_size: int = 64
     """number of images or texts at once"""
-    seed: int = 0
-    """seed for the rows that the probe holds out"""
-    on_error: OnError = "raise"
-    """an image that cannot be read stops the run (raise), or is left out and counted (skip)"""
-    max_bad_ratio: float = 0.01
-    """largest share of a split's images that may be left out"""
-    max_pixels: int = MAX_PIXELS
-    """larger images count as unreadable"""
-    cache: str | None = changeable(None)
-    """folder of image features and text classifiers, which evaluations can share (default: OUT/cache)"""
     device: str = changeable("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device"""
-    num_workers: int = changeable(2)
-    """number of processes that read and decode (0: the main process does it)"""
+    words: Words = field(default_factory=Words)
+    probe: ProbeOptions = field(default_factory=ProbeOptions)
+    reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def __post_init__(self) -> None:
         if self.list:
@@ -89,11 +110,11 @@ class Config:
             raise InputError("--teacher-weights needs --teacher.")
         if self.tasks == ("agreement",) and not self.teacher:
             raise InputError("The task agreement needs --teacher.")
-        if self.probe_l2 is not None and not self.probe_l2 > 0:
-            raise InputError(f"--probe-l2 is {self.probe_l2}; it must be positive.")
-        if self.batch_size < 1 or self.num_workers < 0 or self.seed < 0:
+        if self.probe.probe_l2 is not None and not self.probe.probe_l2 > 0:
+            raise InputError(f"--probe-l2 is {self.probe.probe_l2}; it must be positive.")
+        if self.batch_size < 1 or self.reading.num_workers < 0 or self.probe.seed < 0:
             raise InputError("--batch-size must be at least 1, --num-workers and --seed at least 0.")
-        check_bad_ratio(self.max_bad_ratio)
+        check_bad_ratio(self.reading.max_bad_ratio)
 
     def inputs(self) -> Sequence[tuple[str, str]]:
         """Return the finished folders that this stage reads, each with its stage."""

@@ -19,15 +19,9 @@ MAX_SAMPLES = 20_000  # their similarities are one matrix
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """Flags of `distilclip export`."""
+class RowOptions:
+    """Choose the rows of a store, and how they are written."""
 
-    what: What
-    """from a store: tars (a curated copy), keys (text), subset (DataComp's .npy), clip-retrieval (npy and Parquet);
-    from a model: open_clip, huggingface (transformers' CLIPModel), sentence-transformers, timm (the image tower alone),
-    onnx (two encoders and a tokenizer)"""
-    out: str
-    """folder to write; a model goes into its subfolder `model`"""
     store: str | None = None
     """folder of `embed` to export from"""
     groups: str | None = None
@@ -40,6 +34,12 @@ class Config:
     """where the store's files lie now, if they have moved; with onnx: pairs on which int8 is measured"""
     samples_per_tar: int | None = None
     """number of samples per tar (default: one tar for each source tar, with the same number in its name)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Choose the model."""
+
     model: str | None = None
     """train folder, checkpoint, open_clip folder or name, hf-hub:ORG/NAME"""
     weights: str | None = None
@@ -48,46 +48,77 @@ class Config:
     """name of the model (default: the last part of --model)"""
     evaluation: str | None = None
     """folder of `evaluate` whose scores go into the model card"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Options:
+    """Choose whether int8 encoders are written too, and what they are measured on."""
+
     quantize: Literal["none", "int8"] = "none"
     """also write int8 encoders, and measure on --data what they lose"""
     num_samples: int = 1000
     """number of pairs of --data to measure int8 on (the first usable ones)"""
     batch_size: int = changeable(32)
     """number of pairs per forward pass while measuring"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubOptions:
+    """Choose whether a model is pushed to the Hugging Face hub."""
+
     push_to: str | None = changeable(None)
     """push the model to this repository of the Hugging Face hub, ORG/NAME, with the token of `hf auth login`; a new
     repository is private"""
     push_dry_run: bool = changeable(False)
     """only list what --push-to would push: the files, their sizes, and the model card"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip export`."""
+
+    what: What
+    """from a store: tars (a curated copy), keys (text), subset (DataComp's .npy), clip-retrieval (npy and Parquet);
+    from a model: open_clip, huggingface (transformers' CLIPModel), sentence-transformers, timm (the image tower alone),
+    onnx (two encoders and a tokenizer)"""
+    out: str
+    """folder to write; a model goes into its subfolder `model`"""
     execution: Engine = field(default_factory=Engine)
+    rows: RowOptions = field(default_factory=RowOptions)
+    network: NetworkOptions = field(default_factory=NetworkOptions)
+    int8: Int8Options = field(default_factory=Int8Options)
+    hub: HubOptions = field(default_factory=HubOptions)
 
     def __post_init__(self) -> None:
         _check_fields(self)
         _check_packages(self.what)
-        if self.groups and self.subset:
+        if self.rows.groups and self.rows.subset:
             raise InputError("--groups and --subset both choose the rows: give one of them.")
-        if self.uid != "json" and self.what != "subset" and not self.subset:
+        if self.rows.uid != "json" and self.what != "subset" and not self.rows.subset:
             raise InputError("--uid says how samples are named in a subset file: it needs --what subset or --subset.")
-        if self.quantize == "int8" and not self.data:
+        if self.int8.quantize == "int8" and not self.rows.data:
             raise InputError("--quantize int8 needs --data: what it loses is measured on real pairs, a few hundred do.")
-        if self.quantize == "none" and self.what == "onnx" and self.data:
+        if self.int8.quantize == "none" and self.what == "onnx" and self.rows.data:
             raise InputError("--data is what int8 is measured on: give --quantize int8 too, or leave it out.")
+        values = option_values(self)
         for name in ("samples_per_tar", "num_samples", "batch_size"):
-            value = getattr(self, name)
+            value = values[name]
             if value is not None and value < 1:
                 raise InputError(f"{name} is {value}; it must be at least 1.")
-        if self.push_dry_run and not self.push_to:
+        if self.hub.push_dry_run and not self.hub.push_to:
             raise InputError("--push-dry-run lists what --push-to would push: give --push-to ORG/NAME, too.")
-        if self.push_to is not None and (self.push_to.count("/") != 1 or not all(self.push_to.split("/"))):
-            raise InputError(f"--push-to {self.push_to}: a repository is named ORG/NAME.")
-        if self.num_samples > MAX_SAMPLES:
-            raise InputError(f"num_samples is {self.num_samples}; every two are compared, so at most {MAX_SAMPLES}.")
+        if self.hub.push_to is not None and (self.hub.push_to.count("/") != 1 or not all(self.hub.push_to.split("/"))):
+            raise InputError(f"--push-to {self.hub.push_to}: a repository is named ORG/NAME.")
+        if self.int8.num_samples > MAX_SAMPLES:
+            raise InputError(
+                f"num_samples is {self.int8.num_samples}; every two are compared, so at most {MAX_SAMPLES}."
+            )
 
     def inputs(self) -> list[tuple[str, str]]:
         """Return the finished folders that this stage reads, each with its stage."""
-        found = [(path, stage) for path, stage in ((self.store, "embed"), (self.groups, "balance")) if path]
-        found += folders_of("train", [self.model] if self.model else [])
-        return found + ([(self.evaluation, "evaluate")] if self.evaluation else [])
+        found = [(path, stage) for path, stage in ((self.rows.store, "embed"), (self.rows.groups, "balance")) if path]
+        found += folders_of("train", [self.network.model] if self.network.model else [])
+        return found + ([(self.network.evaluation, "evaluate")] if self.network.evaluation else [])
 
 
 _ENGINE = {"engine", "engine_address", "engine_workers"}
@@ -122,7 +153,7 @@ def _check_fields(config: Config) -> None:
                 f"--{option.name.replace('_', '-')} has no meaning with --what {config.what}: leave it out."
             )
     needed = "store" if "store" in meaningful else "model"
-    if not getattr(config, needed):
+    if not values[needed]:
         raise InputError(f"--what {config.what} needs --{needed}.")
 
 

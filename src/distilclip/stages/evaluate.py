@@ -52,7 +52,7 @@ def main(config: Config) -> dict[str, Any]:
     if folder.finished:
         return folder.result()
     datasets = {
-        spec: load_set(spec, data_root=config.data_root, prompts=config.prompts)
+        spec: load_set(spec, data_root=config.data_root, prompts=config.words.prompts)
         for spec in _unique([spec for _, spec in missing])
     }
     opener = _Opener(config, folder.child("cache"))
@@ -80,7 +80,7 @@ def _check_part(path: str, digests: dict[str, str]) -> None:
 
 def _digests(config: Config, models: dict[str, str], sets: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
     weights = weights_by_name(config.weights, list(models))
-    texts = {"prompts": config.prompts, "templates": (config.templates or "").partition("#")[0]}
+    texts = {"prompts": config.words.prompts, "templates": (config.words.templates or "").partition("#")[0]}
     teacher = None
     if config.teacher:
         spec = models.get(config.teacher, split_model(config.teacher)[1])
@@ -109,7 +109,7 @@ class _Opener:
 
     def __init__(self, config: Config, cache: str) -> None:
         self._config = config
-        self._cache = FeatureCache(config.cache or cache)
+        self._cache = FeatureCache(config.reading.cache or cache)
         self._views: dict[str, View] = {}
         self.protocol = _protocol(config)
 
@@ -145,8 +145,8 @@ class _Opener:
         encoding = Encoding(
             batch_size=config.batch_size,
             dtype=PRECISIONS[config.precision],
-            max_pixels=config.max_pixels,
-            num_workers=config.num_workers,
+            max_pixels=config.reading.max_pixels,
+            num_workers=config.reading.num_workers,
         )
         device = resolve_device(config.device)
         return open_embedder(spec, name=name, weights=weights, device=device, encoding=encoding, cache=self._cache)
@@ -159,14 +159,14 @@ def _unique(names: Sequence[str]) -> list[str]:
 def _protocol(config: Config) -> Protocol:
     return Protocol(
         tasks=config.tasks,
-        templates=None if config.templates is None else _templates(config.templates),
-        probe_features=config.probe_features,
-        probe_l2=config.probe_l2,
-        seed=config.seed,
-        on_error=config.on_error,
-        max_bad_ratio=config.max_bad_ratio,
-        captions=config.captions,
-        caption_prefix=config.caption_prefix,
+        templates=None if config.words.templates is None else _templates(config.words.templates),
+        probe_features=config.probe.probe_features,
+        probe_l2=config.probe.probe_l2,
+        seed=config.probe.seed,
+        on_error=config.reading.on_error,
+        max_bad_ratio=config.reading.max_bad_ratio,
+        captions=config.words.captions,
+        caption_prefix=config.words.caption_prefix,
     )
 
 

@@ -30,10 +30,10 @@ def main(config: Config) -> dict[str, Any]:
     if folder.finished:
         result = folder.result()
     else:
-        write = _write_data if config.store else _write_model
+        write = _write_data if config.rows.store else _write_model
         result = folder.finish({"what": config.what, **write(config, folder.path)})
-    if config.push_to:
-        _push(files.join(folder.path, result["model"]), config.push_to, dry_run=config.push_dry_run)
+    if config.hub.push_to:
+        _push(files.join(folder.path, result["model"]), config.hub.push_to, dry_run=config.hub.push_dry_run)
     return result
 
 
@@ -44,24 +44,24 @@ def _push(model: str, repo: str, *, dry_run: bool) -> None:
 
 
 def _write_data(config: Config, folder: str) -> dict[str, Any]:
-    assert config.store is not None  # `_check_fields` asked for it
-    if config.groups:
-        stage_folder.require(config.groups, stage="balance", store=config.store)
-    if config.subset:
-        digest = {"sha256": files.sha256(config.subset)}
-        place = f"{folder}, whose rows {os.path.basename(config.subset)} chooses,"
+    assert config.rows.store is not None  # `_check_fields` asked for it
+    if config.rows.groups:
+        stage_folder.require(config.rows.groups, stage="balance", store=config.rows.store)
+    if config.rows.subset:
+        digest = {"sha256": files.sha256(config.rows.subset)}
+        place = f"{folder}, whose rows {os.path.basename(config.rows.subset)} chooses,"
         stage_folder.write_made_from(files.join(folder, "subset.json"), place, digest)
     selection = open_selection(
-        config.store,
-        groups=config.groups,
-        subset=config.subset,
-        uid=config.uid,
-        data=find_shards(list(config.data)) if config.data else (),
+        config.rows.store,
+        groups=config.rows.groups,
+        subset=config.rows.subset,
+        uid=config.rows.uid,
+        data=find_shards(list(config.rows.data)) if config.rows.data else (),
     )
     engine = config.execution
     shards = range(selection.store.num_shards)
     if config.what == "tars":
-        found = _write_tars(selection, folder, samples_per_tar=config.samples_per_tar, engine=engine)
+        found = _write_tars(selection, folder, samples_per_tar=config.rows.samples_per_tar, engine=engine)
     elif config.what == "keys":
         found = dataclasses.asdict(write_keys(selection, folder))
     elif config.what == "subset":
@@ -102,11 +102,11 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
     from distilclip.export.card import Form, find_records, model_card
     from distilclip.models.clip import load_clip
 
-    assert config.model is not None  # `_check_fields` asked for it
-    clip = load_clip(config.model, weights=config.weights)
-    clip = dataclasses.replace(clip, name=config.name or config.model.rstrip("/").split("/")[-1])
+    assert config.network.model is not None  # `_check_fields` asked for it
+    clip = load_clip(config.network.model, weights=config.network.weights)
+    clip = dataclasses.replace(clip, name=config.network.name or config.network.model.rstrip("/").split("/")[-1])
     target, digest = files.join(folder, "model"), clip.digest
-    records = find_records(config.model, digest=digest, evaluation=config.evaluation)
+    records = find_records(config.network.model, digest=digest, evaluation=config.network.evaluation)
     exported: dict[str, Any] = {}
     if config.what == "open_clip":
         clip.save(target)
@@ -126,12 +126,12 @@ def _write_model(config: Config, folder: str) -> dict[str, Any]:
         from distilclip.export.onnx_files import write_onnx
 
         exported = write_onnx(clip, target)
-        if config.quantize == "int8":
+        if config.int8.quantize == "int8":
             from distilclip.export.int8 import measure_int8, write_int8
 
             sizes = write_int8(target)
-            data = find_shards(list(config.data))
-            lost = measure_int8(target, data, num_samples=config.num_samples, batch_size=config.batch_size)
+            data = find_shards(list(config.rows.data))
+            lost = measure_int8(target, data, num_samples=config.int8.num_samples, batch_size=config.int8.batch_size)
             exported |= {"bytes": sizes, "int8": lost}
     card = model_card(
         clip.name,
