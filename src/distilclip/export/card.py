@@ -228,8 +228,18 @@ def _recipe(train: StageRecord | None) -> str:
         return f"Not recorded: the model is no train folder of distilclip. {FILL_IN}"
     weights = {name: value for name, value in train.result["objective"].items() if value}
     objective = ", ".join(f"{name} {value:g}" for name, value in weights.items())
-    names = ("num_steps", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "precision", "seed")
-    options = [(name, f"{train.config[name]}") for name in names if name in train.config]
+    names = (
+        "num_steps",
+        "num_epochs",
+        "batch_size",
+        "learning_rate",
+        "weight_decay",
+        "warmup_steps",
+        "precision",
+        "seed",
+    )
+    values = {**train.config, "num_steps": train.result.get("num_steps", train.config.get("num_steps"))}
+    options = [(name, f"{values[name]}") for name in names if values.get(name) is not None]
     return _table(("", ""), [("objective", f"{train.config['objective']}: {objective}"), *options])
 
 
