@@ -239,7 +239,7 @@ def _recipe(train: StageRecord | None) -> str:
         "seed",
     )
     values = {**train.config, "num_steps": train.result.get("num_steps", train.config.get("num_steps"))}
-    options = [(name, f"{values[name]}") for name in names if values.get(name) is not None]
+    options = [(name, f"{values[name]}") for name in (*names, "precision", "seed") if values.get(name) is not None]
     return _table(("", ""), [("objective", f"{train.config['objective']}: {objective}"), *options])
 
 
