@@ -6,6 +6,7 @@ import importlib
 import os
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 STAGES = {
@@ -57,7 +58,11 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one stage; 0 on success, 2 on bad input (one line on stderr, no traceback)."""
+    """Run one stage; the exit code. 0: done. 2 and 3: one line on stderr says what to change. 130: Ctrl-C.
+
+    2 is for what the user gave; 3 for the machine (a full disk, no rights, no memory, no network, a missing package). A
+    defect of distilclip keeps its traceback, and Python's exit code 1.
+    """
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print(usage())
@@ -77,24 +82,53 @@ def main(argv: Sequence[str] | None = None) -> int:
             _run_stage(name, argv)
         else:
             raise InputError(f"no stage {name!r}. {did_you_mean(name, [*STAGES, *COMMANDS])}")
-    except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # of several processes of torchrun, one says it
-            print(f"distilclip{f' {name}' if name in STAGES else ''}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"distilclip {name}: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    except (Exception, KeyboardInterrupt) as error:
+        code = _explain(name, error)
+        if code is None:
+            raise
+        return code
     return 0
 
 
+def _explain(name: str, error: BaseException) -> int | None:
+    """Say in one line what went wrong; the exit code, None for what needs its traceback."""
+    from distilclip import failures
+    from distilclip.messages import shows_details
+
+    if isinstance(error, KeyboardInterrupt):
+        print(f"distilclip {name}: interrupted; the same command goes on from here", file=sys.stderr)
+        return failures.INTERRUPTED
+    if isinstance(error, BrokenPipeError):  # `distilclip ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    failure = failures.explain(error)
+    if failure is None:
+        return None
+    if shows_details():
+        traceback.print_exception(error)
+    # Of several processes of torchrun, one says what all know; what is wrong on one machine, each.
+    if os.environ.get("RANK", "0") == "0" or failure.code == failures.SYSTEM:
+        print(f"distilclip{f' {name}' if name in STAGES else ''}: {failure.text}", file=sys.stderr)
+    return failure.code
+
+
 def _run_stage(name: str, argv: list[str]) -> None:
-    from distilclip import config, messages
+    from distilclip import config, folder_lock, launch, messages
 
     options = importlib.import_module(f"distilclip.configs.{name}")
     messages.set_up_messages(**config.take_message_flags(argv))
+    launch.find_place()
     started = time.perf_counter()
-    values = config.parse(options.Config, argv, stage=name, description=f"{_sentence(STAGES[name])}\n\n{FROM_A_RECIPE.format(name)}\n\n{MESSAGES}")
-    result = importlib.import_module(f"distilclip.stages.{name}").main(values)
+    values = config.parse(
+        options.Config,
+        argv,
+        stage=name,
+        description=f"{_sentence(STAGES[name])}\n\n{FROM_A_RECIPE.format(name)}\n\n{MESSAGES}",
+    )
+    if name not in ("run", "train") and not launch.work_alone(name):
+        return
+    with folder_lock.held_for_block():
+        result = importlib.import_module(f"distilclip.stages.{name}").main(values)
     from distilclip.progress import summarise
 
     messages.say(summarise(result, seconds=time.perf_counter() - started, out=values.out))

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, TypeVar
 
@@ -45,7 +47,9 @@ def job(device: str = "auto") -> Iterator[torch.device]:
     if resolved.type not in ("cuda", "cpu"):
         raise InputError(f"Several processes train on CUDA or on the CPU, not on {resolved}. Use --device cpu.")
     # Host tensors are reduced as well (counts, signals), hence gloo beside NCCL.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if resolved.type == "cuda" else "gloo"
+    number, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group(backend, store=_new_part("job"), rank=number, world_size=world_size)
     try:
         yield resolved
     finally:
@@ -53,12 +57,65 @@ def job(device: str = "auto") -> Iterator[torch.device]:
 
 
 def _own_cuda_device(local_rank: int) -> str:
+    if "SLURM_STEP_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ and torch.cuda.device_count() == 1:
+        return "cuda:0"  # srun --gpus-per-task shows each process its own
     if local_rank >= torch.cuda.device_count():
         raise InputError(
             f"torchrun started process {local_rank + 1} on a machine with {torch.cuda.device_count()} CUDA devices. "
             "Lower --nproc-per-node."
         )
     return f"cuda:{local_rank}"
+
+
+_stores: dict[tuple[str, ...], Any] = {}
+_num_parts: Counter[str] = Counter()
+
+
+def _new_part(purpose: str) -> Any:
+    """Return a part of the store that all processes share, for one use; all processes ask for them in the same order.
+
+    A second process group in a process must not find the addresses of the first.
+    """
+    place = tuple(os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE"))
+    if place not in _stores:
+        _stores[place] = next(iter(dist.rendezvous("env://")))[0]
+    _num_parts[purpose] += 1
+    return dist.PrefixStore(f"distilclip {purpose} {_num_parts[purpose]}", _stores[place])
+
+
+class Orders:
+    """Words that the first process of several gives to the others, which wait as long as it takes."""
+
+    def __init__(self) -> None:
+        self._store = _new_part("orders")
+        self._num_given = 0
+
+    def give(self, word: str) -> None:
+        """Let the others go on with a word."""
+        self._num_given += 1
+        self._store.set(f"order {self._num_given}", word)
+
+    def take(self) -> str:
+        """Wait for the next word. Raises `InputError` where the first process is gone."""
+        self._num_given += 1
+        name = f"order {self._num_given}"
+        try:
+            while not self._store.check([name]):
+                time.sleep(0.2)
+            return self._store.get(name).decode()
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            raise InputError("The first of the processes has ended; see its message.") from error
+
+    def end(self) -> None:
+        """Tell the others that there is nothing more to do, and wait until they know, for at most 30 s."""
+        self.give("")
+        world_size, end = int(os.environ["WORLD_SIZE"]), time.monotonic() + 30
+        while self._store.add("ended", 0) < world_size - 1 and time.monotonic() < end:
+            time.sleep(0.05)
+
+    def confirm_end(self) -> None:
+        """Let the first process, which holds the store, end."""
+        self._store.add("ended", 1)
 
 
 def rank() -> int:

@@ -250,7 +250,7 @@ def atomic_write(path: str) -> Iterator[Any]:
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
-            error.filename, error.filename2 = path, None  # a write does not say where, and nobody knows that name
+            error.filename = path  # a write does not say where, and nobody knows the temporary name
         if os.path.exists(temporary):
             os.remove(temporary)
         raise
@@ -299,7 +299,7 @@ def create_bytes(path: str, content: bytes) -> bool:
         return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
-            error.filename, error.filename2 = path, None
+            error.filename = path
             raise
         return _create_in_place(path, content)  # no hard links here
     finally:

@@ -93,6 +93,11 @@ def speaks_json() -> bool:
     return any(isinstance(handler.formatter, _JsonLines) for handler in _logger.handlers)
 
 
+def shows_details() -> bool:
+    """Whether the user asked for debug messages, so that an error shows its traceback, too."""
+    return _logger.isEnabledFor(logging.DEBUG)
+
+
 def _set_up_once() -> None:
     """From Python, without the command line, a stage speaks as it does there, unless somebody listens already."""
     if not _logger.handlers:

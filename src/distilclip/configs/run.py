@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distilclip.errors import InputError
+from distilclip.launch import check_number
 from distilclip.options import changeable
 
 
@@ -33,8 +34,11 @@ class Config:
     stale: Literal["stop", "redo", "replace"] = changeable("stop")
     """with finished steps whose options or inputs have changed since: stop and say why; make them anew and move the
     old folders to OUT-before-N (redo); or make them anew and remove the old ones (replace)"""
+    nproc_per_node: str = changeable("auto")
+    """processes that train together: a number, or auto: one per GPU, 1 on a CPU. Under torchrun and srun all train"""
 
     def __post_init__(self) -> None:
+        check_number(self.nproc_per_node)
         if not self.recipe:
             raise InputError("run needs a recipe: `distilclip run RECIPE.toml`; `distilclip recipes` lists those here.")
         if self.only and self.from_step:

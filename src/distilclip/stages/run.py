@@ -19,14 +19,17 @@ import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from distilclip import files, stage_folder
+from distilclip import files, folder_lock, launch, stage_folder
 from distilclip.config import build, field_names, read_recipe, recipe_values, step_names
 from distilclip.configs.run import Config
 from distilclip.errors import InputError, did_you_mean
 from distilclip.messages import say
 from distilclip.progress import summarise
+
+if TYPE_CHECKING:
+    from distilclip.distributed import Orders
 
 REFERENCE = re.compile(r"(?:^|(?<=[=:]))@([\w./-]*)")
 STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "export", "report")
@@ -57,8 +60,40 @@ class Standing:
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Run all steps; every config is checked before the first step starts."""
+    """Run all steps; every config is checked before the first step starts.
+
+    Where torchrun or Slurm started several processes, the first runs the steps, and all train.
+    """
     out, steps, summary = _several(config) if config.other_recipes else _one(config)
+    rank, world = launch.find_place()
+    if world == 1:
+        return _run(config, out, steps, summary, None)
+    if config.nproc_per_node != "auto":
+        raise InputError(f"--nproc-per-node {config.nproc_per_node}: {world} processes run already; leave it out.")
+    from distilclip.distributed import Orders
+
+    orders = Orders()
+    if rank > 0:
+        return _follow(steps, orders)
+    try:
+        return _run(config, out, steps, summary, orders)
+    finally:
+        orders.end()
+
+
+def _follow(steps: Sequence[Step], orders: Orders) -> dict[str, Any]:
+    """Train what the first process says, as often as it says so."""
+    by_path = {step.path: step for step in steps}
+    while path := orders.take():
+        importlib.import_module("distilclip.stages.train").main(by_path[path].config)
+    orders.confirm_end()
+    return {}
+
+
+def _run(
+    config: Config, out: str, steps: Sequence[Step], summary: dict[str, Any], orders: Orders | None
+) -> dict[str, Any]:
+    """Run the steps in this process; those that train also in others."""
     chosen = _choose(steps, config)
     standings = predict(steps, chosen)
     if config.dry_run:
@@ -81,11 +116,27 @@ def main(config: Config) -> dict[str, Any]:
                 raise InputError(_explain_stale([standing], out))
             _put_away(step.config.out, files.join(before, step.path) if config.stale == "redo" else None)
         started = time.perf_counter()
-        result = importlib.import_module(f"distilclip.stages.{step.stage}").main(step.config)
+        with folder_lock.held_for_block():
+            result = _run_step(step, orders, nproc_per_node=config.nproc_per_node)
         say(f"    {summarise(result, seconds=time.perf_counter() - started, out=step.config.out)}")
+    if len(chosen) < len(steps):
+        folder_lock.release(out)
     if len(chosen) < len(steps) or (folder.finished and folder.result() == {"stage": "run", **summary}):
         return {"stage": "run", **summary}
     return folder.finish(summary)
+
+
+def _run_step(step: Step, orders: Orders | None, *, nproc_per_node: str) -> dict[str, Any]:
+    """Run one step here, or where it trains in as many processes as there are or are wanted."""
+    config = step.config
+    if step.stage == "train" and orders is not None:
+        orders.give(step.path)
+    elif step.stage == "train":
+        count = launch.count_processes(nproc_per_node, device=config.device, batch_size=config.batch_size)
+        if count > 1:
+            launch.run_in_processes("train", stage_folder.config_values(config), num_processes=count)
+            return stage_folder.Folder(config.out, "train").result()
+    return importlib.import_module(f"distilclip.stages.{step.stage}").main(config)
 
 
 def look_at(step: Step, steps: Sequence[Step]) -> Standing:
