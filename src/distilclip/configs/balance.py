@@ -33,6 +33,8 @@ class Config:
     """join every pair below the threshold, or (topk) each image with its --top-k nearest only, as the paper says"""
     top_k: int | None = None
     """number of nearest images that each image is compared with in topk mode"""
+    from_folder: str | None = None
+    """folder of an earlier balance of this store: cut its forest at another threshold, without a search"""
     max_radius: float | None = None
     """keep more images of a group until every image is within this distance of a kept one"""
     memory_gb: float = changeable(1.0)
@@ -44,11 +46,23 @@ class Config:
     execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
-        _ = self.rule  # checks it
+        if self.from_folder is None:
+            _ = self.rule  # checks it
+        else:
+            self._check_cut()
         if self.block_rows is not None and self.block_rows < 1:
             raise InputError(f"block_rows is {self.block_rows}; it must be at least 1.")
         if self.top_k is not None and self.execution.engine != "local":
             raise InputError("topk mode compares every list with all rows: --engine local only.")
+
+    def _check_cut(self) -> None:
+        """Raise `InputError` for options that a cut of another folder's forest cannot have."""
+        for name, default in (("max_threshold", None), ("mode", "threshold"), ("top_k", None)):
+            if getattr(self, name) != default:
+                raise InputError(f"--from-folder has its own --{name.replace('_', '-')}: leave it out.")
+        reach = 1.0 if self.threshold is None else None
+        replace_rule = {"max_threshold": reach, "mode": "threshold", "top_k": None}
+        Rule(**{option.name: replace_rule.get(option.name, getattr(self, option.name)) for option in fields(Rule)})
 
     @property
     def rule(self) -> Rule:

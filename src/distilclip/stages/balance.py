@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from distilclip.data.side_files import Groups, groups_path, write_groups
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import map_parts
+from distilclip.errors import InputError
 from distilclip.grouping.balance import Balance, balance_parts
 from distilclip.grouping.forecast import BYTES_PER_EDGE, calibrate
 from distilclip.grouping.forest import Forest
@@ -52,18 +53,20 @@ def main(config: Config) -> dict[str, Any]:
     folder = stage_folder.open_folder(config.out, stage="balance", config=config, inputs=config.inputs())
     if folder.finished:
         return folder.result()
-    images, rule = ImageMatrix(Store.open(config.store)), config.rule
+    images = ImageMatrix(Store.open(config.store))
     forest_path, search_path = folder.child("forest.parquet"), folder.child("search.json")
+    source = config.from_folder or folder.path
+    rule = config.rule if config.from_folder is None else _rule_of_cut(config, config.from_folder)
 
     def save(found: Finding) -> None:
         if not files.exists(forest_path):
             stage_folder.write_json(search_path, {"saturated": found.saturated})
             save_forest(forest_path, found.forest, images)
 
-    # A forest that an earlier run saved is the one part of this run.
-    if files.exists(forest_path):
-        saturated = stage_folder.read_json(search_path)["saturated"]
-        parts = iter([Finding(forest=load_forest(forest_path, images), saturated=saturated)])
+    # A forest that an earlier run saved, here or in the folder that is cut anew, is the one part of this run.
+    if files.exists(files.join(source, "forest.parquet")):
+        saturated = stage_folder.read_json(files.join(source, "search.json"))["saturated"]
+        parts = iter([Finding(forest=load_forest(files.join(source, "forest.parquet"), images), saturated=saturated)])
     else:
         parts = _search(config, rule, folder.path, images)
     represent = partial(
@@ -72,13 +75,46 @@ def main(config: Config) -> dict[str, Any]:
         batch_rows=int(config.memory_gb * 2**30) // (4 * images.store.dim) + 1,
         radius=radius_of(rule),
     )
-    balance = balance_parts(rule, images.valid(), parts=parts, represent=represent, save=save)
+    try:
+        balance = balance_parts(rule, images.valid(), parts=parts, represent=represent, save=save)
+    except InputError as error:
+        raise InputError(_with_ways_on(str(error), forest_path, folder.path)) from error
     remove_parts(folder.path)
     _write_groups(folder.path, images, balance)
     result = {**_result(balance), **_examples(balance, images)}
     for warning in result["warnings"]:
         warn(f"balance: {warning}")
     return folder.finish(result)
+
+
+def _rule_of_cut(config: Config, source: str) -> Rule:
+    """Return the rule of a cut: an earlier search, this config's threshold; `InputError` where they do not fit."""
+    record = stage_folder.read_record(source)
+    if record is None or record.stage != "balance" or not files.exists(files.join(source, "forest.parquet")):
+        raise InputError(f"{source} is no balance folder whose search has ended: it has no forest.parquet.")
+    if stage_folder.read_json(files.join(source, "inputs.json"))["embed"] != stage_folder.result_digest(config.store):
+        raise InputError(f"{source} was made from another store than {config.store}.")
+    before = record.config
+    if before["metric"] != config.metric:
+        raise InputError(f"{source} was searched with --metric {before['metric']}, not {config.metric}.")
+    reach = before["max_threshold"] or before["threshold"]
+    if config.threshold is not None and config.threshold > reach:
+        raise InputError(
+            f"{source} was searched up to {before['metric']} {reach}, not {config.threshold}: a larger threshold needs "
+            "a search of its own, with --max-threshold and without --from-folder."
+        )
+    searched = {"max_threshold": reach, "mode": before["mode"], "top_k": before["top_k"]}
+    return Rule(**{option.name: searched.get(option.name, getattr(config, option.name)) for option in fields(Rule)})
+
+
+def _with_ways_on(error: str, forest_path: str, path: str) -> str:
+    """Add to an error after the search what can be done with the search."""
+    if not files.exists(forest_path):
+        return error
+    return (
+        f"{error} The search is kept: `distilclip balance --from-folder {path}` with another --out cuts it at any "
+        "threshold up to there, without a search; a larger --max-threshold needs another --out and searches again."
+    )
 
 
 def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Iterator[Finding]:
