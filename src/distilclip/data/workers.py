@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from distilclip.errors import InputError
-from distilclip.progress import say
+from distilclip.messages import say
 
 MOST_WORKERS = 16
 MOST_SECONDS = 1800
