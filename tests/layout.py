@@ -98,7 +98,7 @@ def measure() -> dict[str, str]:
     sizes = {name: len(path.read_text().splitlines()) for name, path in names.items()}
     clients = Counter(module for path in names.values() for module in imports_of(path))
     per_folder = Counter(name.split(".")[0] for name in names if "." in name)
-    repeated = Counter(name.split(".")[-1] for name in names if not name.startswith("stages."))
+    repeated = Counter(name.split(".")[-1] for name in names if not name.startswith(("stages.", "configs.")))
     _, bodies, parameters = zip(*functions(), strict=True)
     numeric = [path for name, path in names.items() if name.split(".")[0] in NUMERIC]
     comments = sum(map(num_comments, names.values()))
@@ -117,7 +117,7 @@ def measure() -> dict[str, str]:
         "modules in the largest folder": "{} ({})".format(*reversed(per_folder.most_common(1)[0])),
         "median file, lines": f"{statistics.median(sizes.values()):.0f}",
         "modules with exactly one client": f"{sum(clients[name] == 1 for name in names)} of {len(names)}",
-        "module names that occur twice (stages aside)": str(sum(count > 1 for count in repeated.values())),
+        "module names that occur twice (stages and configs aside)": str(sum(count > 1 for count in repeated.values())),
         "comments per 100 lines": f"{100 * comments / total:.1f}",
         "comments per 100 lines, numeric modules": f"{100 * sum(map(num_comments, numeric)) / numeric_lines:.1f}",
         "test lines per source line": f"{tests / total:.2f}",
