@@ -181,7 +181,9 @@ def test_a_url_has_one_holder_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(folder_lock, "_held", {})
     files.write_bytes(
         f"{out}/lock.json",
-        json.dumps(asdict(replace(folder_lock._this_process(), pid=1, started=folder_lock._start_of(1)))).encode(),
+        json.dumps(
+            asdict(replace(folder_lock._this_process(), pid=1, started=folder_lock._start_of(1) or ""))
+        ).encode(),
     )
     with pytest.raises(InputError, match="is held by process 1 on"):
         open_again(out)

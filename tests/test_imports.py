@@ -18,7 +18,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "distilclip"
 
 # From the ground up. What stands on a level imports from the levels below it, and from its own package.
 LEVELS = [
-    {"errors", "messages", "options", "methods", "devices", "files", "folder_lock", "launch", "failures", "csv_rows", "stage_folder", "progress", "stage_calls"},
+    {"errors", "messages", "options", "methods", "devices", "files", "folder_lock", "launch", "failures", "step_references", "csv_rows", "stage_folder", "progress", "stage_calls"},
     {"losses", "vectors", "measures", "data", "corpus", "plan"},
     {"grouping", "clustering", "sets", "models"},
     {"train", "evaluate", "export", "report"},
@@ -29,7 +29,7 @@ LEVELS = [
 ]
 # What runs a stage, for stages and the training loop only, with what it imports itself.
 RUNNERS = {
-    "config": {"errors", "files", "messages", "options", "stage_calls"},
+    "config": {"errors", "files", "messages", "options", "stage_calls", "step_references"},
     "engine": {"errors", "options"},
     "distributed": {"errors", "devices", "losses"},  # of losses only the record of what is where
 }

@@ -6,6 +6,7 @@ parses them all. So recipes and flags are checked by the same code, and flags wi
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import os
@@ -18,8 +19,12 @@ from distilclip import files, messages
 from distilclip.errors import InputError, did_you_mean
 from distilclip.options import option_fields, option_types
 from distilclip.stage_calls import build_config
+from distilclip.step_references import find_references, resolve
 
 C = TypeVar("C")
+
+STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "export", "report")
+"""What a recipe may have steps of."""
 
 ALIASES = {
     "lr": "learning-rate",
@@ -53,8 +58,9 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     """Parse `[RECIPE[#STEP]] [--flag value ...]` into a stage's Config.
 
     `RECIPE` is a config.json, or a TOML file whose `[stage]` table holds the flags (with `#name`, its `[stage.name]`
-    table). A Config with a field `recipe` gets the path itself, and further paths as `other_recipes`. A Config with
-    fields marked `positional` gets them in their order: `distilclip search MODEL PICTURES QUERY`.
+    table); its `@` references, and an `out` that is missing there, are those of `distilclip run RECIPE`. A Config with
+    a field `recipe` gets the path itself, and further paths as `other_recipes`. A Config with fields marked
+    `positional` gets them in their order: `distilclip search MODEL PICTURES QUERY`.
 
     Raises `InputError` for a recipe with an unknown key or stage. For a bad flag, tyro prints a message and exits.
     """
@@ -74,7 +80,10 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
     elif positional:
         path, _, name = argv.pop(0).partition("#")
         given = {a.split("=")[0].removeprefix("--").replace("-", "_") for a in argv if a.startswith("--")}
-        values = recipe_values(read_recipe(path), config_type, stage=stage, name=name, source=path)
+        tables = read_recipe(path)
+        values = recipe_values(tables, config_type, stage=stage, name=name, source=path)
+        if path.endswith(".toml"):
+            values = _place_step(tables, values, path=f"{stage}/{name}" if name else stage, source=path)
         flags = as_flags({k: v for k, v in values.items() if k not in given})
     return tyro.cli(
         config_type,
@@ -83,6 +92,29 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
         description=description,
         config=(tyro.conf.FlagConversionOff, tyro.conf.OmitSubcommandPrefixes, tyro.conf.OmitArgPrefixes),
     )
+
+
+def _place_step(tables: dict[str, Any], values: dict[str, Any], *, path: str, source: str) -> dict[str, Any]:
+    """Return a step's values with folders for its `@` references, and its own folder, as `distilclip run` has them."""
+    stages = [stage for stage, table in tables.items() if stage in STEP_STAGES and isinstance(table, dict)]
+    paths = [
+        f"{stage}/{name}" if name else stage
+        for stage in stages
+        for name in step_names(tables[stage], config_type_of(stage)) or [""]
+    ]
+    out = tables.get("out")
+    if not isinstance(out, str):
+        if find_references(values.values(), path, paths, source):
+            raise InputError(f'{source} names no `out` folder, in which @ references lie: add `out = "runs/NAME"`.')
+        return values
+    find_references(values.values(), path, paths, source)  # checks them
+    folders = {"": out, **{step: files.join(out, step) for step in paths}}
+    return {"out": folders.get(path, files.join(out, path)), **{k: resolve(v, folders) for k, v in values.items()}}
+
+
+def config_type_of(stage: str) -> Any:
+    """Return the Config class of a stage."""
+    return importlib.import_module(f"distilclip.configs.{stage}").Config
 
 
 def translate_aliases(argv: Sequence[str], config_type: Any) -> list[str]:

@@ -120,7 +120,7 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
         before = _check_same(folder, values, config, digests)
         if before is not None and not _grown(before, values, config):
             return folder
-    elif not (files.is_url(folder.path) or files.exists(folder.child("config.json")) or _holds_nothing(folder.path)):
+    elif not (files.is_url(folder.path) or files.exists(folder.child("config.json")) or _may_begin(folder)):
         raise InputError(f"{path} is not empty and is no {stage} folder (no config.json). Choose another --out.")
     folder_lock.hold(folder.path)
     try:
@@ -309,6 +309,17 @@ def _git_commit() -> str | None:
 
 
 _BEGINNING = ("config.json", "env.json", "inputs.json", folder_lock.NAME)  # `open_folder`'s, before the stage's own
+
+
+def _may_begin(folder: Folder) -> bool:
+    """Whether a local folder is empty; that of a run may hold folders of its steps, which were run one by one."""
+    if folder.stage != "run":
+        return _holds_nothing(folder.path)
+    for parent, folders, names in os.walk(folder.path):
+        folders[:] = [f for f in folders if not os.path.exists(os.path.join(parent, f, "config.json"))]
+        if not all(name in _BEGINNING or files.is_temporary(name) for name in names):
+            return False
+    return True
 
 
 def _holds_nothing(path: str) -> bool:

@@ -14,6 +14,7 @@ from distilclip import launch, stage_folder
 from tests.ranks import free_port
 
 RECIPE = """
+out = "{out}"
 [corpus]
 num_pairs = 48
 shard_size = 24
@@ -24,7 +25,6 @@ num_workers = 0
 data = ["@corpus/train/*.tar"]
 batch_size = 8
 num_steps = 3
-log_every = 1
 warmup_steps = 1
 num_workers = 0
 precision = "fp32"
@@ -45,7 +45,7 @@ SLURM = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "41", "SLURM
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_clip_json: str) -> str:
     path = tmp_path / "recipe.toml"
-    path.write_text(RECIPE.replace("{student}", json.dumps(tiny_clip_json)))
+    path.write_text(RECIPE.replace("{student}", json.dumps(tiny_clip_json)).replace("{out}", str(tmp_path / "own")))
     return str(path)
 
 
@@ -77,7 +77,7 @@ def losses(out: Path) -> list[float]:
     lines = [
         line for name in ("one", "two") for line in stage_folder.read_metrics(str(out / f"train/{name}/metrics.jsonl"))
     ]
-    assert len(lines) == 6
+    assert len(lines) == 2  # each the mean of three steps
     return [line["loss"] for line in lines]
 
 
@@ -96,6 +96,21 @@ def test_two_processes_however_they_are_started_train_as_one(recipe: str, tmp_pa
         assert [path.read_bytes() for path in pairs] == [(found / "corpus/train" / p.name).read_bytes() for p in pairs]
         assert (found / "embed/result.json").exists()
         assert not list(found.rglob("lock.json"))
+
+
+def test_one_step_of_a_recipe_has_the_references_and_the_folder_of_run(recipe: str, tmp_path: Path) -> None:
+    ended([start(["distilclip", "corpus", recipe])])
+    ended([start(["distilclip", "train", f"{recipe}#one"])])
+    ended([start(torchrun("train", f"{recipe}#two"))])
+    out = tmp_path / "own"
+    assert stage_folder.read_json(str(out / "train/two/config.json"))["init"] == [f"weights:{out}/train/one"]
+    said = ended([start(["distilclip", "run", recipe])])  # finds them done
+    assert all(f"{number}/4 {path} (finished before)" in said for number, path in ((1, "corpus"), (3, "train/two")))
+    process = start(
+        ["distilclip", "train", f"{recipe}#two", "--init", "weights:@train/tow", "--out", str(tmp_path / "x")]
+    )
+    process.communicate()
+    assert process.returncode == 2
 
 
 def test_a_stage_of_one_process_runs_once_under_torchrun(tmp_path: Path) -> None:

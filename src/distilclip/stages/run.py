@@ -14,25 +14,22 @@ import dataclasses
 import importlib
 import itertools
 import os
-import re
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from distilclip import files, folder_lock, launch, stage_folder
-from distilclip.config import build, field_names, read_recipe, recipe_values, step_names
+from distilclip.config import STEP_STAGES, build, config_type_of, field_names, read_recipe, recipe_values, step_names
 from distilclip.configs.run import Config
 from distilclip.errors import InputError, did_you_mean
 from distilclip.messages import say
 from distilclip.progress import summarise
+from distilclip.step_references import find_references, resolve
 
 if TYPE_CHECKING:
     from distilclip.distributed import Orders
-
-REFERENCE = re.compile(r"(?:^|(?<=[=:]))@([\w./-]*)")
-STEP_STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate", "export", "report")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -270,7 +267,7 @@ def override(tables: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]
             raise InputError(f"--overrides {text!r} is not of the form STAGE.OPTION=VALUE.")
         if stage not in STEP_STAGES or not isinstance(changed.get(stage), dict):
             raise InputError(f"--overrides {text!r}: the recipe has no [{stage}]. {did_you_mean(stage, changed)}")
-        for name in step_names(changed[stage], _config_type(stage)):
+        for name in step_names(changed[stage], config_type_of(stage)):
             changed[stage][name].pop(option, None)
         changed[stage][option] = value
     return changed
@@ -298,7 +295,7 @@ def read_all_steps(tables: Mapping[str, dict[str, Any]], *, out: str, seed: int 
         "out": files.join(out, "report"),
         "title": ", ".join(tables),
     }
-    report = build(_config_type("report"), values, stage="report")
+    report = build(config_type_of("report"), values, stage="report")
     return [*steps, Step(stage="report", path="report", config=report)]
 
 
@@ -319,8 +316,8 @@ def read_steps(
     folders = {"": out}
     for path in _in_order(values, source=source):
         stage = path.partition("/")[0]
-        config_type = _config_type(stage)
-        resolved = {key: _resolve(value, folders) for key, value in values[path].items()}
+        config_type = config_type_of(stage)
+        resolved = {key: resolve(value, folders) for key, value in values[path].items()}
         resolved["out"] = files.join(out, path)
         if seed is not None and "seed" in field_names(config_type):
             resolved["seed"] = seed
@@ -346,7 +343,7 @@ def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, 
             continue
         if stage not in STEP_STAGES:
             raise InputError(f"{source}: no stage [{stage}]. {did_you_mean(stage, STEP_STAGES)}")
-        config_type = _config_type(stage)
+        config_type = config_type_of(stage)
         for name in step_names(table, config_type) or [""]:
             path = f"{stage}/{name}" if name else stage
             values[path] = recipe_values(tables, config_type, stage=stage, name=name, source=source)
@@ -357,7 +354,7 @@ def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, 
 
 def _in_order(values: dict[str, dict[str, Any]], *, source: str) -> list[str]:
     """Return the steps in the order of the file, but each after the steps it refers to."""
-    waiting = {path: _references(list(v.values()), path, list(values), source) for path, v in values.items()}
+    waiting = {path: find_references(v.values(), path, list(values), source) for path, v in values.items()}
     order: list[str] = []
     while waiting:
         ready = next((path for path, needed in waiting.items() if needed <= set(order)), None)
@@ -366,40 +363,3 @@ def _in_order(values: dict[str, dict[str, Any]], *, source: str) -> list[str]:
         order.append(ready)
         del waiting[ready]
     return order
-
-
-def _references(values: list[Any], path: str, paths: list[str], source: str) -> set[str]:
-    """Return the steps that a step's values name; `@` alone, the folder of the run, names all others."""
-    found: set[str] = set()
-    for value in values:
-        if isinstance(value, list):
-            found |= _references(value, path, paths, source)
-        for reference in REFERENCE.findall(value) if isinstance(value, str) else []:
-            step = _step_of(reference, paths)
-            if reference and step is None:
-                raise InputError(f"{source}, [{path}]: @{reference} is no step. {did_you_mean(reference, paths)}")
-            found |= {step} if step else set(paths) - {path}
-    return found
-
-
-def _step_of(reference: str, paths: Iterable[str]) -> str | None:
-    """Return the step whose folder, or a file in it, is named by a reference."""
-    return next((path for path in paths if reference == path or reference.startswith(f"{path}/")), None)
-
-
-def _resolve(value: Any, folders: Mapping[str, str]) -> Any:
-    """Replace the references in a value: a step's name by its folder, `@` alone by the folder of the run."""
-    if isinstance(value, list):
-        return [_resolve(item, folders) for item in value]
-    if not isinstance(value, str):
-        return value
-
-    def place(match: re.Match[str]) -> str:
-        step = _step_of(match.group(1), folders) or ""
-        return folders[step] + match.group(1)[len(step) :]
-
-    return REFERENCE.sub(place, value)
-
-
-def _config_type(stage: str) -> Any:
-    return importlib.import_module(f"distilclip.configs.{stage}").Config
