@@ -18,7 +18,22 @@ SOURCE = Path(__file__).parents[1] / "src" / "distilclip"
 
 # From the ground up. What stands on a level imports from the levels below it, and from its own package.
 LEVELS = [
-    {"errors", "messages", "options", "methods", "devices", "files", "folder_lock", "launch", "failures", "step_references", "csv_rows", "stage_folder", "progress", "stage_calls"},
+    {
+        "errors",
+        "messages",
+        "options",
+        "methods",
+        "devices",
+        "files",
+        "folder_lock",
+        "launch",
+        "failures",
+        "step_references",
+        "csv_rows",
+        "stage_folder",
+        "progress",
+        "stage_calls",
+    },
     {"losses", "vectors", "measures", "data", "corpus", "plan"},
     {"grouping", "clustering", "sets", "models"},
     {"train", "evaluate", "export", "report"},
@@ -33,7 +48,11 @@ RUNNERS = {
     "engine": {"errors", "options"},
     "distributed": {"errors", "devices", "losses"},  # of losses only the record of what is where
 }
-USERS_OF_RUNNERS = {"config": {"stages", "commands", "cli"}, "engine": {"configs", "stages"}, "distributed": {"stages", "train"}}
+USERS_OF_RUNNERS = {
+    "config": {"stages", "commands", "cli"},
+    "engine": {"configs", "stages"},
+    "distributed": {"stages", "train"},
+}
 FILES = [p for p in sorted(SOURCE.rglob("*.py")) if p.name != "__init__.py"]
 
 
@@ -86,7 +105,9 @@ def test_imports_point_down(path: Path) -> None:
         elif target in RUNNERS:
             assert package in USERS_OF_RUNNERS[target], f"{path} imports {module}"
         elif package in LEVELS[0]:
-            assert target in {"errors", "messages", "options", "files", "folder_lock", "launch"}, f"{path} imports {module}"
+            assert target in {"errors", "messages", "options", "files", "folder_lock", "launch"}, (
+                f"{path} imports {module}"
+            )
         else:
             assert level_of(target) < level_of(package), f"{path} imports {module}"
 

@@ -99,4 +99,6 @@ def test_progress_is_silent_when_asked_to_be(
     assert cli.main(["corpus", *flags[1:], f"--out={tmp_path / 'b'}"]) == 0
     shown = capfd.readouterr().err.splitlines()
     assert any(re.search(r"corpus .*b: 11 of 11 \(100%\)", line) for line in shown[:-1])
-    assert re.match(r"\d\d:\d\d:\d\d corpus: 60 pairs, .*% of them copies of others, in \d+ s, written to .*b$", shown[-1])
+    assert re.match(
+        r"\d\d:\d\d:\d\d corpus: 60 pairs, .*% of them copies of others, in \d+ s, written to .*b$", shown[-1]
+    )
