@@ -128,7 +128,7 @@ def test_a_leading_underscore_keeps_other_packages_out() -> None:
 
 
 def test_no_two_modules_and_no_two_public_classes_have_one_name() -> None:
-    """A stage and its options are called as its command is; all other modules, and all public classes, have names of their own."""
+    """A stage and its options are called as its command is; all others, and all public classes, have own names."""
     modules, classes = defaultdict(list), defaultdict(list)
     for module, path in MODULES.items():
         if package_of(module) in ("stages", "configs"):

@@ -6,8 +6,8 @@ import torch
 
 from distilclip.clustering import _assign_cpu, _assign_gpu, kmeans, sketches
 from distilclip.clustering.assignment import Assignment, assign
-from distilclip.clustering.kmeans import first_centers, sample_rows
 from distilclip.clustering.fit_options import FitOptions
+from distilclip.clustering.kmeans import first_centers, sample_rows
 from distilclip.clustering.sketches import Sketches, choose_projection
 from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Projection

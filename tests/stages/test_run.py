@@ -280,10 +280,10 @@ def test_the_papers_own_recipes_hold_the_published_settings() -> None:
     steps = read_all(*(str(RECIPES / f"clip-{name}.toml") for name in ("kd", "cid")))
     trained = {step.path.rpartition("/")[2]: step.config for step in steps if step.stage == "train"}
     found = {}
-    for name, config in trained.items():
-        how = config.optimization
+    for name, options in trained.items():
+        how = options.optimization
         rates = how.learning_rate, how.weight_decay, how.beta2, how.eps
-        found[name] = (config.objective, config.batch_size, config.num_epochs, *rates)
+        found[name] = (options.objective, options.batch_size, options.num_epochs, *rates)
     assert found == PUBLISHED
     published_students = {c.student for c in trained.values() if c.objective == "clip-kd"}
     assert published_students == set(STUDENTS)

@@ -104,7 +104,7 @@ def test_one_step_and_those_from_a_step_on(
     assert "num_centers was 4, now 5; balance changed since it was made" in found["cluster"]
     again(folder, from_step="cluster", stale="replace")
     assert set(states(folder, capsys).values()) == {"finished"}
-    with pytest.raises(InputError, match="--only 'balanc': the recipe has no such step. Did you mean 'balance'"):
+    with pytest.raises(InputError, match=r"--only 'balanc': the recipe has no such step\. Did you mean 'balance'"):
         again(folder, only="balanc")
 
 
