@@ -9,6 +9,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
@@ -85,3 +86,12 @@ def _messages_begin_anew() -> Iterator[None]:
     logger = logging.getLogger("distilclip")
     logger.handlers.clear()
     logger.propagate = True  # else pytest adds handlers of its own, and somebody would seem to listen
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """Turns the shape checks of the test session off, so that the library's own message can be seen."""
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", before)

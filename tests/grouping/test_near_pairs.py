@@ -158,6 +158,7 @@ def test_nearest_fills_up_with_minus_one() -> None:
     assert np.isinf(found.distance[:, 2:]).all()
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,7 +1,6 @@
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from torch import Tensor
@@ -24,15 +23,6 @@ class _LargestStorage(TorchDispatchMode):
 @pytest.fixture
 def largest_storage() -> type[_LargestStorage]:
     return _LargestStorage
-
-
-@pytest.fixture
-def unchecked_shapes() -> Iterator[None]:
-    """Turns the shape checks of the test session off, so that the library's own message can be seen."""
-    before = jaxtyping.config.jaxtyping_disable
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", before)
 
 
 @pytest.fixture
