@@ -71,7 +71,11 @@ def test_coca_gives_features_before_its_projection() -> None:
 
 @pytest.mark.parametrize("vision", [{"layers": [1, 1, 1, 1], "width": 8, "image_size": 32}, "none"])
 def test_a_tower_without_a_projection_gives_its_embedding_and_says_so(vision: Any) -> None:
-    clip = timm("test_resnet", "none") if vision == "none" else clip_with(vision_cfg=vision)
+    if vision == "none":  # then the tower is as wide as the shared space
+        vision = {"timm_model_name": "test_resnet", "timm_pool": "avg", "timm_proj": "none", "image_size": 64}
+        clip = clip_with(vision_cfg=vision, embed_dim=96)
+    else:
+        clip = clip_with(vision_cfg=vision)
     features, embedding = features_and_embedding(clip)
     assert clip.backbone_kind == "embedding"
     assert not torch.allclose(features.norm(dim=1), torch.ones(3))

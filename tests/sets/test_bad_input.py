@@ -26,6 +26,7 @@ from distilclip.models.clip import CONFIG_FILE, create_clip
 from distilclip.sets.catalogue import CATALOGUE
 from distilclip.sets.open import load_known_set, load_set
 from distilclip.sets.score import Score
+from distilclip.stage_calls import build_config
 from distilclip.stages.evaluate import Config, main
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 from tests.sets import made_sets
@@ -128,7 +129,11 @@ def test_an_unreadable_image_stops_the_stage_without_a_result(tmp_path: Path, ti
     out = tmp_path / "out"
     options: dict[str, Any] = {"models": (tiny_clip_folder,), "sets": (f"folder:{tmp_path}/pets",), "num_workers": 0}
     with pytest.raises(InputError) as error:
-        main(Config(out=str(out), device="cpu", tasks=("zero-shot",), **options))
+        main(
+            build_config(
+                Config, {"out": str(out), "device": "cpu", "tasks": ("zero-shot",), **options}, stage="evaluate"
+            )
+        )
     assert f"{cut}: truncated image" in str(error.value)
     assert "--on-error skip" in str(error.value)
     assert not (out / "result.json").exists()
