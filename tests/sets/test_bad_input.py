@@ -128,6 +128,7 @@ def test_an_unreadable_image_stops_the_stage_without_a_result(tmp_path: Path, ti
     cut.write_bytes(cut.read_bytes()[:200])
     out = tmp_path / "out"
     options: dict[str, Any] = {"models": (tiny_clip_folder,), "sets": (f"folder:{tmp_path}/pets",), "num_workers": 0}
+    options |= {"out": str(out), "device": "cpu", "tasks": ("zero-shot",)}
     with pytest.raises(InputError) as error:
         main(
             build_config(
