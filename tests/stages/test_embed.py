@@ -274,7 +274,7 @@ def run(folder, kill_at):
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
-kill_at = 3  # after env.json and config.json, which run.py writes and tests
+kill_at = 2  # after env.json, which open_folder writes and tests; config.json is created, not replaced
 while run(f"{out}/{kill_at}", kill_at) == signal.SIGKILL:
     assert not os.path.exists(f"{out}/{kill_at}/result.json")
     assert run(f"{out}/{kill_at}", None) == 0
