@@ -129,7 +129,7 @@ def test_words_and_flags_mix_and_a_finished_folder_repeats(model: str, pictures:
 def test_nothing_to_find_is_an_error(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert cli.main(["search", model, str(tmp_path / "empty"), "a cat"]) == 2
-    assert "holds no readable picture" in capsys.readouterr().err
+    assert "no CSV and no picture" in capsys.readouterr().err
     with pytest.raises(InputError, match="query is empty"):
         Config(model=model, pictures="p", query=" ")
     with pytest.raises(InputError, match="No file matches"):
