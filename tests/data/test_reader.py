@@ -67,6 +67,7 @@ def test_a_forked_process_does_not_share_the_file_position(tmp_path: Path) -> No
 def copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of copies."""
     monkeypatch.setenv("DISTILCLIP_COPIES", str(tmp_path / "copies"))
+    monkeypatch.setattr(reader_module, "FREE_SHARE", 0.0)  # however full the disk of this machine is
     reader_module._Copier.of_process.cache_clear()
     return tmp_path / "copies"
 
