@@ -31,6 +31,15 @@ def test_run_takes_a_recipe_of_the_package_by_its_name(capsys: pytest.CaptureFix
     assert "no file, and none in the package. Did you mean 'demo'?" in capsys.readouterr().err
 
 
+def test_a_folder_called_as_a_recipe_does_not_hide_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "demo").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["run", "demo", "--out", "out", "--dry-run"]) == 0
+    assert "train/teacher: to do" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("shell", ["bash", "zsh", "tcsh"])
 def test_one_completion_script_knows_every_stage_and_flag(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["completion", shell]) == 0
@@ -51,9 +60,10 @@ def test_completion_without_a_shell_says_which_there_are(capsys: pytest.CaptureF
 
 def test_flags_of_other_tools_are_understood_and_named(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--student", "s", "--out", "o", "--lr", "0.5", "--wd=0.1", "--workers", "0", "--train-data", "a.tar"]
-    values = config.parse(train.Config, [*words, "--report-to", "tensorboard"], stage="train")
+    values = config.parse(train.Config, [*words, "--report-to", "tensorboard", "--epochs", "3"], stage="train")
     assert values.optimization.learning_rate == 0.5
     assert values.optimization.weight_decay == 0.1
+    assert values.num_epochs == 3
     assert (values.num_workers, values.track, values.data) == (0, ("tensorboard",), ("a.tar",))
     said = capsys.readouterr().err
     assert "--lr is called --learning-rate here" in said
@@ -62,7 +72,7 @@ def test_flags_of_other_tools_are_understood_and_named(capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize(
     ("flag", "message"),
-    [("--batch-size-per-gpu", "over all processes"), ("--epochs", "--num-steps"), ("--pretrained", "--init")],
+    [("--batch-size-per-gpu", "over all processes"), ("--accum-freq", "--micro-batch"), ("--pretrained", "--init")],
 )
 def test_flags_without_an_equal_are_explained(flag: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--student", "s", flag, "3"]) == 2

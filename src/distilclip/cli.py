@@ -16,7 +16,7 @@ STAGES = {
     "cluster": "spherical k-means of the kept images: centers and labels",
     "train": "train a student with contrastive, feature, relational, instance and cluster terms",
     "evaluate": "zero-shot, linear probe and retrieval of any number of models, in one table",
-    "export": "kept data as tars, keys or a subset; models for open_clip, transformers and ONNX Runtime",
+    "export": "kept data as tars, keys or a subset; models for open_clip, transformers, timm, ONNX Runtime",
     "search": "pictures that fit some words, by an exported ONNX model, without torch",
     "report": "one self-contained HTML page from any of these folders",
     "plan": "time, memory, disk and cost of every stage on a cluster, before anything runs",

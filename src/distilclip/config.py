@@ -97,11 +97,7 @@ def parse(config_type: type[C], argv: Sequence[str], *, stage: str, description:
 def _place_step(tables: dict[str, Any], values: dict[str, Any], *, path: str, source: str) -> dict[str, Any]:
     """Return a step's values with folders for its `@` references, and its own folder, as `distilclip run` has them."""
     stages = [stage for stage, table in tables.items() if stage in STEP_STAGES and isinstance(table, dict)]
-    paths = [
-        f"{stage}/{name}" if name else stage
-        for stage in stages
-        for name in step_names(tables[stage], config_type_of(stage)) or [""]
-    ]
+    paths = [step for stage in stages for step in step_paths(tables[stage], stage)]
     out = tables.get("out")
     if not isinstance(out, str):
         if find_references(values.values(), path, paths, source):
@@ -173,7 +169,7 @@ def first_comment(path: str) -> str:
 
 def find_recipe(name: str) -> str:
     """Return the path of a recipe: a file, or the name of one in the package. `InputError` where there is neither."""
-    if files.exists(name):
+    if files.exists(name) and not files.is_folder(name):
         return name
     known = packaged_recipes()
     if name.removesuffix(".toml") in known:
@@ -234,6 +230,12 @@ def step_names(table: dict[str, Any], config_type: type) -> list[str]:
     """Return the names of a stage's steps: a sub-table that is no option is a step, such as `[train.teacher]`."""
     fields = field_names(config_type)
     return [key for key, value in table.items() if isinstance(value, dict) and key not in fields]
+
+
+def step_paths(table: dict[str, Any], stage: str) -> dict[str, str]:
+    """Return the steps of a stage's table by path, such as `train/teacher`, each with its name; `train` has none."""
+    names = step_names(table, config_type_of(stage)) or [""]
+    return {f"{stage}/{name}" if name else stage: name for name in names}
 
 
 def recipe_values(

@@ -57,7 +57,7 @@ def hold(path: str) -> None:
     if not files.is_url(place):
         os.makedirs(place, exist_ok=True)
     lock, holder = files.join(place, NAME), _this_process()
-    content = (json.dumps(asdict(holder), indent=2) + "\n").encode()
+    content = _content(holder)
     silent: Holder | None = None
     while True:
         with _one_at_a_time(place):
@@ -113,6 +113,10 @@ def _is_ours(place: str) -> bool:
 def _explain(path: str, lock: str, holder: Holder) -> str:
     after = "" if _is_here(holder) else f" If that process is dead, remove {lock}."
     return f"{path} is held by {holder}, which writes it. Wait until it ends, or choose another --out.{after}"
+
+
+def _content(holder: Holder) -> bytes:
+    return (json.dumps(asdict(holder), indent=2) + "\n").encode()
 
 
 def _this_process() -> Holder:
@@ -228,7 +232,7 @@ def _beat() -> None:
 def _touch(lock: str, holder: Holder) -> None:
     if files.is_url(lock):
         if _read(lock) == holder:
-            files.write_bytes(lock, (json.dumps(asdict(holder), indent=2) + "\n").encode())
+            files.write_bytes(lock, _content(holder))
     else:
         os.utime(lock)
 

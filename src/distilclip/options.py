@@ -7,6 +7,7 @@ config.json know an option by its own name alone, so moving one into a group bre
 from __future__ import annotations
 
 import dataclasses
+import functools
 import typing
 from typing import Any
 
@@ -21,14 +22,19 @@ def extendable(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"extendable": True})
 
 
-def option_fields(config_type: Any) -> list[dataclasses.Field[Any]]:
+def option_fields(config_type: Any) -> tuple[dataclasses.Field[Any], ...]:
     """Return the fields of a Config class in order, each group replaced by its own fields."""
+    return _find_fields(config_type)
+
+
+@functools.cache  # a recipe of nine steps asks 400 times, and each time all type hints would be read
+def _find_fields(config_type: Any) -> tuple[dataclasses.Field[Any], ...]:
     types = typing.get_type_hints(config_type)
     found: list[dataclasses.Field[Any]] = []
     for field in dataclasses.fields(config_type):
         group = types[field.name]
         found += option_fields(group) if dataclasses.is_dataclass(group) else [field]
-    return found
+    return tuple(found)
 
 
 def option_types(config_type: Any) -> dict[str, Any]:

@@ -208,7 +208,10 @@ def _input_digests(inputs: Sequence[tuple[str, str]]) -> dict[str, str]:
 def _changed_inputs(path: str, now: Mapping[str, str]) -> list[str]:
     """Return the names of inputs that came, went or changed since inputs.json was written, if it was."""
     before_path = files.join(path, "inputs.json")
-    before = read_json(before_path) if files.exists(before_path) else now
+    return _changed_names(read_json(before_path), now) if files.exists(before_path) else []
+
+
+def _changed_names(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
     return sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
 
 
@@ -253,8 +256,7 @@ def check_made_from(place: str, before: Mapping[str, str], now: Mapping[str, str
 
     `before` and `now` are digests by what each input is called.
     """
-    changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-    if changed:
+    if changed := _changed_names(before, now):
         raise InputError(
             f"{place} was made from other inputs than those there now: since then, {', '.join(changed)} came, went or "
             "changed. Choose another --out, or remove that folder and what was made from it."

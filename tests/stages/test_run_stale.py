@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +111,6 @@ def test_one_step_and_those_from_a_step_on(
 
 
 def test_a_finished_run_answers_without_torch_or_numpy(folder: Path) -> None:
-    import subprocess
-    import sys
-
     code = (
         "import sys; from distilclip import cli; assert cli.main(sys.argv[1:]) == 0; "
         "heavy = {'torch', 'numpy', 'pyarrow', 'fsspec'} & set(sys.modules); assert not heavy, heavy"
@@ -131,3 +130,22 @@ def test_the_command_line_says_it_in_one_message(
     said = capsys.readouterr().err
     assert said.startswith(f"distilclip run: {folder / 'out'} holds steps that would come out differently now:")
     assert "Traceback" not in said
+
+
+def test_a_stale_folder_that_another_process_writes_is_left_alone(folder: Path, tiny_clip_folder: str) -> None:
+    write(folder, tiny_clip_folder, num_centers=5)
+    cluster = folder / "out" / "cluster"
+    (cluster / "result.json").unlink()
+    hold = "import sys; from distilclip.folder_lock import hold; hold(sys.argv[1]); print('held', flush=True); input()"
+    words = [sys.executable, "-c", hold, str(cluster)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        before = contents(cluster)
+        for stale in ("redo", "replace"):
+            with pytest.raises(InputError, match=f"cluster is held by process {other.pid} "):
+                again(folder, stale=stale)
+        assert contents(cluster) == before
+        other.communicate("\n")
+    again(folder, stale="replace")
+    assert json.loads((cluster / "result.json").read_text())["num_centers"] == 5

@@ -21,7 +21,16 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, Literal
 
 from distilclip import files, folder_lock, launch, stage_folder
-from distilclip.config import STEP_STAGES, build, config_type_of, field_names, read_recipe, recipe_values, step_names
+from distilclip.config import (
+    STEP_STAGES,
+    build,
+    config_type_of,
+    field_names,
+    read_recipe,
+    recipe_values,
+    step_names,
+    step_paths,
+)
 from distilclip.configs.run import Config
 from distilclip.errors import InputError, did_you_mean
 from distilclip.messages import say
@@ -217,7 +226,9 @@ def _unused_folder(out: str) -> str:
 
 
 def _put_away(path: str, place: str | None) -> None:
-    """Move the folder of a stale step to `place`, or remove it."""
+    """Move the folder of a stale step to `place`, or remove it. Raises `InputError` where another process writes it."""
+    folder_lock.hold(path)
+    folder_lock.release(path)
     if place is None:
         say(f"    removes {path}")
         files.remove_folder(path)
@@ -343,10 +354,8 @@ def _step_values(tables: dict[str, Any], *, source: str) -> dict[str, dict[str, 
             continue
         if stage not in STEP_STAGES:
             raise InputError(f"{source}: no stage [{stage}]. {did_you_mean(stage, STEP_STAGES)}")
-        config_type = config_type_of(stage)
-        for name in step_names(table, config_type) or [""]:
-            path = f"{stage}/{name}" if name else stage
-            values[path] = recipe_values(tables, config_type, stage=stage, name=name, source=source)
+        for path, name in step_paths(table, stage).items():
+            values[path] = recipe_values(tables, config_type_of(stage), stage=stage, name=name, source=source)
             if "out" in values[path]:
                 raise InputError(f"{source}, [{stage}]: a step's folder is its name below the run's; leave out `out`.")
     return values
