@@ -11,6 +11,8 @@ import functools
 import typing
 from typing import Any
 
+from distilclip.errors import InputError
+
 
 def changeable(default: Any) -> Any:
     """Declare a config field that says how to compute, not what: it may differ between a run and its resumption."""
@@ -52,3 +54,11 @@ def option_values(config: Any) -> dict[str, Any]:
         value = getattr(config, field.name)
         values |= option_values(value) if dataclasses.is_dataclass(value) else {field.name: value}
     return values
+
+
+def check_at_least(options: Any, least: int, *names: str) -> None:
+    """Raise `InputError` naming the first of these options whose value is less; one that is None is not given."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise InputError(f"{name} is {value}; it must be at least {least}.")

@@ -58,8 +58,8 @@ def track(
             advance(1, num_samples, note())
 
 
-def summarise(result: Mapping[str, Any], *, seconds: float, out: str) -> str:
-    """Return one line about a stage's result; empty for a stage that says it itself.
+def summarise(result: Mapping[str, Any], *, seconds: float, out: str | None) -> str:
+    """Return one line about a stage's result; empty for a stage that says it itself (`run`, whose `out` may be None).
 
     >>> result = {"stage": "cluster", "num_labelled": 7080, "num_centers": 400}
     >>> summarise(result, seconds=3.2, out="runs/cluster")

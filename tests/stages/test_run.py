@@ -210,6 +210,7 @@ def test_several_recipes_share_equal_steps_and_one_report(two_recipes: tuple[str
     assert modification_times(out) == times
 
 
+@pytest.mark.slow
 def test_several_recipes_killed_and_run_again_equal_an_undisturbed_run(
     two_recipes: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

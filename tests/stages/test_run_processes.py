@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from distilclip import launch, stage_folder
+from distilclip import cli, launch, stage_folder
 from tests.ranks import free_port
 
 RECIPE = """
@@ -83,7 +83,7 @@ def losses(out: Path) -> list[float]:
 
 def test_two_processes_however_they_are_started_train_as_one(recipe: str, tmp_path: Path) -> None:
     run = ["run", recipe, "--out"]
-    ended([start(["distilclip", *run, str(tmp_path / "alone")])])
+    assert cli.main([*run, str(tmp_path / "alone")]) == 0
     ended([start(["distilclip", *run, str(tmp_path / "itself"), "--nproc-per-node", "2"])])
     ended([start(torchrun(*run, str(tmp_path / "torchrun")))])
     said = ended(start_slurm([*run, str(tmp_path / "slurm")]))
@@ -98,19 +98,19 @@ def test_two_processes_however_they_are_started_train_as_one(recipe: str, tmp_pa
         assert not list(found.rglob("lock.json"))
 
 
-def test_one_step_of_a_recipe_has_the_references_and_the_folder_of_run(recipe: str, tmp_path: Path) -> None:
-    ended([start(["distilclip", "corpus", recipe])])
-    ended([start(["distilclip", "train", f"{recipe}#one"])])
+def test_one_step_of_a_recipe_has_the_references_and_the_folder_of_run(
+    recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["corpus", recipe]) == 0
+    assert cli.main(["train", f"{recipe}#one"]) == 0
     ended([start(torchrun("train", f"{recipe}#two"))])
     out = tmp_path / "own"
     assert stage_folder.read_json(str(out / "train/two/config.json"))["init"] == [f"weights:{out}/train/one"]
-    said = ended([start(["distilclip", "run", recipe])])  # finds them done
+    capsys.readouterr()
+    assert cli.main(["run", recipe]) == 0  # finds them done
+    said = capsys.readouterr().err
     assert all(f"{number}/4 {path} (finished before)" in said for number, path in ((1, "corpus"), (3, "train/two")))
-    process = start(
-        ["distilclip", "train", f"{recipe}#two", "--init", "weights:@train/tow", "--out", str(tmp_path / "x")]
-    )
-    process.communicate()
-    assert process.returncode == 2
+    assert cli.main(["train", f"{recipe}#two", "--init", "weights:@train/tow", "--out", str(tmp_path / "x")]) == 2
 
 
 def test_a_stage_of_one_process_runs_once_under_torchrun(tmp_path: Path) -> None:

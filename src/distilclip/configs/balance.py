@@ -8,7 +8,7 @@ from typing import Literal
 from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.grouping.rule import Rule
-from distilclip.options import changeable
+from distilclip.options import changeable, check_at_least
 from distilclip.vectors.metric import Metric
 
 
@@ -50,8 +50,7 @@ class Config:
             _ = self.rule  # checks it
         else:
             self._check_cut()
-        if self.block_rows is not None and self.block_rows < 1:
-            raise InputError(f"block_rows is {self.block_rows}; it must be at least 1.")
+        check_at_least(self, 1, "block_rows")
         if self.top_k is not None and self.execution.engine != "local":
             raise InputError("topk mode compares every list with all rows: --engine local only.")
 

@@ -10,7 +10,7 @@ from distilclip.data.crops import Augmentation
 from distilclip.data.limits import MAX_PIXELS, check_bad_ratio
 from distilclip.engine import Engine
 from distilclip.errors import InputError
-from distilclip.options import changeable
+from distilclip.options import changeable, check_at_least
 from distilclip.stage_folder import folders_of
 
 
@@ -51,8 +51,7 @@ class Config:
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError("embed needs --data: a folder, or tars, Parquet or CSV files of pairs.")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; it must be at least 1.")
+        check_at_least(self, 1, "batch_size")
         if self.num_workers < 0:
             raise InputError(f"num_workers is {self.num_workers}; it must be 0 or more.")
         if self.views < 0:

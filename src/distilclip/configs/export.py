@@ -9,7 +9,7 @@ from typing import Literal
 
 from distilclip.engine import Engine
 from distilclip.errors import InputError
-from distilclip.options import changeable, option_fields, option_values
+from distilclip.options import changeable, check_at_least, option_fields, option_values
 from distilclip.stage_folder import folders_of
 
 What = Literal[
@@ -100,11 +100,8 @@ class Config:
             raise InputError("--quantize int8 needs --data: what it loses is measured on real pairs, a few hundred do.")
         if self.int8.quantize == "none" and self.what == "onnx" and self.rows.data:
             raise InputError("--data is what int8 is measured on: give --quantize int8 too, or leave it out.")
-        values = option_values(self)
-        for name in ("samples_per_tar", "num_samples", "batch_size"):
-            value = values[name]
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1.")
+        check_at_least(self.rows, 1, "samples_per_tar")
+        check_at_least(self.int8, 1, "num_samples", "batch_size")
         if self.hub.push_dry_run and not self.hub.push_to:
             raise InputError("--push-dry-run lists what --push-to would push: give --push-to ORG/NAME, too.")
         if self.hub.push_to is not None and (self.hub.push_to.count("/") != 1 or not all(self.hub.push_to.split("/"))):

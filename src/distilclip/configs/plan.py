@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from distilclip.errors import InputError
+from distilclip.options import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +49,9 @@ class Config:
     """JSON file to write the plan to, as well"""
 
     def __post_init__(self) -> None:
-        for name in ("num_gpus", "num_pairs", "bytes_per_pair", "block_rows", "num_centers", "num_iterations"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_at_least(
+            self, 1, "num_gpus", "num_pairs", "bytes_per_pair", "block_rows", "num_centers", "num_iterations"
+        )
         if not 0 <= self.removed_ratio < 1:
             raise InputError(f"removed_ratio is {self.removed_ratio}; it must lie in [0, 1).")
         if not 0 < self.sample_rate <= 1:

@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import dataclass
 
 from distilclip.errors import InputError
+from distilclip.options import check_at_least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,9 +36,7 @@ class Config:
                 raise InputError(f"report needs {package}, which is not installed: pip install 'distilclip[report]'.")
         if not self.folders:
             raise InputError("report needs --folders: the folder of a run, or of its stages.")
-        for name in ("num_groups", "num_clusters", "num_pictures"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_at_least(self, 1, "num_groups", "num_clusters", "num_pictures")
         if not 16 <= self.thumbnail_size <= 1024:
             raise InputError(f"thumbnail_size is {self.thumbnail_size}; it is a side in pixels, from 16 to 1024.")
 

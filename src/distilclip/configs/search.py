@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distilclip.errors import InputError
-from distilclip.options import changeable
+from distilclip.options import changeable, check_at_least
 from distilclip.stage_folder import folders_of
 
 
@@ -40,9 +40,7 @@ class Config:
                 raise InputError(f"search needs {package}, which is not installed: pip install 'distilclip[onnx]'.")
         if not self.query.strip():
             raise InputError("The query is empty: say in words what to look for.")
-        for name in ("num_matches", "columns", "batch_size"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
+        check_at_least(self, 1, "num_matches", "columns", "batch_size")
         if not 16 <= self.thumbnail_size <= 1024:
             raise InputError(f"thumbnail_size is {self.thumbnail_size}; it is a side in pixels, from 16 to 1024.")
 

@@ -10,7 +10,7 @@ from distilclip.csv_rows import CsvColumns
 from distilclip.data.crops import Crops
 from distilclip.errors import InputError
 from distilclip.methods import weights_of
-from distilclip.options import changeable, extendable
+from distilclip.options import changeable, check_at_least, extendable
 from distilclip.stage_folder import folders_of
 from distilclip.train.settings import (
     Checkpoints,
@@ -96,8 +96,7 @@ class Config:
             raise InputError("The centers of the cluster term belong to the store's teacher: leave out --live-teacher.")
         if (self.groups or self.clusters) and not self.store:
             raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
-        if self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; it must be at least 1.")
+        check_at_least(self, 1, "batch_size")
         self._check_length()
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise InputError(f"micro_batch is {self.micro_batch}; it must be from 1 to batch_size, {self.batch_size}.")
@@ -120,8 +119,7 @@ class Config:
             )
         if self.num_steps is None and self.num_epochs is None:
             object.__setattr__(self, "num_steps", 1000)
-        if self.num_steps is not None and self.num_steps < 1:
-            raise InputError(f"num_steps is {self.num_steps}; it must be at least 1.")
+        check_at_least(self, 1, "num_steps")
         if self.num_epochs is not None and not 0 < self.num_epochs < math.inf:
             raise InputError(f"num_epochs is {self.num_epochs}; it must be positive.")
         warmup = self.learning_curve.warmup_steps

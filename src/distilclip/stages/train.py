@@ -10,7 +10,7 @@ import torch
 from distilclip import distributed, files, stage_folder
 from distilclip.configs.train import Config
 from distilclip.data.bad_samples import ErrorPolicy
-from distilclip.data.samples import MAX_PIXELS
+from distilclip.data.limits import MAX_PIXELS
 from distilclip.data.side_files import read_centers
 from distilclip.data.store import Store
 from distilclip.data.stream import PairSource, PairStream, Presentation, open_stream

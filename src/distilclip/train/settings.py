@@ -8,7 +8,7 @@ from fractions import Fraction
 from typing import Literal
 
 from distilclip.errors import InputError
-from distilclip.options import changeable
+from distilclip.options import changeable, check_at_least
 
 Tracker = Literal["tensorboard", "wandb"]
 
@@ -39,9 +39,7 @@ class Optimization:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0 or self.centers_learning_rate < 0:
             raise InputError("learning_rate must be positive, centers_learning_rate at least 0.")
-        for name in ("weight_decay", "centers_weight_decay", "gradient_clip"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        check_at_least(self, 0, "weight_decay", "centers_weight_decay", "gradient_clip")
         for name in ("average_decay", "beta1", "beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1.")
@@ -67,9 +65,7 @@ class LearningCurve:
     def __post_init__(self) -> None:
         if self.warmup_steps is not None and self.warmup_epochs is not None:
             raise InputError("Give --warmup-steps or --warmup-epochs, not both.")
-        for name in ("warmup_steps", "warmup_epochs"):
-            if (getattr(self, name) or 0) < 0:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 0.")
+        check_at_least(self, 0, "warmup_steps", "warmup_epochs")
         for name in ("final_learning_rate_ratio", "cooldown"):
             if not 0 <= getattr(self, name) <= 1:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be from 0 to 1.")
@@ -139,11 +135,8 @@ class Checkpoints:
     """also keep the checkpoint that is best by this metric of the last training batches: lowest loss, highest others"""
 
     def __post_init__(self) -> None:
-        for name in ("checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least 1.")
-        if self.checkpoint_minutes < 0:
-            raise InputError(f"checkpoint_minutes is {self.checkpoint_minutes}; it must be at least 0.")
+        check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
+        check_at_least(self, 0, "checkpoint_minutes")
 
     def scheduled(self, done: int, *, num_steps: int) -> bool:
         """Say whether every run has a checkpoint after `done` steps."""
