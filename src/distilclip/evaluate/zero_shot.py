@@ -62,13 +62,18 @@ def text_classifier(
     """Encode every class's prompts, normalise, average, and normalise again (Radford et al. 2021, section 3.1.4)."""
     encoding = encoding or Encoding()
     rows = []
-    step = max(1, encoding.batch_size // len(templates))
+    step = classes_at_once(templates, encoding)
     for start in range(0, len(names), step):
         some = names[start : start + step]
         prompts = [template.replace("{}", name) for name in some for template in templates]
         embeddings = encode_texts(clip, prompts, encoding=encoding)
         rows.append(F.normalize(embeddings.view(len(some), len(templates), -1).mean(dim=1), dim=-1))
     return TextClassifier(weight=torch.cat(rows), scale=float(clip.scale.detach()))
+
+
+def classes_at_once(templates: Sequence[str], encoding: Encoding) -> int:
+    """Return for how many classes the prompts are encoded in one batch."""
+    return max(1, encoding.batch_size // len(templates))
 
 
 def classify(
