@@ -252,7 +252,7 @@ def test_recipes_whose_folders_would_be_one_are_refused(two_recipes: tuple[str, 
 def test_ablations_share_what_they_have_in_common_and_evaluate_all_they_train() -> None:
     paths = sorted(str(path) for path in RECIPES.glob("ablation-*.toml"))
     assert [Path(path).stem for path in paths] == [
-        f"ablation-{n}" for n in ("centers", "losses", "teacher", "teaching", "threshold")
+        f"ablation-{n}" for n in ("centers", "clip-kd", "losses", "teacher", "teaching", "threshold")
     ]
     steps = read_all(*paths)
     for path in paths:
@@ -261,8 +261,34 @@ def test_ablations_share_what_they_have_in_common_and_evaluate_all_they_train() 
         (evaluate,) = (s.config for s in steps if s.path == f"{name}/evaluate")
         assert dict(model.split("=") for model in evaluate.models) == trained
     folders = {s.config.out for s in steps if s.stage == "train"}
-    # Three teachers, and the students of the tables; CLIP on 59 % stands twice, CLIP-CID three times.
-    assert len(folders) == 3 + (4 + 6 + 5 + 2 - 3) + 6
+    # Three teachers, and the students of the tables; CLIP on all pairs, CLIP on 59 % and CLIP-KD stand twice, CLIP-CID
+    # three times.
+    assert len(folders) == 3 + (4 + 6 + 5 + 2 - 3) + 6 + (9 - 2)
+
+
+def test_the_ablation_of_clip_kd_trains_each_term_alone_its_three_and_all_six() -> None:
+    steps = read_all(str(RECIPES / "ablation-clip-kd.toml"))
+    trained = {s.path.rpartition("/")[2]: s.config for s in steps if s.stage == "train"}
+    terms = {name: objective(c.objective, c.terms).weights for name, c in trained.items() if name != "teacher"}
+    alone = {
+        "task": {},
+        "crd": {"relational": 1.0},
+        "fd": {"feature": 200.0},
+        "mfd": {"masked": 200.0},
+        "gd": {"gradient": 8400.0},  # 256^2 x 128 / 1000 = 8389, rounded
+        "icl": {"interactive": 1.0},
+        "afd": {"augmented": 1.0},
+    }
+    expected = {
+        **alone,
+        "clip-kd": {**alone["crd"], **alone["fd"], **alone["icl"]},
+        "all-six": {key: value for weights in alone.values() for key, value in weights.items()},
+    }
+    assert {name: {k: v for k, v in w.items() if v} for name, w in terms.items()} == {
+        name: {"task": 1.0, **weights} for name, weights in expected.items()
+    }
+    assert {c.store for name, c in trained.items() if name != "teacher"} == {"out/ablation-clip-kd/embed"}
+    assert {(c.batch_size, c.num_steps) for c in trained.values()} == {(256, 200)}
 
 
 # What the papers state of each student: objective, batch, epochs, learning rate, weight decay, beta2, eps.
