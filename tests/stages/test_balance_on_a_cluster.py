@@ -56,6 +56,7 @@ def test_rows_of_one_image_file_are_one_group_whatever_their_embeddings(tmp_path
 
 
 @pytest.mark.xdist_group("ray")
+@pytest.mark.slow
 def test_a_killed_driver_and_a_killed_node_change_nothing(tmp_path: Path) -> None:
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     store, _, _ = write_store(tmp_path / "store")

@@ -105,6 +105,7 @@ def test_an_interrupted_run_measures_only_what_is_missing(
     assert measured == [(model, name) for model in ("small", "large") for name in ("shape", "pairs")]
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_and_run_again_gives_the_same_files(
     tmp_path: Path, models: tuple[str, str], sets: tuple[str, str]
 ) -> None:

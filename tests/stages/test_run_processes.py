@@ -81,6 +81,7 @@ def losses(out: Path) -> list[float]:
     return [line["loss"] for line in lines]
 
 
+@pytest.mark.slow
 def test_two_processes_however_they_are_started_train_as_one(recipe: str, tmp_path: Path) -> None:
     run = ["run", recipe, "--out"]
     assert cli.main([*run, str(tmp_path / "alone")]) == 0
@@ -120,6 +121,7 @@ def test_a_stage_of_one_process_runs_once_under_torchrun(tmp_path: Path) -> None
     assert said.count("written to") == 1
 
 
+@pytest.mark.slow
 def test_a_failure_in_the_processes_of_run_is_said_once(recipe: str, tmp_path: Path) -> None:
     words = ["run", recipe, "--out", str(tmp_path / "out"), "--nproc-per-node", "3"]  # 8 pairs for 3 processes
     process = start(["distilclip", *words])

@@ -88,6 +88,7 @@ def test_resuming_from_any_checkpoint_equals_an_undisturbed_run(
     assert steady_metrics(undisturbed) == steady_metrics(resumed)
 
 
+@pytest.mark.slow
 def test_sigkill_and_rerun_give_the_undisturbed_bytes(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
     # Every run in a process of its own: libraries that other tests load into this one may move the last bits.
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"

@@ -103,6 +103,7 @@ def wait_for(path: Path, processes: list[ForkServerProcess]) -> None:
     assert path.exists()
 
 
+@pytest.mark.slow
 def test_sigkill_with_a_sharded_head_and_rerun_give_the_undisturbed_bytes(
     cid: dict[str, Any], tiny_clip_json: str, tmp_path: Path
 ) -> None:

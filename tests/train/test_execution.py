@@ -59,6 +59,7 @@ def assert_compiled_equals_eager(architecture: str) -> None:
     assert_equal(one_step(student, EVERYTHING, micro_batch=N), expected)
 
 
+@pytest.mark.slow
 def test_compiled_towers_give_the_same_gradients(tiny_clip_json: str) -> None:
     # In a process of its own: torch.compile cannot trace the type checks that pytest adds to every function.
     code = "import sys; from tests.train import test_execution as t; t.assert_compiled_equals_eager(sys.argv[1])"
