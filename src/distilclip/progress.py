@@ -14,6 +14,8 @@ from distilclip.messages import progress_is_heard, say, speaks_json
 
 T = TypeVar("T")
 
+_shown = False  # whether a block is open that shows progress
+
 FIRST_LINES = (5, 10, 20, 40)  # seconds after the start; then a line every minute
 
 SUMMARIES = {
@@ -37,15 +39,21 @@ class Advance(Protocol):
 
 @contextlib.contextmanager
 def progress(description: str, total: float | int) -> Iterator[Advance]:
-    """Show progress for the length of the block; yields `advance(amount, num_samples)`, amounts summing to `total`."""
-    if not progress_is_heard():
+    """Show progress for the length of the block; yields `advance(amount, num_samples)`, amounts summing to `total`.
+
+    Inside another's block nothing is shown: a terminal has one bar at a time.
+    """
+    global _shown
+    if _shown or not progress_is_heard():
         yield lambda amount, num_samples, note="": None
-    elif sys.stderr.isatty() and not speaks_json():
-        with _bar(description, total) as advance:
+        return
+    show = _bar if sys.stderr.isatty() and not speaks_json() else _lines
+    _shown = True
+    try:
+        with show(description, total) as advance:
             yield advance
-    else:
-        with _lines(description, total) as advance:
-            yield advance
+    finally:
+        _shown = False
 
 
 def track(

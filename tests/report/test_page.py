@@ -102,6 +102,7 @@ def test_the_page_tells_the_whole_story(page: Page) -> None:
         assert words in text
     assert page.absent == []
     assert {"standings.svg", "threshold.svg", "cluster-sizes.svg", "training-loss.svg"} <= set(page.figures)
+    assert {"training-validate-sketch-top1.svg", "training-validate-held-out-loss.svg"} <= set(page.figures)
 
 
 def test_pairs_on_either_side_of_the_threshold_are_shown_with_their_distance(tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ from typing import Any
 from distilclip import stage_folder
 from distilclip.clustering.fit_options import FitOptions
 from distilclip.data.crops import Crops
+from distilclip.mixture import Weighting
 from distilclip.stages import balance, cluster, embed, train
-from distilclip.train.settings import Checkpoints, Execution, LearningCurve, Optimization, TowerTraining
+from distilclip.train.settings import Checkpoints, Execution, LearningCurve, Optimization, TowerTraining, Validation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +43,12 @@ def config(out: Path, architecture: str, **values: Any) -> train.Config:
     values = {"precision": "fp32", "checkpoint_every": 2, **defaults, **values}
     groups = {}
     kinds = {"optimization": Optimization, "checkpoints": Checkpoints, "execution": Execution, "crops": Crops}
-    kinds |= {"learning_curve": LearningCurve, "towers": TowerTraining}
+    kinds |= {
+        "learning_curve": LearningCurve,
+        "towers": TowerTraining,
+        "validation": Validation,
+        "weighting": Weighting,
+    }
     for name, group in kinds.items():
         fields = {field.name for field in dataclasses.fields(group)}
         groups[name] = group(**{key: values.pop(key) for key in list(values) if key in fields})

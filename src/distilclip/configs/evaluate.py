@@ -10,8 +10,12 @@ from distilclip.data.limits import MAX_PIXELS, OnError, check_bad_ratio
 from distilclip.errors import InputError
 from distilclip.evaluate.model_specs import split_model, weights_by_name
 from distilclip.options import changeable
-from distilclip.sets.specs import ALL_TASKS, Task, expand_groups, parse_spec
+from distilclip.sets.published import Published
+from distilclip.sets.specs import ALL_TASKS, Task, check_unique, expand_groups, parse_spec
 from distilclip.stage_folder import folders_of
+
+LEARNED = "learned"
+"""The value of --templates that stands for templates learned from captions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +25,11 @@ class Words:
     prompts: str | None = None
     """openai/CLIP's data/prompts.md, for class names and templates of the published sets"""
     templates: str | None = None
-    """prompt templates to use instead of the sets' own: a text file, one a line, or openai/CLIP's prompts.md#SET"""
+    """prompt templates to use instead of the sets' own: a text file, one a line; openai/CLIP's prompts.md#SET; or
+    learned, for your own sets those learned from --training-captions"""
+    training_captions: tuple[str, ...] = ()
+    """folder of `embed`, or pairs as for training: evaluate says where the prompts of your own sets are unlike these
+    captions, and writes templates learned from them (OUT/templates/SET.txt)"""
     captions: Literal["all", "first"] = "all"
     """captions of each image for retrieval: all, or only the first, which is easier and what CLIP-KD's code does"""
     caption_prefix: str = ""
@@ -81,6 +89,9 @@ class Config:
     """model to compare the others with: the name of one of --models, or another model"""
     teacher_weights: str | None = None
     """weights file of a teacher given as an open_clip name"""
+    published: tuple[Published, ...] = changeable(())
+    """also print numbers from these tables of the papers, marked as published and in no mean; a finished evaluation
+    prints them too"""
     precision: Literal["fp32", "bf16"] = "fp32"
     """precision of the towers (autocast); similarities are always float32"""
     batch_size: int = 64
@@ -99,13 +110,14 @@ class Config:
                 raise InputError(f"{flag} is missing.")
         if not self.tasks:
             raise InputError("--tasks is empty; name at least one.")
-        _check_unique([name for name, _ in map(split_model, self.models)], flag="--models")
+        check_unique([name for name, _ in map(split_model, self.models)], flag="--models")
         parsed = [parse_spec(spec) for spec in expand_groups(self.sets)]
-        _check_unique([name for name, _, _ in parsed], flag="--sets")
+        check_unique([name for name, _, _ in parsed], flag="--sets")
         known = [name for name, kind, _ in parsed if kind == "known"]
         if known and self.data_root is None:
             raise InputError(f"The set {known[0]} needs --data-root, the folder that published sets lie in.")
         weights_by_name(self.weights, [split_model(spec)[0] for spec in self.models])
+        self._check_words([kind for _, kind, _ in parsed])
         if self.teacher_weights and not self.teacher:
             raise InputError("--teacher-weights needs --teacher.")
         if self.tasks == ("agreement",) and not self.teacher:
@@ -116,15 +128,20 @@ class Config:
             raise InputError("--batch-size must be at least 1, --num-workers and --seed at least 0.")
         check_bad_ratio(self.reading.max_bad_ratio)
 
+    def _check_words(self, kinds: Sequence[str]) -> None:
+        """Raise `InputError` for options about captions that would do nothing."""
+        learned, captions = self.words.templates == LEARNED, self.words.training_captions
+        if learned and not captions:
+            raise InputError("--templates learned needs --training-captions: what to learn them from.")
+        if captions and not {"folder", "tar"} & set(kinds):
+            raise InputError(
+                "--training-captions is for your own labelled sets (folder: or tar: in --sets), and there is none."
+            )
+
     def inputs(self) -> Sequence[tuple[str, str]]:
         """Return the finished folders that this stage reads, each with its stage."""
         specs = [split_model(spec)[1] for spec in self.models]
         if self.teacher:
             specs.append(dict(map(split_model, self.models)).get(self.teacher, split_model(self.teacher)[1]))
-        return [found for stage in ("train", "export") for found in folders_of(stage, list(dict.fromkeys(specs)))]
-
-
-def _check_unique(names: Sequence[str], *, flag: str) -> None:
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise InputError(f"{flag} has two entries called {twice[0]!r}: name them, as in NAME={twice[0]}.")
+        models = [found for stage in ("train", "export") for found in folders_of(stage, list(dict.fromkeys(specs)))]
+        return models + folders_of("embed", self.words.training_captions)

@@ -6,19 +6,25 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distilclip import files
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.crops import Crops
-from distilclip.errors import InputError
+from distilclip.errors import InputError, did_you_mean
 from distilclip.methods import weights_of
+from distilclip.mixture import Weighting, read_parts
 from distilclip.options import changeable, check_at_least, extendable
-from distilclip.stage_folder import folders_of
+from distilclip.sets.specs import VALIDATED, check_unique, expand_groups, parse_spec
+from distilclip.stage_folder import NO_STAGE, folders_of, stage_of
 from distilclip.train.settings import (
+    HELD_OUT,
+    MEASURES,
     Checkpoints,
     Execution,
     LearningCurve,
     Optimization,
     TowerTraining,
     Tracker,
+    Validation,
     check_warmup,
     steps_of,
 )
@@ -35,8 +41,10 @@ class Config:
     init: tuple[str, ...] = ()
     """what the student begins with: weights:FROM, inherit:TEACHER (also inherit-image:, inherit-text:), timm:FILE"""
     data: tuple[str, ...] = ()
-    """pairs to train on: folders, tars, Parquet or CSV files, braces and globs; with --store only if they have moved"""
+    """pairs to train on: folders, tars, Parquet or CSV files, braces and globs; 'a/*.tar=0.7' 'b/*.tar=0.3' draws 70 %
+    from the first part of a mixture. With --store only for a mixture of all its files, or where they have moved"""
     columns: CsvColumns = field(default_factory=CsvColumns)
+    weighting: Weighting = field(default_factory=Weighting)
     store: str | None = None
     """folder of `embed`: the teacher's embeddings of the pairs, and where the pairs are"""
     other_stores: tuple[str, ...] = ()
@@ -47,8 +55,8 @@ class Config:
     """folder of `cluster`: centers and labels for the cluster term"""
     live_teacher: str | None = None
     """a live teacher instead of a store's: a folder, hf-hub:ORG/NAME, or ARCHITECTURE=WEIGHTS for an open_clip name"""
-    objective: Literal["clip", "clip-cid", "clip-kd"] = "clip"
-    """the method: a named set of term weights"""
+    objective: Literal["clip", "clip-cid", "clip-kd", "clip-cid-kd"] = "clip"
+    """the method: a named set of term weights; clip-cid-kd is both papers' terms in one sum"""
     terms: dict[str, float] = field(default_factory=dict)
     """weights and constants that replace the method's own, such as `feature 1000 alpha 0.9`"""
     batch_size: int = 256
@@ -59,7 +67,8 @@ class Config:
     num_steps: int | None = extendable(None)
     """optimisation steps (default: 1000, or what --num-epochs says); a finished training goes on to a larger number"""
     num_epochs: float | None = extendable(None)
-    """passes over the pairs that are trained on, instead of --num-steps: epochs x pairs / batch size, rounded up"""
+    """passes over the pairs that are trained on, instead of --num-steps: epochs x pairs / batch size, rounded up; with
+    weights an epoch has as many draws as there are pairs of positive weight"""
     optimization: Optimization = field(default_factory=Optimization)
     learning_curve: LearningCurve = field(default_factory=LearningCurve)
     towers: TowerTraining = field(default_factory=TowerTraining)
@@ -72,6 +81,7 @@ class Config:
     """number format of the towers, and of a live teacher's (autocast); losses are always float32. fp16 is for GPUs
     without bf16, and scales gradients"""
     checkpoints: Checkpoints = field(default_factory=Checkpoints)
+    validation: Validation = field(default_factory=Validation)
     execution: Execution = field(default_factory=Execution)
     centers_state: Literal["device", "host"] = changeable("device")
     """where AdamW's state of the class centers is kept: 8 of 12 bytes a value"""
@@ -104,12 +114,11 @@ class Config:
             raise InputError("--other-stores and --views need a --store.")
         if self.live_teacher and (self.other_stores or self.crops.views):
             raise InputError("--other-stores and --views work with stored teachers only: leave out --live-teacher.")
-        _ = self.weight_of_store  # checks it
+        _ = self.weight_of_store, read_parts(self.data)  # checks them
         self._check_towers()
         if (self.num_workers or 0) < 0 or self.seed < 0:
             raise InputError("num_workers and seed must be at least 0.")
-        if self.checkpoints.keep_best not in ("none", "loss") and not method.needs_teacher:
-            raise InputError(f"keep_best {self.checkpoints.keep_best} compares with a teacher, and this run has none.")
+        self._check_validation(needs_teacher=method.needs_teacher)
 
     def _check_length(self) -> None:
         if self.num_steps is not None and self.num_epochs is not None:
@@ -125,6 +134,34 @@ class Config:
         warmup = self.learning_curve.warmup_steps
         if self.num_steps is not None and warmup is not None:
             check_warmup(warmup, num_steps=self.num_steps)
+
+    def _check_validation(self, *, needs_teacher: bool) -> None:
+        values, best = self.validation, self.checkpoints.keep_best
+        parsed = [parse_spec(spec) for spec in expand_groups(values.validate)]
+        names = [name for name, _, _ in parsed]
+        check_unique(names, flag="--validate")
+        published = [name for name, kind, _ in parsed if kind == "known"]
+        if published and values.data_root is None:
+            raise InputError(f"The set {published[0]} needs --data-root, the folder that published sets lie in.")
+        stored = (self.store, *self.weight_of_store) if self.store else ()
+        if values.held_out and stored and len(values.held_out) != len(stored):
+            raise InputError(
+                f"--held-out names {len(values.held_out)} folders; with {len(stored)} teachers' stores it needs as "
+                "many: the held-out pairs embedded by each of them, in their order."
+            )
+        if best in MEASURES and best != "loss" and not needs_teacher:
+            raise InputError(f"keep_best {best} compares with a teacher, and this run has none.")
+        by_validation = best not in ("none", *MEASURES)
+        if by_validation:
+            known = [*names, *([HELD_OUT] if values.held_out else [])]
+            name = best.removeprefix(VALIDATED).split("/")[0]
+            if name not in known:
+                raise InputError(
+                    f"keep_best is {best!r}, and the set {name!r} is not validated: name it in --validate. "
+                    + (did_you_mean(name, known) if known else "")
+                )
+        if values.stop_after and not by_validation:
+            raise InputError("--stop-after needs --keep-best SET/METRIC: the value that has to become better.")
 
     def _check_towers(self) -> None:
         if self.towers.freeze != "none" and not self.init:
@@ -169,5 +206,10 @@ class Config:
         named = ((self.store, "embed"), (self.groups, "balance"), (self.clusters, "cluster"))
         found = [(path, stage) for path, stage in named if path is not None]
         found += [(path, "embed") for path in self.weight_of_store]
+        if (weights := self.weighting.row_weights) is not None:
+            stage = stage_of(weights)
+            is_own_folder = stage == NO_STAGE and files.is_folder(weights)
+            found.append((files.join(weights, "weights") if is_own_folder else weights, stage))
         models = [source.partition(":")[2] for source in self.init]
+        found += folders_of("embed", self.validation.held_out)
         return found + folders_of("train", [*models, *([self.live_teacher] if self.live_teacher else [])])

@@ -12,6 +12,7 @@ from distilclip.report import figures
 from distilclip.report.comparison import Cell, Table
 from distilclip.report.roles import Model
 from distilclip.sets.score import title
+from distilclip.sets.specs import VALIDATED
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +47,18 @@ def training_charts(models: Sequence[Model]) -> list[Chart]:
     loss = ["loss"] if any("loss" in training.logged for _, training in trained) else []
     diagnostics = dict.fromkeys(name for _, training in trained for name in training.diagnostics)
     charts = []
-    for name in [*loss, *terms, *diagnostics]:
+    validations = dict.fromkeys(name for _, training in trained for name in training.validations)
+    for name in [*loss, *terms, *diagnostics, *validations]:
         lines = [
             figures.Line(label=model.name, series=model.series, data=training.logged[name])
             for model, training in trained
             if name in training.logged
         ]
-        shown = title(name)
+        shown = _training_title(name)
         label = f"{shown} against the training step, one line each for {', '.join(line.label for line in lines)}"
         charts.append(
             Chart(
-                name=f"training-{name}",
+                name=f"training-{name.replace('/', '-')}",
                 svg=figures.training_curve(shown, lines),
                 label=label,
                 caption=_training_caption(name, words),
@@ -124,7 +126,17 @@ def cluster_chart(result: dict[str, Any], number: int) -> Chart:
     )
 
 
+def _training_title(name: str) -> str:
+    """The words for a column of metrics.jsonl."""
+    if not name.startswith(VALIDATED):
+        return title(name)
+    dataset, metric = name.removeprefix(VALIDATED).rsplit("/", 1)
+    return f"{dataset}: {title(metric)}"
+
+
 def _training_caption(name: str, words: dict[str, str]) -> str:
     if name == "loss":
         return "weighted sum of each model's own terms: compare shapes, not heights"
+    if name.startswith(VALIDATED):
+        return "validation while training"
     return words.get(name, "")

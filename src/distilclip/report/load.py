@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from distilclip import files, stage_folder
 from distilclip.errors import InputError
 from distilclip.sets.score import Score
+from distilclip.sets.specs import VALIDATED
 from distilclip.stage_folder import StageRecord
 
 
@@ -79,7 +80,17 @@ class TrainRun:
     @property
     def diagnostics(self) -> list[str]:
         """Return the names of the logged cosines and agreements with the teacher."""
-        return [name for name in self.logged if "cosine" in name or "agreement" in name]
+        names = [name for name in self.logged if not name.startswith(VALIDATED)]
+        return [name for name in names if "cosine" in name or "agreement" in name]
+
+    @property
+    def validations(self) -> list[str]:
+        """Return the columns of a validation that are drawn: of every set the first metric of each task, and losses."""
+        return [
+            name
+            for name in self.logged
+            if name.startswith(VALIDATED) and name.rsplit("/", 1)[-1] in ("top1", "text_to_image_r1", "loss")
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)

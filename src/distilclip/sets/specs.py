@@ -12,6 +12,9 @@ from distilclip.sets.catalogue import CATALOGUE, GROUPS
 Task = Literal["zero-shot", "linear-probe", "retrieval", "agreement"]
 ALL_TASKS: tuple[Task, ...] = ("zero-shot", "linear-probe", "retrieval", "agreement")
 
+VALIDATED = "validate/"
+"""How a column of metrics.jsonl begins that holds what a validation while training gave: validate/SET/METRIC."""
+
 Kind = Literal["folder", "tar", "pairs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 """Of the user's own sets."""
@@ -46,3 +49,10 @@ def _name_of(path: str) -> str:
     is_pattern = re.compile(r"[*?\[{]|\.(tar|parquet|csv|tsv)$")
     parts = [part for part in path.split("/") if part.strip(".") and not is_pattern.search(part)]
     return parts[-1] if parts else "set"
+
+
+def check_unique(names: Sequence[str], *, flag: str) -> None:
+    """Raise `InputError` where two models or sets of a flag have one name."""
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise InputError(f"{flag} has two entries called {twice[0]!r}: name them, as in NAME={twice[0]}.")

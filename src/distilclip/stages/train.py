@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +18,7 @@ from distilclip.data.store import Store
 from distilclip.data.stream import PairSource, PairStream, Presentation, open_stream
 from distilclip.data.workers import default_workers
 from distilclip.errors import InputError
-from distilclip.messages import say
+from distilclip.messages import say, warn
 from distilclip.methods import TERMS
 from distilclip.models.batch_norm import batch_norms, require_exact_accumulation
 from distilclip.models.clip import Clip, create_clip, load_clip, load_named
@@ -25,9 +27,11 @@ from distilclip.models.heads import Heads
 from distilclip.models.initial import initialise
 from distilclip.models.patch_dropout import set_patch_dropout
 from distilclip.models.teacher import Teacher, live_teacher, stored_teachers
+from distilclip.stages._validation import open_validator
 from distilclip.train.checkpoint import (
     Progress,
     Training,
+    best_checkpoint,
     complete_checkpoints,
     count_unusable,
     folder_name,
@@ -42,6 +46,7 @@ from distilclip.train.optimizer import Average, Schedule, build_optimizer
 from distilclip.train.parallel import build_towers
 from distilclip.train.step import Student
 from distilclip.train.trackers import open_trackers, require_packages
+from distilclip.train.validation import HeldOut, Validator
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # what compiles to them
@@ -75,12 +80,19 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     facts |= _describe_batch_norm(config, clip)
     stores = _open_stores(config)
     live = load_named(config.live_teacher, device=device) if config.live_teacher and method.needs_teacher else None
+    shown = dataclasses.replace(clip, model=copy.deepcopy(clip.model)) if config.validation.is_on else None
     stream = _open_stream(config, clip, stores, live)
+    mixture = _describe_mixture(config, stream)
     training = _training(config, _student(config, method, clip, stores=stores, live=live), stream)
     schedule = _schedule(config, stream.num_rows)
-    _fit(config, folder, method, stream, training, _teacher(config, method, stores, live, device), schedule)
+    validator = None
+    if shown is not None:
+        held_out = _open_held_out(config, method, shown, live, stores) if config.validation.held_out else None
+        validator = open_validator(config, shown, held_out=held_out, num_rows=stream.num_rows)
+    teacher = _teacher(config, method, stores, live, device)
+    num_steps = _fit(config, folder, method, stream, training, teacher, schedule, validator)
     unusable = count_unusable(stream.policy)
-    facts |= {"num_rows": stream.num_rows, "num_steps": schedule.num_steps}
+    facts |= {"num_rows": stream.num_rows, "num_steps": num_steps, **mixture}
     return distributed.on_first(lambda: _finish(config, folder, method, facts, unusable))
 
 
@@ -92,8 +104,9 @@ def _fit(
     training: Training,
     teacher: Teacher | None,
     schedule: Schedule,
-) -> None:
-    """Train from the last complete checkpoint on, or from the start."""
+    validator: Validator | None,
+) -> int:
+    """Train from the last complete checkpoint on, or from the start; return the steps done."""
     start = distributed.on_first(lambda: _last_checkpoint(config.out))
     progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
     if start and (former := stage_folder.former_values(folder.path)):
@@ -104,7 +117,7 @@ def _fit(
         )
     num_workers = default_workers() if config.num_workers is None else config.num_workers
     names, values = config.track if distributed.rank() == 0 else (), stage_folder.config_values(config)
-    fit(
+    return fit(
         folder,
         stream.batches(start=progress.step, stop=schedule.num_steps, num_workers=num_workers),
         training,
@@ -120,6 +133,33 @@ def _fit(
         ),
         teacher=teacher,
         trackers=open_trackers(names, folder.path, config=values, start=start),
+        validator=validator,
+    )
+
+
+def _open_held_out(
+    config: Config, method: Objective, shown: Clip, live: Clip | None, stores: Sequence[Store]
+) -> HeldOut:
+    """The pairs kept aside, in batches as large as those of the training, or as there are pairs."""
+    paths, world = config.validation.held_out, distributed.world()
+    held_out = [Store.open(path) for path in paths] if stores else []
+    for store, other in zip(stores, held_out, strict=True):
+        if store.teacher["digest"] != other.teacher["digest"]:
+            raise InputError(
+                f"The held-out store {other.path} was embedded by another teacher ({other.teacher['name']}) than "
+                f"{store.path} ({store.teacher['name']}). Embed the held-out pairs with the same model."
+            )
+    source = PairSource(data=() if stores else paths, stores=[store.path for store in held_out], columns=config.columns)
+    policy = ErrorPolicy("skip" if config.max_bad_ratio else "raise", config.max_bad_ratio)
+    loader = open_stream(source, _presentation(config, shown, live, num_views=0), batch_size=1, policy=policy).loader
+    batch_size = max(1, min(config.batch_size, len(loader.table)) // world) * world
+    return HeldOut(
+        stream=PairStream(loader, policy, batch_size=batch_size, rank=distributed.rank(), world=world),
+        objective=method,
+        teacher=_teacher(config, method, held_out, live, shown.device),
+        micro_batch=config.micro_batch or config.batch_size,
+        seed=config.seed,
+        centers=torch.tensor(read_centers(config.clusters or "")) if method.needs("centers") else None,
     )
 
 
@@ -130,6 +170,9 @@ def _finish(
     checkpoint = folder_name(facts["num_steps"])
     if former := stage_folder.former_values(folder.path):
         facts = {**facts, "extended_from": former}
+    if (best := best_checkpoint(folder.path, config.checkpoints)) is not None:
+        step, value = best
+        facts |= {"best": {"metric": config.checkpoints.best_by, "value": value, "checkpoint": folder_name(step)}}
     return folder.finish(
         {
             "checkpoint": checkpoint,
@@ -163,6 +206,27 @@ def _describe_batch_norm(config: Config, clip: Clip) -> dict[str, str]:
     if kind == "whole-batch" or not batch_norms(clip.model):
         return {}
     return {"batch_norm": f"{kind}: inexact, another model than with the statistics of the whole batch"}
+
+
+def _describe_mixture(config: Config, stream: PairStream) -> dict[str, Any]:
+    """What result.json says of rows that are drawn by weight; also said now, before hours are spent on it."""
+    mixture = stream.mixture
+    if not mixture:
+        return {}
+    if distributed.rank() == 0:
+        parts = [f"; {part['share']:.1%} {part['data']} ({part['num_rows']:,})" for part in mixture.get("parts", ())]
+        say(
+            f"train {config.out}: {stream.num_rows:,} pairs are drawn by weight{''.join(parts)}. They vary as "
+            f"{mixture['effective_rows']:,.0f} of equal weight; the heaviest is drawn {mixture['most_often']:,.1f} times "
+            "in an epoch."
+        )
+        if mixture["most_often"] > stream.steps_per_epoch:
+            warn(
+                f"The pair of the largest weight is drawn {mixture['most_often']:,.0f} times in an epoch of "
+                f"{stream.steps_per_epoch:,} batches: it stands more than once in a batch, where it counts as its own "
+                "negative. Give smaller weights, or smaller batches."
+            )
+    return {"mixture": mixture}
 
 
 def _last_checkpoint(path: str) -> int:
@@ -216,20 +280,35 @@ def _training(config: Config, student: Student, stream: PairStream) -> Training:
 
 
 def _open_stores(config: Config) -> list[Store]:
-    """The stores of all teachers; the first must be the one that groups and clusters were made from."""
+    """The stores of all teachers; the first must be the one that groups, clusters and weights were made from."""
     if config.store is None:
         return []
     for path, stage in ((config.groups, "balance"), (config.clusters, "cluster")):
         if path is not None:
             stage_folder.require(path, stage=stage, store=config.store)
+    weights = config.weighting.row_weights
+    if weights is not None and (stage := stage_folder.stage_of(weights)) != stage_folder.NO_STAGE:
+        stage_folder.require(weights, stage=stage, store=config.store)
     return [Store.open(path) for path in (config.store, *config.weight_of_store)]
 
 
-def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip | None) -> PairStream:
-    """The batches of this process, as student and teachers need them."""
+def _presentation(config: Config, clip: Clip, live: Clip | None, *, num_views: int) -> Presentation:
+    """How student and teachers need a pair."""
     max_pixels = (
         stage_folder.read_json(files.join(config.store, "config.json"))["max_pixels"] if config.store else MAX_PIXELS
     )
+    return Presentation(
+        sizes=[c.image_size for c in (clip, live) if c is not None],
+        tokenize=clip.tokenizer,
+        seed=config.seed,
+        augmentation=config.crops,
+        num_views=num_views,
+        max_pixels=max_pixels,
+    )
+
+
+def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip | None) -> PairStream:
+    """The batches of this process."""
     return open_stream(
         PairSource(
             data=config.data,
@@ -237,15 +316,9 @@ def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip
             groups=config.groups,
             clusters=config.clusters,
             columns=config.columns,
+            weighting=config.weighting,
         ),
-        Presentation(
-            sizes=[c.image_size for c in (clip, live) if c is not None],
-            tokenize=clip.tokenizer,
-            seed=config.seed,
-            augmentation=config.crops,
-            num_views=config.crops.views,
-            max_pixels=max_pixels,
-        ),
+        _presentation(config, clip, live, num_views=config.crops.views),
         batch_size=config.batch_size,
         policy=ErrorPolicy("skip" if config.max_bad_ratio else "raise", config.max_bad_ratio),
         rank=distributed.rank(),

@@ -22,10 +22,11 @@ from distilclip import distributed, files, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
 from distilclip.models.clip import WEIGHTS_FILE
+from distilclip.sets.specs import VALIDATED
 from distilclip.train.gradient_scale import GradientScale
 from distilclip.train.optimizer import Average
 from distilclip.train.parallel import like, place_, whole
-from distilclip.train.settings import Checkpoints
+from distilclip.train.settings import HELD_OUT, MEASURES, Checkpoints
 from distilclip.train.step import Student
 
 FORMAT = 2
@@ -51,6 +52,8 @@ class Progress:
     """steps done"""
     log: dict[str, Any] = field(default_factory=dict)
     """what the log has added up since its last line (train.log)"""
+    best: dict[str, Any] = field(default_factory=dict)
+    """the best validation so far: its `step` and `value`, and `num_worse`, how many since were no better"""
 
 
 def folder_name(step: int) -> str:
@@ -89,6 +92,7 @@ def save_checkpoint(
     if distributed.rank() == 0:
         content = {"step": progress.step, "format": FORMAT, "scheduled": scheduled, "unusable": unusable}
         content |= {"log": progress.log, "metrics": dict(metrics or {})}
+        content |= {"best": progress.best} if progress.best else {}
         content |= {} if training.scale is None else {"gradient_scale": training.scale.state()}
         stage_folder.write_json(files.join(folder, "state.json"), content)
     distributed.barrier()
@@ -119,7 +123,7 @@ def load_checkpoint(folder: str, training: Training) -> Progress:
         training.scale.num_good = found["gradient_scale"]["num_good"]
     if distributed.rank() == 0:
         restore_unusable(training.policy, found["unusable"])
-    return Progress(step=int(found["step"]), log=found["log"])
+    return Progress(step=int(found["step"]), log=found["log"], best=found.get("best", {}))
 
 
 def count_unusable(policy: ErrorPolicy) -> dict[str, Any]:
@@ -190,13 +194,27 @@ def _steps(train_folder: str) -> list[int]:
     return sorted(int(match.group(1)) for name in names if (match := re.fullmatch(r"step-(\d+)", name)))
 
 
-MEASURES = ("loss", "cosine_image", "cosine_text", "agreement")
-"""Metrics by which checkpoints may be compared."""
-
-
 def select_measures(line: Mapping[str, float]) -> dict[str, float]:
     """Return what a checkpoint remembers of a line of metrics.jsonl: nothing that depends on the clock."""
-    return {name: line[name] for name in MEASURES if name in line}
+    return {name: value for name, value in line.items() if name in MEASURES or name.startswith(VALIDATED)}
+
+
+def is_better(name: str, value: float, than: float) -> bool:
+    """Say whether a value of a column of metrics.jsonl beats another: lower losses and terms, higher others."""
+    lower = name == "loss" or (name.startswith(f"{VALIDATED}{HELD_OUT}/") and "cosine" not in name)
+    return value < than if lower else value > than
+
+
+def best_checkpoint(train_folder: str, checkpoints: Checkpoints) -> tuple[int, float] | None:
+    """Return the step and value of the best scheduled checkpoint there is by `keep_best`, the last of equal ones."""
+    best: tuple[int, float] | None = None
+    for step in complete_checkpoints(train_folder) if checkpoints.best_by else ():
+        state = _read_state(train_folder, step)
+        value = state["metrics"].get(checkpoints.best_by)
+        counts = state["scheduled"] and value is not None
+        if counts and (best is None or not is_better(str(checkpoints.best_by), best[1], than=value)):
+            best = step, value
+    return best
 
 
 def prune_checkpoints(train_folder: str, checkpoints: Checkpoints) -> None:
@@ -204,11 +222,8 @@ def prune_checkpoints(train_folder: str, checkpoints: Checkpoints) -> None:
     states = {step: _read_state(train_folder, step) for step in complete_checkpoints(train_folder)}
     scheduled = [step for step, state in states.items() if state["scheduled"]]
     kept = {*scheduled[-checkpoints.keep_checkpoints :], *list(states)[-1:]}
-    best_by = checkpoints.keep_best
-    values = {s: states[s]["metrics"][best_by] for s in scheduled if best_by in states[s]["metrics"]}
-    if values:
-        best = min if best_by == "loss" else max
-        kept.add(best(values, key=lambda step: (values[step], step if best is max else -step)))
+    if (best := best_checkpoint(train_folder, checkpoints)) is not None:
+        kept.add(best[0])
     for step in set(states) - kept:
         remove_checkpoint(train_folder, step)
 

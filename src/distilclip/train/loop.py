@@ -17,10 +17,12 @@ from distilclip import distributed, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.stream import Batch
 from distilclip.errors import InputError
+from distilclip.messages import say
 from distilclip.models.batch_norm import RunningStatistics
 from distilclip.models.freezing import begin_training
 from distilclip.models.teacher import Teacher
 from distilclip.progress import track
+from distilclip.sets.specs import VALIDATED
 from distilclip.train.checkpoint import (
     Progress,
     Training,
@@ -36,8 +38,9 @@ from distilclip.train.optimizer import Schedule, set_learning_rate
 from distilclip.train.parallel import average_statistics_, clip_gradients_, non_finite_gradients
 from distilclip.train.settings import Checkpoints, Optimization
 from distilclip.train.signals import OverdueError, Signals, terminate
-from distilclip.train.step import Inputs, StepResult, compute_gradients
+from distilclip.train.step import StepResult, compute_gradients, make_inputs
 from distilclip.train.trackers import Writer
+from distilclip.train.validation import Validator
 
 LOG_EVERY = 10
 
@@ -71,8 +74,11 @@ def fit(
     plan: TrainingPlan,
     teacher: Teacher | None,
     trackers: Sequence[Writer],
-) -> None:
+    validator: Validator | None = None,
+) -> int:
     """Train from `progress` to the end of the plan; `batches` begins there. Every process must call it.
+
+    Returns the steps done: those of the plan, or fewer where the validator gives up.
 
     SIGUSR1 writes a checkpoint, SIGTERM writes one and ends the process. Where the next batch does not come, a process
     that trains alone saves the state before it; several end without, since they can only save together.
@@ -81,42 +87,72 @@ def fit(
     then, and the state before that step is saved. With a gradient scale, a gradient that overflows only costs its step.
     """
     begin_training(training.student.clip.model)
+    if validator is not None:
+        validator.best = dict(progress.best)
+        if validator.gives_up:
+            return progress.step
     log = Log(training.student.clip.device, carried=progress.log)
     steps = _Steps(training=training, teacher=teacher, plan=plan, stopwatch=log.stopwatch)
-    saving = _Saving(folder, training, plan.checkpoints, log)
-    statistics = RunningStatistics(training.student.clip.model)
+    saving = _Saving(folder, training, plan.checkpoints, log, validator)
     with Signals() as signals, contextlib.closing(Lines(folder, trackers, start=progress.step)) as lines:
-        for step in _count_steps(progress.step, plan, lines):
-            scheduled = plan.checkpoints.scheduled(step + 1, num_steps=plan.num_steps)
-            counted = copy.deepcopy(training.policy)
-            statistics.remember()
-            try:
-                with log.stopwatch.measure("data"), signals.waiting():
-                    batch = next(batches)
-            except OverdueError:
-                if distributed.world() == 1:
-                    saving.save_before(step, counted)
-                break
-            result, norm = steps.gradients(step, batch, diagnosing=scheduled)
-            loss, save, stop = _exchange_flags(result.loss, save=signals.take() or saving.due, stop=signals.stop)
-            overflows = math.isfinite(loss) and not math.isfinite(norm) and steps.lower_scale()
-            if not (overflows or (math.isfinite(loss) and math.isfinite(norm))):
-                statistics.put_back()
+        done = _take_steps(steps, batches, saving, lines, signals, start=progress.step)
+    return terminate() if done is None else done
+
+
+def _take_steps(
+    steps: _Steps, batches: Iterator[Batch], saving: _Saving, lines: Lines, signals: Signals, *, start: int
+) -> int | None:
+    """Take the steps from `start` on; return how many are then done, or None where the process is to end before."""
+    plan, training, log, validator = steps.plan, steps.training, saving.log, saving.validator
+    statistics = RunningStatistics(training.student.clip.model)
+    for step in _count_steps(start, plan, lines):
+        scheduled = plan.checkpoints.scheduled(step + 1, num_steps=plan.num_steps)
+        counted = copy.deepcopy(training.policy)
+        statistics.remember()
+        try:
+            with log.stopwatch.measure("data"), signals.waiting():
+                batch = next(batches)
+        except OverdueError:
+            if distributed.world() == 1:
                 saving.save_before(step, counted)
-                _stop_non_finite(step, training, result)
-            learning_rate = steps.update(step, result, leave_out=overflows)
-            log.add({"loss": result.loss, **result.terms, **result.cosines}, norm.nan_to_num(0, 0, 0), plan.batch_size)
-            line: dict[str, float] = {}
-            if (step + 1) % LOG_EVERY == 0 or scheduled:  # a line never spans a scheduled checkpoint
-                line = {**log.line(), "learning_rate": learning_rate, **_measure_now(training, result)}
-                lines.write(step + 1, line)
-            if scheduled or save:
-                saving.save(step + 1, scheduled=scheduled, line=line)
-            if stop and step + 1 < plan.num_steps:
-                break
-        else:
-            return
-    terminate()
+            return None
+        result, norm = steps.gradients(step, batch, diagnosing=scheduled)
+        loss, save, stop = _exchange_flags(result.loss, save=signals.take() or saving.due, stop=signals.stop)
+        overflows = math.isfinite(loss) and not math.isfinite(norm) and steps.lower_scale()
+        if not (overflows or (math.isfinite(loss) and math.isfinite(norm))):
+            statistics.put_back()
+            saving.save_before(step, counted)
+            _stop_non_finite(step, training, result)
+        learning_rate = steps.update(step, result, leave_out=overflows)
+        log.add({"loss": result.loss, **result.terms, **result.cosines}, norm.nan_to_num(0, 0, 0), plan.batch_size)
+        line: dict[str, float] = {}
+        validated = _validate(validator, training, log, step + 1, plan.num_steps) if validator is not None else {}
+        ends = step + 1 == plan.num_steps or (validator is not None and validator.gives_up)
+        scheduled = scheduled or ends
+        if (step + 1) % LOG_EVERY == 0 or scheduled or validated:  # a line never spans a scheduled checkpoint
+            line = {**log.line(), "learning_rate": learning_rate, **_measure_now(training, result), **validated}
+            lines.write(step + 1, line)
+        if scheduled or save:
+            saving.save(step + 1, scheduled=scheduled, line=line)
+        if ends:
+            return step + 1
+        if stop:
+            return None
+    return start
+
+
+def _validate(validator: Validator, training: Training, log: Log, done: int, num_steps: int) -> dict[str, float]:
+    """Validate where it is time to, and say what came of it."""
+    if not validator.due(done, num_steps=num_steps):
+        return {}
+    with log.stopwatch.measure("validation"):
+        values = validator.measure(training, done)
+    said = ", ".join(f"{name.removeprefix(VALIDATED)} {value:.4g}" for name, value in values.items())
+    say(f"train: validation after {done} steps: {said}")
+    if validator.gives_up:
+        best = f"the best, after {validator.best['step']:g} steps"
+        say(f"train: {validator.stop_after} validations in a row were no better than {best}: the training ends here.")
+    return values
 
 
 def _count_steps(start: int, plan: TrainingPlan, lines: Lines) -> Iterable[int]:
@@ -142,7 +178,7 @@ class _Steps:
         student = self.training.student
         device = student.clip.device
         with self.stopwatch.measure("teacher"):
-            inputs = _make_inputs(batch, self.teacher, device)
+            inputs = make_inputs(batch, self.teacher, device)
         self.training.optimizer.zero_grad(set_to_none=True)
         result = compute_gradients(
             student,
@@ -191,8 +227,16 @@ class _Steps:
 class _Saving:
     """Writes checkpoints, and removes those that are no longer to be kept."""
 
-    def __init__(self, folder: stage_folder.Folder, training: Training, checkpoints: Checkpoints, log: Log) -> None:
-        self._folder, self._training, self._checkpoints, self._log = folder, training, checkpoints, log
+    def __init__(
+        self,
+        folder: stage_folder.Folder,
+        training: Training,
+        checkpoints: Checkpoints,
+        log: Log,
+        validator: Validator | None,
+    ) -> None:
+        self._folder, self._training, self._checkpoints, self.log = folder, training, checkpoints, log
+        self.validator = validator
         self._saved_at = time.monotonic()
         self._prune()  # a kill may have come between a checkpoint and this
 
@@ -203,7 +247,7 @@ class _Saving:
 
     def save(self, done: int, *, scheduled: bool, line: Mapping[str, float]) -> None:
         """Write the state after `done` steps; `line` is what metrics.jsonl says of it."""
-        progress = Progress(step=done, log=self._log.state())
+        progress = self._progress(done)
         measures = select_measures(line)
         path = self._folder.child(folder_name(done))
         save_checkpoint(path, self._training, progress, scheduled=scheduled, metrics=measures)
@@ -214,24 +258,17 @@ class _Saving:
         """Write the state before a step that is not taken, unless it is there; `policy` has not counted that step."""
         there = distributed.on_first(lambda: step == 0 or step in complete_checkpoints(self._folder.path))
         if not there:
-            progress = Progress(step=step, log=self._log.state())
+            progress = self._progress(step)
             path = self._folder.child(folder_name(step))
             save_checkpoint(path, replace(self._training, policy=policy), progress, scheduled=False)
+
+    def _progress(self, done: int) -> Progress:
+        best = {} if self.validator is None else self.validator.best
+        return Progress(step=done, log=self.log.state(), best=best)
 
     def _prune(self) -> None:
         if distributed.rank() == 0:
             prune_checkpoints(self._folder.path, self._checkpoints)
-
-
-def _make_inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inputs:
-    teachers = teacher(batch) if teacher is not None else ()
-    return Inputs(
-        pixels=batch.pixels.to(device, non_blocking=True),
-        tokens=batch.tokens.to(device, non_blocking=True),
-        teacher=teachers[0] if teachers else None,
-        others=teachers[1:],
-        labels=batch.labels.to(device) if batch.labels is not None else None,
-    )
 
 
 def _measure_now(training: Training, result: StepResult) -> dict[str, float]:

@@ -181,6 +181,14 @@ def whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def copy_whole_(target: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Copy values of a state dict, which may be FSDP2's, into a model that every process has whole."""
+    with torch.no_grad():
+        for name, value in target.state_dict().items():
+            source = values[name].detach()
+            value.copy_(source.full_tensor() if isinstance(source, DTensor) else source)
+
+
 def place_(target: Tensor, value: Tensor) -> None:
     """Copy a whole tensor, which every process has, into `target`, or this process's part of it."""
     with torch.no_grad():

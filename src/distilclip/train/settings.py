@@ -7,10 +7,15 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Literal
 
-from distilclip.errors import InputError
+from distilclip.errors import InputError, did_you_mean
 from distilclip.options import changeable, check_at_least
+from distilclip.sets.specs import VALIDATED
 
 Tracker = Literal["tensorboard", "wandb"]
+MEASURES = ("loss", "cosine_image", "cosine_text", "agreement")
+"""What a line says of the training batches by which checkpoints may be compared."""
+HELD_OUT = "held-out"
+"""The set of the pairs kept aside, whose metrics are the loss and its terms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +136,25 @@ class Checkpoints:
     """also save every N minutes, keeping only the newest (0: off)"""
     keep_checkpoints: int = changeable(2)
     """number of checkpoints to keep on disk, the last ones"""
-    keep_best: Literal["none", "loss", "cosine_image", "cosine_text", "agreement"] = changeable("none")
-    """also keep the checkpoint that is best by this metric of the last training batches: lowest loss, highest others"""
+    keep_best: str = changeable("none")
+    """also keep the checkpoint that is best by a metric: loss, cosine_image, cosine_text or agreement of the last
+    training batches, or SET/METRIC of a validation, as imagenet/top1 or held-out/loss; lowest loss, highest others"""
 
     def __post_init__(self) -> None:
         check_at_least(self, 1, "checkpoint_every", "keep_checkpoints")
         check_at_least(self, 0, "checkpoint_minutes")
+        if "/" not in self.keep_best and self.keep_best not in ("none", *MEASURES):
+            raise InputError(
+                f"keep_best is {self.keep_best!r}; it is none, {', '.join(MEASURES)}, or SET/METRIC of a validation. "
+                + did_you_mean(self.keep_best, MEASURES)
+            )
+
+    @property
+    def best_by(self) -> str | None:
+        """The column of metrics.jsonl by which the best checkpoint is chosen, None for none."""
+        if self.keep_best == "none":
+            return None
+        return self.keep_best if self.keep_best in MEASURES else VALIDATED + self.keep_best.removeprefix(VALIDATED)
 
     def scheduled(self, done: int, *, num_steps: int) -> bool:
         """Say whether every run has a checkpoint after `done` steps."""
@@ -145,6 +163,42 @@ class Checkpoints:
     def due(self, seconds: float) -> bool:
         """Say whether it is time for a checkpoint, `seconds` after the last."""
         return 0 < self.checkpoint_minutes * 60 <= seconds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Validation:
+    """What is measured while the student learns, on data that it does not learn from."""
+
+    validate: tuple[str, ...] = changeable(())
+    """sets to measure zero-shot accuracy or retrieval on, as `evaluate --sets` names them, with the same numbers"""
+    held_out: tuple[str, ...] = changeable(())
+    """pairs kept aside, for the loss and its terms: their folder of `embed` by the same teacher (one for each teacher);
+    without --store, their files"""
+    validate_every: int | None = changeable(None)
+    """steps between validations (default: as many times --checkpoint-every as keep their work near 2 %); the last step
+    is always validated"""
+    validate_every_epochs: float | None = changeable(None)
+    """epochs between validations, instead of --validate-every"""
+    data_root: str | None = changeable(None)
+    """folder of the published sets to validate on, as for `evaluate`"""
+    prompts: str | None = changeable(None)
+    """openai/CLIP's data/prompts.md, for class names and templates of the published sets"""
+    stop_after: int | None = None
+    """end the training early when so many validations in a row were no better than the best before, by --keep-best"""
+
+    def __post_init__(self) -> None:
+        check_at_least(self, 1, "validate_every", "stop_after")
+        if self.validate_every is not None and self.validate_every_epochs is not None:
+            raise InputError("Give --validate-every or --validate-every-epochs, not both.")
+        if self.validate_every_epochs is not None and not 0 < self.validate_every_epochs < math.inf:
+            raise InputError(f"validate_every_epochs is {self.validate_every_epochs}; it must be positive.")
+        if not self.is_on and (self.validate_every or self.validate_every_epochs or self.stop_after):
+            raise InputError("Nothing to validate on: give --validate, the sets, or --held-out, pairs kept aside.")
+
+    @property
+    def is_on(self) -> bool:
+        """Whether there is anything to validate on."""
+        return bool(self.validate or self.held_out)
 
 
 @dataclass(frozen=True, kw_only=True)

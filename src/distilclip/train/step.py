@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from distilclip import distributed
+from distilclip.data.stream import Batch
 from distilclip.losses.cluster import sample_classes
 from distilclip.losses.contrastive import row_block
 from distilclip.losses.distillation import draw_masks, hide_patches
@@ -19,6 +20,7 @@ from distilclip.losses.terms import StepClasses
 from distilclip.models.batch_norm import fixed_statistics
 from distilclip.models.clip import Clip, normalise_pixels
 from distilclip.models.heads import Heads
+from distilclip.models.teacher import Teacher
 from distilclip.train.class_head import ClassHead
 from distilclip.train.log import Stopwatch
 from distilclip.train.objective import Objective
@@ -102,6 +104,18 @@ class Inputs:
     labels: Int[Tensor, " n"] | None = None
 
 
+def make_inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inputs:
+    """Bring a batch and the features of its teachers to the device."""
+    teachers = teacher(batch) if teacher is not None else ()
+    return Inputs(
+        pixels=batch.pixels.to(device, non_blocking=True),
+        tokens=batch.tokens.to(device, non_blocking=True),
+        teacher=teachers[0] if teachers else None,
+        others=teachers[1:],
+        labels=batch.labels.to(device) if batch.labels is not None else None,
+    )
+
+
 def compute_gradients(
     student: Student,
     objective: Objective,
@@ -154,6 +168,42 @@ def compute_gradients(
         _unscale_(student, gradient_scale)
         sum_gradients_(student.owned_parameters())
     return result
+
+
+@torch.no_grad()
+def measure_terms(
+    student: Student, objective: Objective, inputs: Inputs, *, micro_batch: int, generator: torch.Generator
+) -> dict[str, float]:
+    """Return the loss of a global batch, its unweighted terms and, with a teacher, the cosines; nothing is learned.
+
+    The towers should be in evaluation mode. Every process must call it with equally many rows and an equally seeded
+    `generator`, as for `compute_gradients`; the values are those of the global batch.
+    """
+    rows = distributed.rows_of_this_rank(len(inputs.pixels))
+    masks = _draw_masks(objective, inputs.pixels, rows, generator)
+    classes = _draw_classes(student, objective, inputs.labels, rows, generator)
+    parts = []
+    for start in range(0, len(inputs.pixels), micro_batch):
+        part = slice(start, start + micro_batch)
+        pixels = normalise_pixels(inputs.pixels[part], student.clip.preprocess_cfg)
+        masked = None if masks is None else hide_patches(pixels, masks[part])
+        parts.append(student.towers(pixels, inputs.tokens[part], masked))
+    image, text, *masked_images = (torch.cat(column) for column in zip(*parts, strict=True))
+    own = Features(image=image, text=text, scale=student.clip.scale, bias=student.clip.bias)
+    terms = objective.terms(
+        own,
+        inputs.teacher,
+        heads=student.heads,
+        others=inputs.others,
+        masked_image=masked_images[0] if masked_images else None,
+        classes=classes,
+        rows=rows,
+    )
+    values = {"loss": objective.total(terms), **terms}
+    if inputs.teacher is not None:
+        values |= _cosines(student.heads.project(own), inputs.teacher, rows)
+    summed = distributed.reduce_(torch.stack([value.detach() for value in values.values()]))
+    return dict(zip(values, summed.tolist(), strict=True))
 
 
 def _unscale_(student: Student, scale: float) -> None:
