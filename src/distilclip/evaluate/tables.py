@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from distilclip.evaluate.wording_notes import note_wording
 from distilclip.sets.references import PAPER_ONLY, REFERENCE_MODEL, is_comparable, reference
 from distilclip.sets.score import AVERAGED, TASKS, Score, mean_interval_of, mean_of, means, title
 
@@ -88,6 +89,7 @@ def _build(task: str, headlines: Sequence[Score]) -> TaskTable:
         for model in models
     ]
     notes = [*_reasons(headlines), *dict.fromkeys(note for score in headlines for note in _notes(score))]
+    notes += note_wording(headlines)
     if any(cell.reach is not None for cell in values.values()):
         notes.append(
             "± is half the width of the 95 % interval over the test images; another training seed is not in it."
@@ -190,6 +192,8 @@ def _notes(score: Score) -> list[str]:
         notes.append(_FEATURES[details["features"]].format(model=score.model))
     if details.get("own_templates"):
         notes.append("Templates of one's own (--templates), not the sets'.")
+    elif "templates_source" in details and score.task == "zero-shot":
+        notes.append(f"{score.set}: templates {details['templates_source']}.")
     elif details.get("clips_prompts", True) is None and score.task == "zero-shot":
         notes.append(f"{score.set}: class names and templates are those in its folder, which may not be CLIP's.")
     elif details.get("clips_prompts") is False and score.task == "zero-shot":

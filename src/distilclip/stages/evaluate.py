@@ -11,16 +11,20 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from distilclip import files, stage_folder
-from distilclip.configs.evaluate import Config
+from distilclip.configs.evaluate import LEARNED, Config
 from distilclip.devices import resolve_device
 from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.embedders import Embedder, open_embedder
 from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.model_specs import split_model, weights_by_name
+from distilclip.evaluate.own_prompts import OwnPrompts, templates_path, word_own_sets
 from distilclip.evaluate.protocol import Protocol, View
 from distilclip.evaluate.provenance import part_digests
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
 from distilclip.evaluate.tables import TaskTable, build_tables
+from distilclip.evaluate.wording_notes import list_wording_warnings
+from distilclip.messages import warn
+from distilclip.sets.caption_sample import captions_digest
 from distilclip.sets.classes import read_templates
 from distilclip.sets.dataset import EvaluationSet, MissingSet
 from distilclip.sets.locate import describe_catalogue
@@ -55,16 +59,21 @@ def main(config: Config) -> dict[str, Any]:
         spec: load_set(spec, data_root=config.data_root, prompts=config.words.prompts)
         for spec in _unique([spec for _, spec in missing])
     }
+    own = _word_own_sets(config, datasets, folder)
     opener = _Opener(config, folder.child("cache"))
     for model in _unique([model for model, _ in missing]):
         embedder = opener.model(model)
         for spec in (spec for name, spec in missing if name == model):
-            dataset = datasets[spec]
+            dataset = own[spec].dataset if spec in own else datasets[spec]
             scores = opener.protocol.measure(embedder, dataset, teacher=opener.teacher_view(embedder, dataset))
+            described = opener.protocol.describe(dataset)
+            if spec in own:
+                scores = own[spec].judge(scores, embedder, opener.protocol)
+                described |= own[spec].record
             part = {
                 "made_from": digests[model, spec],
                 "model": {"name": model, "digest": embedder.digest, **embedder.description},
-                "set": {"name": dataset.name, **opener.protocol.describe(dataset)},
+                "set": {"name": dataset.name, **described},
                 "rows": [score.row() for score in scores],
             }
             stage_folder.write_json(parts[model, spec], part)
@@ -78,14 +87,30 @@ def _check_part(path: str, digests: dict[str, str]) -> None:
     stage_folder.check_made_from(place, part.get("made_from", digests), digests)  # early versions kept no digests
 
 
+def _word_own_sets(
+    config: Config, datasets: dict[str, EvaluationSet], folder: stage_folder.Folder
+) -> dict[str, OwnPrompts]:
+    return word_own_sets(
+        datasets,
+        captions_of=config.words.training_captions,
+        use="learned" if config.words.templates == LEARNED else "own",
+        folder=folder.path,
+    )
+
+
 def _digests(config: Config, models: dict[str, str], sets: Sequence[str]) -> dict[tuple[str, str], dict[str, str]]:
     weights = weights_by_name(config.weights, list(models))
-    texts = {"prompts": config.words.prompts, "templates": (config.words.templates or "").partition("#")[0]}
+    templates = config.words.templates if config.words.templates != LEARNED else None
+    texts = {"prompts": config.words.prompts, "templates": (templates or "").partition("#")[0]}
     teacher = None
     if config.teacher:
         spec = models.get(config.teacher, split_model(config.teacher)[1])
         teacher = spec, config.teacher_weights or weights.get(config.teacher)
-    return part_digests(models, sets, weights=weights, teacher=teacher, texts=texts, data_root=config.data_root)
+    digests = part_digests(models, sets, weights=weights, teacher=teacher, texts=texts, data_root=config.data_root)
+    if config.words.training_captions:
+        captions = {"training captions": captions_digest(config.words.training_captions)}
+        return {key: {**found, **captions} for key, found in digests.items()}
+    return digests
 
 
 def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -93,15 +118,28 @@ def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]]) -> dic
     rows = [row for part in parts for row in part["rows"]]
     scores = [Score.from_row(row) for row in rows]
     tables = build_tables(scores)
+    warnings = list_wording_warnings(scores, templates_files=_templates_files(folder, [part["set"] for part in parts]))
     files.write_bytes(folder.child("table.md"), "\n".join(table.markdown() for table in tables).encode())
     files.write_bytes(folder.child("table.csv"), write_csv(scores).encode())
     for name, record in clip_benchmark_records(scores).items():
         stage_folder.write_json(folder.child("clip_benchmark", name), record)
     _print(tables)
+    for warning in warnings:
+        warn(f"evaluate: {warning}")
     by_name = {kind: {part[kind]["name"]: part[kind] for part in parts} for kind in ("model", "set")}
     return folder.finish(
-        {"rows": rows, "models": list(by_name["model"].values()), "sets": list(by_name["set"].values())}
+        {
+            "rows": rows,
+            "models": list(by_name["model"].values()),
+            "sets": list(by_name["set"].values()),
+            "warnings": warnings,
+        }
     )
+
+
+def _templates_files(folder: stage_folder.Folder, sets: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return where the learned templates of each set lie that has some."""
+    return {found["name"]: templates_path(folder.path, found["name"]) for found in sets if "learned_templates" in found}
 
 
 class _Opener:
@@ -159,7 +197,7 @@ def _unique(names: Sequence[str]) -> list[str]:
 def _protocol(config: Config) -> Protocol:
     return Protocol(
         tasks=config.tasks,
-        templates=None if config.words.templates is None else _templates(config.words.templates),
+        templates=None if config.words.templates in (None, LEARNED) else _templates(config.words.templates),
         probe_features=config.probe.probe_features,
         probe_l2=config.probe.probe_l2,
         seed=config.probe.seed,
