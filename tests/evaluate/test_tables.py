@@ -10,6 +10,7 @@ import pytest
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
 from distilclip.evaluate.tables import build_tables
 from distilclip.sets.catalogue import GROUPS
+from distilclip.sets.published import published_rows
 from distilclip.sets.references import LINEAR_PROBE, REFERENCE_MODEL, ZERO_SHOT
 from distilclip.sets.score import Score
 
@@ -223,3 +224,32 @@ def test_models_whose_names_make_one_file_name_have_a_record_each() -> None:
 def test_recalls_and_agreements_are_not_averaged(task: str) -> None:
     (table,) = build_tables([row("a", 0.2, task=task), row("b", 0.4, task=task)])
     assert table.columns == ["model", "a", "b"]
+
+
+def test_published_rows_follow_as_printed_and_change_nothing_of_ones_own() -> None:
+    scores = [row(name, 0.5, low=0.4, high=0.6) for name in ("imagenet", "imagenet-v2")]
+    (own,) = build_tables(scores)
+    (table,) = build_tables(scores, published_rows(["clip-kd-terms"]))
+    assert table.rows[: len(own.rows)] == own.rows
+    assert table.columns == own.columns == ["model", "imagenet", "imagenet-v2"]
+    assert ["ViT-T/16 + FD, taught by ViT-B/16 (published)", "34.23", "-"] in table.rows
+    assert len(table.rows) == len(own.rows) + 8
+    assert [note for note in table.notes if note not in own.notes] == [
+        "(published): copied from CLIP-KD (Yang et al., CVPR 2024; README of github.com/winycg/CLIP-KD), Distillation "
+        "with different strategies; not measured here, and in no mean, interval or comparison."
+    ]
+
+
+def test_a_published_mean_stands_only_where_all_its_sets_do() -> None:
+    rows = published_rows(["clip-cid-vit-b-32"])
+    (whole,) = build_tables([row(name, 0.5) for name in GROUPS["paper"]], rows)
+    place = whole.columns.index("CLIP-CID ViT-B/32, LAION225M (published)")
+    assert whole.rows[0][0] == "mean of 14 papers' sets"
+    assert [line[place] for line in whole.rows[:2]] == ["69.4", "79.7"]
+    (part,) = build_tables([row(name, 0.5) for name in GROUPS["paper"][:2]], rows)
+    assert part.rows[-1] == ["CLIP-CID ViT-B/32, LAION225M (published)", "-", "79.7", "92.6"]
+
+
+def test_rows_without_a_number_for_any_set_stay_out() -> None:
+    scores = [row("mine", 0.5), row("coco", 0.5, task="retrieval", metric="image_to_text_r1", details=CAPTIONS)]
+    assert build_tables(scores, published_rows(["clip-kd", "clip-cid"])) == build_tables(scores)

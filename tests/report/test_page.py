@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import tarfile
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from distilclip.report.load import load
 from distilclip.report.page import Page, build
 from distilclip.report.sections import GallerySize
+from distilclip.sets.published import PublishedRow, published_rows
 from tests.conftest import write_tar
 from tests.report.made_run import (
     NASTY,
@@ -25,9 +27,9 @@ from tests.report.made_run import (
 )
 
 
-def page_of(folder: Path) -> Page:
+def page_of(folder: Path, published: Sequence[PublishedRow] = ()) -> Page:
     size = GallerySize(num_groups=2, num_clusters=2, num_pictures=3, thumbnail=48)
-    return build(load([str(folder)]), heading="A <b>report</b>", size=size)
+    return build(load([str(folder)]), heading="A <b>report</b>", size=size, published=published)
 
 
 class Elements(HTMLParser):
@@ -219,3 +221,31 @@ def test_the_corpus_own_truth_stands_on_the_page(tmp_path: Path) -> None:
     # Of each shard: 1 and 2 go for 0, rightly; 4 for 0, wrongly: its scene is lost; 6 for 5, rightly.
     assert "75.0 % of the removed pictures (6 of 8) were removed for a picture of the same scene" in text
     assert "% of the scenes (1 of 8) lost every picture" in text
+
+
+def test_published_rows_stand_below_the_models_and_change_nothing_else(tmp_path: Path) -> None:
+    write_evaluate(tmp_path / "evaluate")
+    result = tmp_path / "evaluate/result.json"
+    result.write_text(result.read_text().replace('"shape"', '"imagenet"'))
+    own = page_of(tmp_path).html
+    shown = page_of(tmp_path, published_rows(["clip-kd-vit-b-16"])).html
+    rows = re.findall(r'<tr class="published">.*?</tr>', shown, flags=re.DOTALL)
+    assert len(rows) == 13
+    assert "ViT-T/16, CLIP-KD by ViT-B/16 (published)" in rows[2]
+    assert re.findall(r">([\d.]+)</td>", rows[2]) == ["34.90"]
+    note = (
+        '<p class="note">(published): copied from CLIP-KD (Yang et al., CVPR 2024; README of github.com/winycg/CLIP-KD)'
+    )
+    assert note in shown
+    lines = {line for line in own.splitlines() if line.strip()}
+    rest = re.sub(r'<tr class="published">.*?</tr>', "", shown, flags=re.DOTALL)
+    assert [line for line in rest.splitlines() if line.strip() and line not in lines] == [
+        line for line in rest.splitlines() if line.startswith(note)
+    ]
+
+
+def test_a_page_without_a_place_for_published_rows_says_so(tmp_path: Path) -> None:
+    write_evaluate(tmp_path / "evaluate")
+    html = page_of(tmp_path, published_rows(["clip-cid"])).html
+    assert "No published number is for these sets and tasks." in html
+    assert '<tr class="published">' not in html

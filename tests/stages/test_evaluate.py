@@ -83,6 +83,25 @@ def test_a_finished_folder_is_not_touched(tmp_path: Path, models: tuple[str, str
     assert content(tmp_path / "out") == before
 
 
+def test_published_rows_are_printed_and_written_and_a_finished_folder_prints_them_too(
+    tmp_path: Path, models: tuple[str, str], sets: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    imagenet = (f"imagenet={sets[0]}",)  # one's own set by that name
+    options = {"tasks": ("zero-shot",), "cache": str(tmp_path / "cache")}
+    asked = {"published": ("clip-kd-terms",), **options}
+    own = main(config_of(tmp_path / "own", models[:1], imagenet, **options))
+    before = content(tmp_path / "own")
+    capsys.readouterr()
+    main(config_of(tmp_path / "own", models[:1], imagenet, **asked))
+    assert "34.23" in capsys.readouterr().out
+    assert content(tmp_path / "own") == before  # printed only
+    assert main(config_of(tmp_path / "both", models[:1], imagenet, **asked)) == own
+    assert "| 34.23 |" in (tmp_path / "both/table.md").read_text()
+    assert "34.23" not in (tmp_path / "both/table.csv").read_text()
+    main(config_of(tmp_path / "none", models[:1], sets[:1], **asked))
+    assert "clip-kd-terms: no published number is for these sets and tasks." in capsys.readouterr().err
+
+
 def test_an_interrupted_run_measures_only_what_is_missing(
     tmp_path: Path, models: tuple[str, str], sets: tuple[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,6 +74,25 @@ def test_clip_cid_is_base_plus_cluster_plus_instance(heads: Heads) -> None:
     assert torch.allclose(method.total(method.terms(student, teacher, heads=heads, classes=taken)), expected)
 
 
+def test_clip_cid_kd_is_the_sum_of_both_methods_with_the_task_once(heads: Heads) -> None:
+    student, teacher, taken = features(STUDENT_DIM, 1), features(TEACHER_DIM, 2), classes(torch.arange(N))
+    cid, kd, both = (objective(name) for name in ("clip-cid", "clip-kd", "clip-cid-kd"))
+
+    def total(method: Objective) -> torch.Tensor:
+        return method.total(method.terms(student, teacher, heads=heads, classes=taken))
+
+    task = losses.contrastive(student.image, student.text, scale=student.scale)
+    assert torch.allclose(total(both), total(cid) + total(kd) - task)
+    assert {name: value for name, value in both.weights.items() if value} == {
+        "task": 1.0,
+        "cluster": 1.0,
+        "instance": 1.0,
+        "relational": 1.0,
+        "feature": 2000.0,
+        "interactive": 1.0,
+    }
+
+
 def test_task_is_never_projected(heads: Heads) -> None:
     student = features(STUDENT_DIM, 1)
     values = Objective().terms(student, features(TEACHER_DIM, 2), heads=heads)

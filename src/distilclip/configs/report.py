@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from distilclip.errors import InputError
 from distilclip.options import check_at_least
+from distilclip.sets.published import Published
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,8 @@ class Config:
     """folder to write: index.html, figures/*.svg, result.json"""
     title: str = "Distillation report"
     """heading of the page"""
+    published: tuple[Published, ...] = ()
+    """also show numbers from these tables of the papers, marked as published and compared with nothing"""
     num_groups: int = 4
     """groups of each kind in the gallery: the largest, random ones, and those nearest to the threshold"""
     num_clusters: int = 6

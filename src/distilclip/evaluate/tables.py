@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from distilclip.evaluate.wording_notes import note_wording
+from distilclip.sets.published import PublishedRow, published_notes
 from distilclip.sets.references import PAPER_ONLY, REFERENCE_MODEL, is_comparable, reference
-from distilclip.sets.score import AVERAGED, TASKS, Score, mean_interval_of, mean_of, means, title
+from distilclip.sets.score import AVERAGED, TASKS, Mean, Score, mean_interval_of, mean_of, means, title
 
 MOST_COLUMNS = 8  # with more sets than this, sets are rows and models columns
 
@@ -59,17 +60,18 @@ class TaskTable:
         return "\n\n".join([f"## {self.title}", body, *self.notes]) + "\n"
 
 
-def build_tables(scores: Sequence[Score]) -> list[TaskTable]:
+def build_tables(scores: Sequence[Score], published: Sequence[PublishedRow] = ()) -> list[TaskTable]:
     """Build a table for each task that has scores, with the means over the papers' groups and the reference's numbers.
 
     A score without a value shows as `-`, and a note says why. A mean is over the sets that have a score, and its
-    name says of how many; a model that lacks one of them has none.
+    name says of how many; a model that lacks one of them has none. `published` rows follow the models where they have a
+    number for any set of the table, as the papers print them.
     """
     by_task = {task: [score for score in scores if score.task == task and score.headline] for task in TASKS}
-    return [_build(task, headlines) for task, headlines in by_task.items() if headlines]
+    return [_build(task, headlines, published) for task, headlines in by_task.items() if headlines]
 
 
-def _build(task: str, headlines: Sequence[Score]) -> TaskTable:
+def _build(task: str, headlines: Sequence[Score], published: Sequence[PublishedRow]) -> TaskTable:
     # A model may lack a score that others have, so columns are gathered over all models.
     keys: list[_Key] = list(dict.fromkeys((score.set, score.metric) for score in headlines))
     keys = [key for key in keys if not _is_stand_in(key, keys, headlines)]
@@ -80,7 +82,7 @@ def _build(task: str, headlines: Sequence[Score]) -> TaskTable:
         models.append(REFERENCE_MODEL)
         values.update({(REFERENCE_MODEL, key): _Cell(value) for key, value in references.items()})
     averages = _mean_cells(keys, values, models, headlines) if task in AVERAGED else {}
-    header = [*averages, *(_header(*key) for key in keys)]
+    header = [*(mean.name for mean in averages), *(_header(*key) for key in keys)]
     cells = [
         [
             *(average[model].text for average in averages.values()),
@@ -88,6 +90,10 @@ def _build(task: str, headlines: Sequence[Score]) -> TaskTable:
         ]
         for model in models
     ]
+    sets = {name for name, _ in keys}
+    shown = [row for row in published if row.has(task, sets)]
+    models += [row.name for row in shown]
+    cells += [_published_cells(row, task, list(averages), keys) for row in shown]
     notes = [*_reasons(headlines), *dict.fromkeys(note for score in headlines for note in _notes(score))]
     notes += note_wording(headlines)
     if any(cell.reach is not None for cell in values.values()):
@@ -96,11 +102,18 @@ def _build(task: str, headlines: Sequence[Score]) -> TaskTable:
         )
     if references:
         notes.append(_source_of(task, [set_name for set_name, _ in references]))
+    notes += published_notes(shown, task, sets)
     if len(header) > MOST_COLUMNS:
         transposed = [[name, *column] for name, column in zip(header, zip(*cells, strict=True), strict=True)]
         return TaskTable(title=TASKS[task], columns=["set", *models], rows=transposed, notes=notes)
     rows = [[model, *line] for model, line in zip(models, cells, strict=True)]
     return TaskTable(title=TASKS[task], columns=["model", *header], rows=rows, notes=notes)
+
+
+def _published_cells(row: PublishedRow, task: str, averages: Sequence[Mean], keys: Sequence[_Key]) -> list[str]:
+    """Return the cells of a published row: of a mean only where the paper's is over the same sets."""
+    texts = [row.text(task, mean.name, mean.sets) for mean in averages]
+    return [text or _NONE.text for text in (*texts, *(row.text(task, name) for name, _ in keys))]
 
 
 def _references(task: str, keys: Sequence[_Key], headlines: Sequence[Score]) -> dict[_Key, float]:
@@ -125,14 +138,14 @@ def _source_of(task: str, sets: Sequence[str]) -> str:
 
 def _mean_cells(
     keys: Sequence[_Key], values: _Cells, models: Sequence[str], headlines: Sequence[Score]
-) -> dict[str, dict[str, _Cell]]:
-    """Return the means of every model, by the name of the mean; none for a model that lacks one of the sets."""
+) -> dict[Mean, dict[str, _Cell]]:
+    """Return the means of every model; none for a model that lacks one of the sets."""
     measured = {(score.model, (score.set, score.metric)): score for score in headlines if score.value is not None}
     scored = [key for key in keys if any(key == found for _, found in measured)]
-    found: dict[str, dict[str, _Cell]] = {}
+    found: dict[Mean, dict[str, _Cell]] = {}
     for mean in means([name for name, _ in keys], scored={name for name, _ in scored}):
         members = [key for key in scored if key[0] in mean.sets]
-        found[mean.name] = {model: _mean_cell(model, members, values, measured) for model in models}
+        found[mean] = {model: _mean_cell(model, members, values, measured) for model in models}
     return found
 
 

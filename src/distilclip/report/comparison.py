@@ -10,6 +10,7 @@ from itertools import groupby
 from distilclip.report.evidence import Difference, difference, seeds_difference
 from distilclip.report.roles import Model
 from distilclip.report.seeds import common_name
+from distilclip.sets.published import PublishedRow
 from distilclip.sets.score import AVERAGED, TASKS, Score, mean_interval_of, mean_of, means, title
 
 MAX_COLUMNS = 12  # a wider table does not fit a page, so each task gets a table of its own
@@ -73,6 +74,10 @@ class Table:
     def has_chance(self) -> bool:
         """Return whether the chance level of any column is known."""
         return any(column.chance is not None for column in self.columns)
+
+    def has_place_for(self, row: PublishedRow) -> bool:
+        """Return whether a published row has a number for any of the sets."""
+        return any(row.has(column.task, (column.set,)) for column in self.columns)
 
     def select(self, columns: Iterable[Column]) -> Table:
         """Return the same models with only some of the columns."""

@@ -10,12 +10,13 @@ import jinja2
 
 from distilclip.report import phrases
 from distilclip.report.charts import Chart, standings_chart, training_charts
-from distilclip.report.comparison import compare
+from distilclip.report.comparison import Table, compare
 from distilclip.report.figures import PALETTE
 from distilclip.report.headline import story
 from distilclip.report.load import Results
 from distilclip.report.roles import Model, models
 from distilclip.report.sections import GallerySize, balance_sections, cluster_sections
+from distilclip.sets.published import PublishedRow, published_notes
 from distilclip.sets.score import Score, title
 from distilclip.vectors.tolerance import equivalents
 
@@ -32,8 +33,8 @@ class Page:
     absent: list[tuple[str, str]]
 
 
-def build(results: Results, *, heading: str, size: GallerySize) -> Page:
-    """Render the page of some results."""
+def build(results: Results, *, heading: str, size: GallerySize, published: Sequence[PublishedRow] = ()) -> Page:
+    """Render the page of some results; `published` rows stand below the models' and are compared with nothing."""
     compared = models(results)
     scores = results.scores
     table = compare([score for score in scores if score.task != "agreement"], compared)
@@ -49,6 +50,8 @@ def build(results: Results, *, heading: str, size: GallerySize) -> Page:
         story=story(table, results),
         models=compared,
         table=table,
+        published=published,
+        published_notes=_published_notes(table, published),
         baseline=next((row.model.name for row in table.rows if row.model.role == "baseline"), ""),
         several_seeds=any(row.num_seeds > 1 for row in table.rows),
         is_paired=any(c.difference and c.difference.basis == "images" for row in table.rows for c in row.cells),
@@ -71,6 +74,14 @@ def build(results: Results, *, heading: str, size: GallerySize) -> Page:
         figures={f"{chart.name}.svg": chart.svg for chart in charts if chart is not None},
         absent=absent,
     )
+
+
+def _published_notes(table: Table, published: Sequence[PublishedRow]) -> list[str]:
+    """Say where the published rows that a table shows come from, or that it shows none."""
+    if published and not any(table.has_place_for(row) for row in published):
+        return ["No published number is for these sets and tasks."]
+    sets = {column.task: [c.set for c in table.columns if c.task == column.task] for column in table.columns}
+    return [note for task, names in sets.items() for note in published_notes(published, task, names)]
 
 
 def _all_scores(scores: Sequence[Score], compared: Sequence[Model]) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ from distilclip.sets.dataset import EvaluationSet, MissingSet
 from distilclip.sets.locate import describe_catalogue
 from distilclip.sets.open import load_set
 from distilclip.sets.prompts import prompts_of
+from distilclip.sets.published import published_rows
 from distilclip.sets.score import Score
 from distilclip.sets.specs import expand_groups
 
@@ -54,6 +55,8 @@ def main(config: Config) -> dict[str, Any]:
         if key not in missing:
             _check_part(path, digests[key])
     if folder.finished:
+        if config.published:
+            _print(_tables([Score.from_row(row) for row in folder.result()["rows"]], config))
         return folder.result()
     datasets = {
         spec: load_set(spec, data_root=config.data_root, prompts=config.words.prompts)
@@ -77,7 +80,7 @@ def main(config: Config) -> dict[str, Any]:
                 "rows": [score.row() for score in scores],
             }
             stage_folder.write_json(parts[model, spec], part)
-    return _finish(folder, [stage_folder.read_json(path) for path in parts.values()])
+    return _finish(folder, [stage_folder.read_json(path) for path in parts.values()], config)
 
 
 def _check_part(path: str, digests: dict[str, str]) -> None:
@@ -113,11 +116,19 @@ def _digests(config: Config, models: dict[str, str], sets: Sequence[str]) -> dic
     return digests
 
 
-def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _tables(scores: Sequence[Score], config: Config) -> list[TaskTable]:
+    """Build the tables; say so where none of the published rows that were asked for has a place in them."""
+    rows = published_rows(config.published)
+    if rows and not any(row.has(score.task, {score.set}) for row in rows for score in scores):
+        warn(f"evaluate: {', '.join(config.published)}: no published number is for these sets and tasks.")
+    return build_tables(scores, rows)
+
+
+def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
     """Write and print the tables of all parts, and the result."""
     rows = [row for part in parts for row in part["rows"]]
     scores = [Score.from_row(row) for row in rows]
-    tables = build_tables(scores)
+    tables = _tables(scores, config)
     warnings = list_wording_warnings(scores, templates_files=_templates_files(folder, [part["set"] for part in parts]))
     files.write_bytes(folder.child("table.md"), "\n".join(table.markdown() for table in tables).encode())
     files.write_bytes(folder.child("table.csv"), write_csv(scores).encode())

@@ -7,6 +7,7 @@ from typing import Any
 from distilclip import files, stage_folder
 from distilclip.configs.report import Config
 from distilclip.report.load import load
+from distilclip.sets.published import published_rows
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -30,7 +31,7 @@ def main(config: Config) -> dict[str, Any]:
         thumbnail=config.thumbnail_size,
         seed=config.seed,
     )
-    page = build(results, heading=config.title, size=size)
+    page = build(results, heading=config.title, size=size, published=published_rows(config.published))
     for name, svg in page.figures.items():
         files.write_bytes(folder.child("figures", name), svg.encode())
     files.write_bytes(folder.child("index.html"), page.html.encode())
