@@ -106,15 +106,19 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
     """Create a stage's folder, or open it again to resume it or to find it finished.
 
     An unfinished folder belongs to this process from here to `finish`; a finished one belongs to nobody. `inputs` are
-    the (folder, stage) that this one reads: each must be finished, and its digest is written down. A folder in which
-    the stage has made nothing yet is begun anew, so that a wrong value can be corrected.
+    the (folder, stage) that this one reads: each must be finished, and its digest is written down; what no stage wrote
+    has `NO_STAGE`. A folder in which the stage has made nothing yet is begun anew, so that a wrong value can be
+    corrected.
 
     Raises `InputError` when another process holds the folder, and when it was begun by another stage, with another
     config, or from inputs that have changed since, naming what differs.
     """
     folder = Folder(str(path), stage)
     for input_path, input_stage in inputs:
-        require(input_path, stage=input_stage)
+        if input_stage != NO_STAGE:
+            require(input_path, stage=input_stage)
+        elif not files.exists(input_path):
+            raise InputError(f"{input_path} does not exist. Check the path.")
     digests, values = _input_digests(inputs), {"stage": stage, **config_values(config)}
     if folder.finished and files.exists(folder.child("config.json")):
         before = _check_same(folder, values, config, digests)
@@ -182,12 +186,16 @@ def find_changes(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[s
     if before.get("stage") != stage:
         return [f"it was written by `distilclip {before.get('stage')}`"]
     changes = _differences(before, {"stage": stage, **config_values(config)}, config)
-    records = [read_finished(input_path, stage=input_stage) for input_path, input_stage in inputs]
-    unfinished = [given for (given, _), record in zip(inputs, records, strict=True) if record is None]
+    unfinished = [given for given, input_stage in inputs if not _is_there(given, input_stage)]
     if unfinished:
         return changes + [f"{given} is not finished" for given in unfinished]
     changed = _changed_inputs(path, _input_digests(inputs))
     return changes + ([f"{', '.join(changed)} changed since it was made"] if changed else [])
+
+
+def _is_there(path: str, stage: str) -> bool:
+    """Whether an input is finished, or exists where no stage wrote it."""
+    return files.exists(path) if stage == NO_STAGE else read_finished(path, stage=stage) is not None
 
 
 def is_outgrown(path: str, config: Any) -> bool:
@@ -201,7 +209,7 @@ def _input_digests(inputs: Sequence[tuple[str, str]]) -> dict[str, str]:
     digests: dict[str, str] = {}
     for path, stage in inputs:
         name = stage if stage not in digests else f"{stage} {len(digests) + 1}"
-        digests[name] = result_digest(path)
+        digests[name] = content_digest(path) if stage == NO_STAGE else result_digest(path)
     return digests
 
 
@@ -240,6 +248,28 @@ def folders_of(stage: str, paths: Sequence[str]) -> list[tuple[str, str]]:
     """Return those of the paths that are folders of a stage, as inputs of another; a model may also be a name."""
     records = ((path, read_record(path)) for path in paths)
     return [(path, stage) for path, record in records if record is not None and record.stage == stage]
+
+
+NO_STAGE = "side files"
+"""What stands in place of a stage for inputs that are files of the user's own."""
+
+
+def stage_of(path: str) -> str:
+    """Return the stage that wrote a folder; `NO_STAGE` for other files and folders, and where there is nothing."""
+    record = read_record(path) if files.is_folder(path) else None
+    return NO_STAGE if record is None else record.stage
+
+
+def content_digest(path: str) -> str:
+    """Return the SHA-256 of a file, or of the names and files of a folder."""
+    if not files.is_folder(path):
+        return files.sha256(path)
+    digest = hashlib.sha256()
+    for at, names in files.walk(path):
+        for name in names:
+            place = files.join(at, name)
+            digest.update(f"{place.removeprefix(path)} {files.sha256(place)}\n".encode())
+    return digest.hexdigest()
 
 
 def result_digest(path: str) -> str:

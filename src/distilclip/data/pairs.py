@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Int32, Int64, UInt32, UInt64
+from jaxtyping import Bool, Float64, Int32, Int64, UInt32, UInt64
 
+from distilclip import files
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import BadSample
-from distilclip.data.shards import assert_key, open_shard, source_size
+from distilclip.data.shards import assert_key, find_shards, open_shard, source_size
 from distilclip.data.side_files import kept_rows, read_labels
 from distilclip.data.store import Rows, Store, sample_id
 from distilclip.errors import InputError
+from distilclip.mixture import DataPart, Weighting
+from distilclip.row_weights import RowPlaces, read_row_weights
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,12 @@ class PairTable:
     """The n rows to train on, in the order of (shard, row).
 
     `key` stays in Arrow, since forked processes would copy n Python strings one by one. `offset` and `size` are those
-    of the shard's index; `cluster` is None where no clusters are joined. `columns` is what CSV files do
-    not tell themselves.
+    of the shard's index; `cluster` is None where no clusters are joined. `num_rows` are those of each shard, unusable
+    ones included. `columns` is what CSV files do not tell themselves.
     """
 
     uris: list[str]
+    num_rows: Int64[np.ndarray, " shards"]
     shard: UInt32[np.ndarray, " n"]
     row: UInt32[np.ndarray, " n"]
     offset: UInt64[np.ndarray, " n"]
@@ -43,6 +50,12 @@ class PairTable:
     def ids(self, rows: Int64[np.ndarray, " m"]) -> UInt64[np.ndarray, " m"]:
         """Return the sample ids of rows of this table."""
         return sample_id(self.shard[rows], self.row[rows])
+
+    def keep(self, mask: Bool[np.ndarray, " n"]) -> PairTable:
+        """Return the table with some of its rows."""
+        columns = {name: getattr(self, name)[mask] for name in ("shard", "row", "offset", "size")}
+        cluster = None if self.cluster is None else self.cluster[mask]
+        return dataclasses.replace(self, **columns, key=self.key.filter(pa.array(mask)), cluster=cluster)
 
 
 @dataclass(frozen=True)
@@ -64,7 +77,7 @@ class Index:
 def join_stores(
     stores: Sequence[Store], *, data: Sequence[str] = (), groups: str | None = None, clusters: str | None = None
 ) -> PairTable:
-    """List the rows that are valid in every store and kept by `groups`, with the labels of `clusters`.
+    """List the rows that are valid in every store and kept by `groups`, with the labels of `clusters` (-1: none).
 
     The stores are of the same shards, by several teachers; groups and clusters are the first one's. `data` says where
     the shards lie now, in the order of the manifest, if not where they were embedded.
@@ -131,8 +144,9 @@ def index_pairs(data: Sequence[str], *, policy: ErrorPolicy, columns: CsvColumns
 
 @dataclass(frozen=True)
 class _Part:
-    """The rows of the table that come from one shard."""
+    """The rows of the table that come from one shard, which has `num_rows` in all."""
 
+    num_rows: int
     row: UInt32[np.ndarray, " n"]
     offset: UInt64[np.ndarray, " n"]
     size: UInt32[np.ndarray, " n"]
@@ -148,13 +162,14 @@ def _part(
     cluster: Int32[np.ndarray, " n"] | None,
 ) -> _Part:
     row = np.flatnonzero(keep).astype(np.uint32)
-    return _Part(row, offset[keep], size[keep], key.filter(pa.array(keep)).cast(pa.large_string()), cluster)
+    return _Part(len(keep), row, offset[keep], size[keep], key.filter(pa.array(keep)).cast(pa.large_string()), cluster)
 
 
 def _table(uris: list[str], parts: list[_Part], columns: CsvColumns | None) -> PairTable:
     clusters = [part.cluster for part in parts if part.cluster is not None]
     return PairTable(
         uris=uris,
+        num_rows=np.array([part.num_rows for part in parts]),
         shard=np.repeat(np.arange(len(uris), dtype=np.uint32), [len(part.row) for part in parts]),
         row=np.concatenate([part.row for part in parts]),
         offset=np.concatenate([part.offset for part in parts]),
@@ -169,13 +184,97 @@ def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int32[
     labels = read_labels(clusters, shard)
     cluster = np.full(max(len(keep), int(labels.row.max(initial=0)) + 1), -1, np.int32)
     cluster[labels.row] = labels.cluster
-    found = cluster[: len(keep)][keep]
-    if (found < 0).any():
+    return cluster[: len(keep)][keep]
+
+
+def check_labels(table: PairTable, clusters: str) -> None:
+    """Raise `InputError` where a row of the table has no label in the folder `clusters`."""
+    if table.cluster is not None and (table.cluster < 0).any():
+        at = int(np.argmin(table.cluster))
         raise InputError(
-            f"{clusters}: row {np.flatnonzero(keep)[int(np.argmin(found))]} of shard {shard} has no label. Train with "
-            "the groups that the clusters were made with, or run `distilclip cluster` again."
+            f"{clusters}: row {table.row[at]} of shard {table.shard[at]} has no label. Train with the groups that the "
+            "clusters were made with, or run `distilclip cluster` again."
         )
-    return found
+
+
+def find_parts(parts: Sequence[DataPart]) -> tuple[list[str], list[int]]:
+    """Return the shards that the parts of a mixture name, and of each shard the number of its part.
+
+    Raises:
+        InputError: a part matches nothing, or a shard belongs to two parts.
+    """
+    part_of: dict[str, int] = {}
+    uris = []
+    for number, part in enumerate(parts):
+        for uri in find_shards(part.pattern):
+            other = part_of.setdefault(files.absolute(uri), number)
+            if other != number:
+                raise InputError(
+                    f"data: {uri} belongs to two parts, {parts[other].pattern} and {part.pattern}. Give patterns that "
+                    "share no file."
+                )
+            uris.append(uri)
+    return uris, [part_of[files.absolute(uri)] for uri in uris]
+
+
+def follow_store(uris: Sequence[str], part: Sequence[int], store: Store) -> tuple[list[str], list[int]]:
+    """Return shards and their parts in the store's order, if they are the very files that it was made from.
+
+    Files that have moved keep the order that they are given in.
+    """
+    place = {files.absolute(uri): number for number, uri in enumerate(uris)}
+    own = [files.absolute(shard.uri) for shard in store.shards]
+    order = [place[uri] for uri in own] if sorted(place) == sorted(own) else range(len(uris))
+    return [uris[number] for number in order], [part[number] for number in order]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeighedPairs:
+    """The rows that are drawn, and the weight of each; None where all are drawn alike.
+
+    `parts` describe a mixture's: `data`, their `share` of all draws, and `num_rows`, the rows that are drawn of each.
+    """
+
+    table: PairTable
+    weights: Float64[np.ndarray, " n"] | None = None
+    parts: Sequence[dict[str, Any]] = ()
+
+
+def weigh(table: PairTable, weighting: Weighting, parts: Sequence[DataPart], part: Sequence[int]) -> WeighedPairs:
+    """Weigh the rows of a table by their own weights and so that each part has its share; rows of weight 0 go.
+
+    `part` is the number of each shard's part, where there are `parts`. A part's share is divided among its rows in
+    the ratio of their own weights.
+
+    Raises:
+        InputError: a part of positive weight has no row that could be drawn, or as `read_row_weights` does.
+    """
+    if not len(table) or not (parts or weighting.row_weights):
+        return WeighedPairs(table=table)
+    weights = np.ones(len(table))
+    if weighting.row_weights:
+        places = RowPlaces(shard=table.shard, row=table.row, key=table.key, num_rows=table.num_rows)
+        weights = read_row_weights(weighting.row_weights, places, column=weighting.row_weights_column)
+        weights /= weights.max()
+    if not parts:
+        return WeighedPairs(table=table.keep(weights > 0), weights=weights[weights > 0])
+    part_of_row = np.array(part, np.int32)[table.shard]
+    sums = np.bincount(part_of_row, weights, len(parts))  # adds one row after the other: the same everywhere
+    for number, one in enumerate(parts):
+        if one.weight and not sums[number]:
+            raise InputError(
+                f"data: the part {one.pattern} has the weight {one.weight:g} and no row to train on: none of its rows "
+                "is usable, kept, and of positive weight. Give it the weight 0, or look at --groups and --row-weights."
+            )
+    asked = np.array([one.weight for one in parts])
+    weights *= np.divide(asked, sums, out=np.zeros(len(parts)), where=sums > 0)[part_of_row]
+    num_rows = np.bincount(part_of_row[weights > 0], minlength=len(parts)).tolist()
+    total = math.fsum(asked)
+    described = [
+        {"data": one.pattern, "share": one.weight / total, "num_rows": count}
+        for one, count in zip(parts, num_rows, strict=True)
+    ]
+    return WeighedPairs(table=table.keep(weights > 0), weights=weights[weights > 0], parts=described)
 
 
 def check_source(store: Store, shard: int, uri: str, rows: Rows | Index) -> None:

@@ -1,4 +1,4 @@
-"""Write and read what later stages say about the rows of a store: groups, labels, forest and centers."""
+"""Write and read what later stages say about the rows of a store: groups, labels, weights, forest and centers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32, UInt32, UInt64
+from jaxtyping import Bool, Float32, Float64, UInt32, UInt64
 
 from distilclip import files
 from distilclip.data.columns import FORMAT_VERSION, read_columns, write_columns
 from distilclip.data.store import Store
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.errors import InputError
+from distilclip.row_weights import weights_path
 
 GROUPS_SCHEMA = pa.schema(
     [
@@ -25,6 +26,7 @@ GROUPS_SCHEMA = pa.schema(
     ]
 )
 LABELS_SCHEMA = pa.schema([("row", pa.uint32()), ("cluster", pa.uint32()), ("distance", pa.float32())])
+WEIGHTS_SCHEMA = pa.schema([("row", pa.uint32()), ("weight", pa.float64())])
 FOREST_SCHEMA = pa.schema([("left", pa.uint64()), ("right", pa.uint64()), ("distance", pa.float32())])
 
 
@@ -49,6 +51,14 @@ class Labels:
     row: UInt32[np.ndarray, " n"]
     cluster: UInt32[np.ndarray, " n"]
     distance: Float32[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class WeightedRows:
+    """Rows of one shard, ascending, and how often each is drawn in training: twice the weight, twice as often."""
+
+    row: UInt32[np.ndarray, " n"]
+    weight: Float64[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +119,11 @@ def write_labels(folder: str, shard: int, labels: Labels) -> None:
 def read_labels(folder: str, shard: int) -> Labels:
     """Read the labels of a shard from a cluster folder."""
     return Labels(**_read(labels_path(folder, shard), LABELS_SCHEMA))
+
+
+def write_weights(folder: str, shard: int, weights: WeightedRows) -> None:
+    """Write the weights of a shard into a folder of weights, for `train --row-weights`."""
+    _write(weights_path(folder, shard), WEIGHTS_SCHEMA, vars(weights))
 
 
 def write_forest(folder: str, forest: ForestEdges) -> None:

@@ -22,13 +22,15 @@ from distilclip.data.crops import Augmentation, Crop
 from distilclip.data.decode import decode_crop
 from distilclip.data.embeddings import Embeddings
 from distilclip.data.limits import MAX_PIXELS
-from distilclip.data.pairs import PairTable, index_pairs, join_stores
+from distilclip.data.pairs import WeighedPairs, check_labels, find_parts, follow_store, index_pairs, join_stores, weigh
 from distilclip.data.samples import BadSample, judge_memory
 from distilclip.data.shards import OpenShards, assert_key, find_shards
 from distilclip.data.store import Store
 from distilclip.data.views import caption_in, view_in
 from distilclip.data.workers import Tokenize, map_tasks
+from distilclip.draws import Draws
 from distilclip.errors import InputError
+from distilclip.mixture import Weighting, read_parts
 
 MAX_REPLACEMENTS = 16
 READ_AHEAD = 64  # samples under way at once: more than a disk's queue, fewer than the shards that stay open
@@ -38,10 +40,11 @@ READ_AHEAD = 64  # samples under way at once: more than a disk's queue, fewer th
 class PairSource:
     """Which pairs to train on: those of shards, or those of the rows of stores.
 
-    `data` are patterns of shards; with stores they are needed only where the shards have moved, in the order in which
-    they were embedded. `stores` are folders of `embed` over the same shards, by one teacher each; rows that all of them
+    `data` are patterns of shards, with their weights where they are parts of a mixture, as in `cc3m/*.tar=0.7`. With
+    stores they are needed only for a mixture, or where the shards have moved; then in the order in which they were
+    embedded. `stores` are folders of `embed` over the same shards, by one teacher each; rows that all of them
     could use are shown. `groups` and `clusters` are a balance and a cluster folder of the first store. `columns` says
-    of CSV files what their first lines do not tell; a store knows it.
+    of CSV files what their first lines do not tell; a store knows it. `weighting` says where the rows' weights are.
     """
 
     data: Sequence[str] = ()
@@ -49,6 +52,7 @@ class PairSource:
     groups: str | None = None
     clusters: str | None = None
     columns: CsvColumns | None = None
+    weighting: Weighting = dataclasses.field(default_factory=Weighting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +121,19 @@ def open_stream(
     counted by `policy` (default: at most 5 % may fail); a row drawn by (seed, epoch, sample) takes its place.
 
     Raises:
-        InputError: shards, stores, groups and clusters do not belong together, or hold fewer rows than a batch.
+        InputError: shards, stores, groups, clusters and weights do not belong together, or hold fewer rows than a
+            batch.
     """
     policy = policy or ErrorPolicy("skip")
-    uris = find_shards(list(source.data)) if source.data else []
     stores = [Store.open(store) for store in source.stores]
+    parts = read_parts(source.data)
+    uris: list[str] = []
+    part: list[int] = []
+    if parts:
+        uris, part = find_parts(parts)
+        uris, part = follow_store(uris, part, stores[0]) if stores else (uris, part)
+    elif source.data:
+        uris = find_shards(list(source.data))
     if stores:
         _check_views(stores, presentation.num_views)
         table = join_stores(stores, data=uris, groups=source.groups, clusters=source.clusters)
@@ -130,7 +142,11 @@ def open_stream(
     else:
         table = index_pairs(uris, policy=policy, columns=source.columns)
         policy.check(final=True)
-    return PairStream(PairLoader(table, stores, presentation), policy, batch_size=batch_size, rank=rank, world=world)
+    pairs = weigh(table, source.weighting, parts, part)
+    if source.clusters is not None:
+        check_labels(pairs.table, source.clusters)
+    loader = PairLoader(pairs, stores, presentation)
+    return PairStream(loader, policy, batch_size=batch_size, rank=rank, world=world)
 
 
 def _check_views(stores: Sequence[Store], num_views: int) -> None:
@@ -153,7 +169,8 @@ def _check_views(stores: Sequence[Store], num_views: int) -> None:
 class PairStream:
     """An endless stream of batches; see `open_stream`. `policy` counts what could not be used.
 
-    Each epoch is a fresh permutation of the rows, cut into global batches. Rows that fill no batch are left out of it.
+    Each epoch is a fresh permutation of as many draws as there are rows, cut into global batches. Every row is drawn
+    once, or as often as its weight says. Draws that fill no batch are left out of the epoch.
     """
 
     def __init__(
@@ -169,7 +186,7 @@ class PairStream:
             raise InputError(f"seed is {loader.presentation.seed}; it must not be negative.")
         self.loader, self.policy = loader, policy
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        self._latest: tuple[int, Int64[np.ndarray, " rows"]] = -1, np.empty(0, np.int64)
+        self._latest: tuple[int, Int64[np.ndarray, " rows"], int] = -1, np.empty(0, np.int64), 0
 
     @property
     def num_rows(self) -> int:
@@ -181,12 +198,29 @@ class PairStream:
         """Number of full global batches in an epoch."""
         return self.num_rows // self.batch_size
 
-    def rows_at(self, step: int) -> tuple[int, Int64[np.ndarray, " n"]]:
-        """Return the epoch of a step, and which rows of the table this rank has in its batch."""
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """How rows are drawn, for the result; empty where all are drawn alike.
+
+        `parts` of a mixture as in `WeighedPairs`; `effective_rows`, how many rows of equal weight vary as little;
+        `most_often`, the draws of the row of the largest weight in an epoch.
+        """
+        if not self.loader.is_weighed:
+            return {}
+        parts, draws = list(self.loader.parts), self.loader.draws
+        counts = {"effective_rows": draws.effective_rows, "most_often": draws.most_often}
+        return {"parts": parts, **counts} if parts else counts
+
+    def rows_at(self, step: int) -> tuple[int, Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """Return the epoch of a step, which rows of the table this rank has in its batch, and each one's repeat.
+
+        That is how often the epoch has the same row besides, in places that count as earlier: 0 without weights.
+        """
         epoch, batch = divmod(step, self.steps_per_epoch)
         local = self.batch_size // self.world
         start = batch * self.batch_size + self.rank * local
-        return epoch, self._order(epoch)[start : start + local]
+        places, shift = self._order(epoch)
+        return epoch, *self.loader.draws.rows(places[start : start + local], shift)
 
     def batches(self, *, start: int = 0, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yield the batches of steps `start` to `stop`, the same for any `num_workers` (0 decodes in this process).
@@ -202,11 +236,13 @@ class PairStream:
             self.policy.check()
             yield batch
 
-    def _order(self, epoch: int) -> Int64[np.ndarray, " rows"]:
+    def _order(self, epoch: int) -> tuple[Int64[np.ndarray, " rows"], int]:
+        """Return the shuffled places of an epoch, and the shift of its draws."""
         if self._latest[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([self.loader.presentation.seed, epoch]))
-            self._latest = epoch, generator.permutation(self.num_rows)
-        return self._latest[1]
+            places = generator.permutation(self.num_rows)
+            self._latest = epoch, places, int(generator.integers(self.loader.draws.length))
+        return self._latest[1:]
 
 
 @dataclass(frozen=True)
@@ -222,24 +258,30 @@ class _ShownPair:
 
 
 class PairLoader(Dataset):
-    """Maps (epoch, rows of the table) to their batch. Picklable; opens files in the process that reads them."""
+    """Maps (epoch, rows of the table, repeats) to their batch. Picklable; opens files in the process that reads them.
 
-    def __init__(self, table: PairTable, stores: Sequence[Store], presentation: Presentation) -> None:
-        self.table, self.presentation = table, presentation
+    A row that an epoch has several times shows another crop, or the next view and caption, each time.
+    """
+
+    def __init__(self, pairs: WeighedPairs, stores: Sequence[Store], presentation: Presentation) -> None:
+        self.table, self.parts, self.presentation = pairs.table, pairs.parts, presentation
+        self.is_weighed = pairs.weights is not None
+        self.draws = Draws(len(self.table)) if pairs.weights is None else Draws.of_weights(pairs.weights)
         self.embeddings = [Embeddings(store) for store in stores]
         self.views = stores[0].views if presentation.num_views else None
-        self._shards = OpenShards(columns=table.columns)
+        self._shards = OpenShards(columns=self.table.columns)
 
-    def __getitem__(self, task: tuple[int, Int64[np.ndarray, " n"]]) -> Batch | InputError:
-        """Return the batch of (epoch, rows of the table), or an `InputError`: raised here, it would lose its type."""
+    def __getitem__(self, task: tuple[int, Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]) -> Batch | InputError:
+        """Return the batch of a task, or an `InputError`: raised here, it would lose its type."""
         try:
             return self._batch(*task)
         except InputError as error:
             return error
 
-    def _batch(self, epoch: int, wanted: Int64[np.ndarray, " n"]) -> Batch:
+    def _batch(self, epoch: int, wanted: Int64[np.ndarray, " n"], repeats: Int64[np.ndarray, " n"]) -> Batch:
         bad: list[tuple[str, str]] = []
-        drawn = [self._draw_usable(epoch, index, bad) for index in self._read_ahead(wanted)]
+        ahead = zip(self._read_ahead(wanted), repeats.tolist(), strict=True)
+        drawn = [self._draw_usable(epoch, index, repeat, bad) for index, repeat in ahead]
         rows = np.array([sample.index for sample in drawn])
         captions = [sample.caption for sample in drawn]
         pixels = [torch.stack(of_one_size) for of_one_size in zip(*(sample.pixels for sample in drawn), strict=True)]
@@ -273,20 +315,20 @@ class PairLoader(Dataset):
             if place >= READ_AHEAD:
                 yield int(rows[place - READ_AHEAD])
 
-    def _draw_usable(self, epoch: int, index: int, bad: list[tuple[str, str]]) -> _ShownPair:
+    def _draw_usable(self, epoch: int, index: int, repeat: int, bad: list[tuple[str, str]]) -> _ShownPair:
         """Return a row as it is shown, or, where it cannot be used, another row drawn by (seed, epoch, row)."""
         for attempt in range(1, MAX_REPLACEMENTS + 1):
             try:
-                return self._draw(epoch, index)
+                return self._draw(epoch, index, repeat)
             except BadSample as error:
                 bad.append((error.where, error.error))
-                index = int(self._generator(epoch, index, attempt).integers(len(self.table)))
+                index = self.draws.draw_one(self._generator(epoch, index, repeat, attempt))
         raise InputError(
             f"{MAX_REPLACEMENTS} samples drawn in a row cannot be used, the last {bad[-1][0]}: {bad[-1][1]}. "
             "Check the data with `distilclip embed`; pictures without captions can be embedded, but not trained on."
         )
 
-    def _draw(self, epoch: int, index: int) -> _ShownPair:
+    def _draw(self, epoch: int, index: int, repeat: int) -> _ShownPair:
         table, shown = self.table, self.presentation
         uri, shard, row = table.uris[int(table.shard[index])], int(table.shard[index]), int(table.row[index])
         sample = self._shards[uri].read(int(table.offset[index]), int(table.size[index]))
@@ -298,14 +340,14 @@ class PairLoader(Dataset):
             raise BadSample("no image", where=where)
         captions, view, number = [sample.caption], 0, 0
         if self.views is not None:
-            view = view_in(epoch, shard, row, num_views=shown.num_views)
+            view = view_in(epoch + repeat, shard, row, num_views=shown.num_views)
             captions = sample.captions
-            number = caption_in(epoch, shard, row, num_views=shown.num_views, num_captions=len(captions))
+            number = caption_in(epoch + repeat, shard, row, num_views=shown.num_views, num_captions=len(captions))
 
         def draw(width: int, height: int) -> Crop:
             if self.views is not None:
                 return self.views.crop(width, height, shard=shard, row=row, view=view)
-            return shown.augmentation.draw(width, height, self._generator(epoch, index))
+            return shown.augmentation.draw(width, height, self._generator(epoch, index, repeat))
 
         with judge_memory(where):
             pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
@@ -322,7 +364,8 @@ class PairLoader(Dataset):
                 "was embedded. Embed the data again."
             )
 
-    def _generator(self, epoch: int, index: int, attempt: int = 0) -> np.random.Generator:
+    def _generator(self, epoch: int, index: int, repeat: int, attempt: int = 0) -> np.random.Generator:
         """Return the random numbers of one sample in one epoch, the same in any batch, process or run."""
         shard, row = int(self.table.shard[index]), int(self.table.row[index])
-        return np.random.Generator(np.random.PCG64([self.presentation.seed, epoch, shard, row, attempt]))
+        again = [repeat] if repeat else []
+        return np.random.Generator(np.random.PCG64([self.presentation.seed, epoch, shard, row, attempt, *again]))

@@ -217,8 +217,8 @@ def _describe_mixture(config: Config, stream: PairStream) -> dict[str, Any]:
         parts = [f"; {part['share']:.1%} {part['data']} ({part['num_rows']:,})" for part in mixture.get("parts", ())]
         say(
             f"train {config.out}: {stream.num_rows:,} pairs are drawn by weight{''.join(parts)}. They vary as "
-            f"{mixture['effective_rows']:,.0f} of equal weight; the heaviest is drawn {mixture['most_often']:,.1f} times "
-            "in an epoch."
+            f"{mixture['effective_rows']:,.0f} of equal weight do; the heaviest is drawn {mixture['most_often']:,.1f} "
+            "times in an epoch."
         )
         if mixture["most_often"] > stream.steps_per_epoch:
             warn(
