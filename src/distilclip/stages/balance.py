@@ -25,6 +25,7 @@ from distilclip.errors import InputError
 from distilclip.grouping.balance import Balance, balance_parts
 from distilclip.grouping.forecast import BYTES_PER_EDGE, calibrate
 from distilclip.grouping.forest import Forest
+from distilclip.grouping.reach import check_reach
 from distilclip.grouping.representatives import choose_in_batches, radius_of
 from distilclip.grouping.rule import Rule
 from distilclip.grouping.search_forest import Finding
@@ -43,7 +44,7 @@ from distilclip.progress import duration, progress
 from distilclip.vectors.points import Points
 from distilclip.vectors.tolerance import equivalents
 
-FORECAST_FROM = 100_000  # rows; fewer are searched in about the time that a forecast takes
+FORECAST_FROM = 100_000  # rows; fewer are searched in about the time that a forecast, or a look at a sample, takes
 NUM_BLOCKS_SHARED = 8  # blocks at least, where parts are shared among workers: 36 parts
 NUM_EXAMPLES = 12  # pairs on either side of the threshold, and largest groups, in the result
 
@@ -121,7 +122,10 @@ def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Itera
     """Yield the copies of image files, and then what each part of the search finds."""
     search = StoreSearch(store=config.store, folder=path, rule=rule, memory_gb=config.memory_gb, device=config.device)
     search.write_copies(images)
-    yield Finding(forest=search.copies(images))
+    copies = search.copies(images)
+    if rule.target_removed is not None and len(images) >= FORECAST_FROM:
+        _check_reach(config, rule, path, images, copies)
+    yield Finding(forest=copies)
     if rule.top_k is not None:
         yield search.search_lists(images)
         return
@@ -132,6 +136,16 @@ def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Itera
         for pair, _ in map_parts(search.prepare, pairs, engine=config.execution, device=config.device):
             yield Finding(forest=search.forest(pair, images))
             advance(1, 0)
+
+
+def _check_reach(config: Config, rule: Rule, path: str, images: ImageMatrix, copies: Forest) -> None:
+    """Raise `InputError` for a target that is out of reach, and leave a folder that can be begun anew."""
+    copied = np.concatenate([copies.left, copies.right])
+    try:
+        check_reach(images, images.valid(), rule, copied=copied, device=resolve_device(config.device))
+    except InputError:
+        remove_parts(path)
+        raise
 
 
 def _block_rows(config: Config, num_rows: int) -> int:
