@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import shlex
@@ -13,7 +14,9 @@ import pytest
 import safetensors.torch
 
 from distilclip import cli, config
+from distilclip.configs import evaluate, report
 from distilclip.models.clip import create_clip
+from distilclip.options import option_types
 from distilclip.stages import run as run_stage
 from tests.conftest import encoded, picture, write_tar
 
@@ -98,6 +101,55 @@ def test_every_recipe_is_checked() -> None:
 def test_recipes_parse(path: Path) -> None:
     steps = run_stage.read_steps(config.read_recipe(str(path)), out="out", seed=None, source=str(path))
     assert len(steps) >= 3
+
+
+def recipes_section() -> str:
+    """The README's section about recipes, in one line."""
+    return " ".join(README.partition("\n## Recipes\n")[2].partition("\n## ")[0].split())
+
+
+def head_of(recipe: str) -> str:
+    """The comment at the head of a recipe, in one line."""
+    return (ROOT / f"recipes/{recipe}.toml").read_text().partition("\n[")[0].replace("\n# ", " ").replace("\n#", "")
+
+
+def test_recipes_that_the_readme_names_exist_and_it_names_all() -> None:
+    words = {word for code in re.findall(r"`([^`]+)`", recipes_section()) for word in code.split()}
+    named = {word for word in words if re.fullmatch(r"(demo|clip|ablation)[\w*-]*", word)}
+    names = {path.stem for path in RECIPES}
+    assert {pattern for pattern in named if not fnmatch.filter(names, pattern)} == set()
+    assert {name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in named)} == set()
+
+
+def test_recipes_that_hold_the_papers_settings_say_what_is_left_open() -> None:
+    sentences = re.findall(r"([^.:]*) hold the papers' settings", recipes_section())
+    assert len(sentences) == 1
+    named = re.findall(r"`([\w-]+)`", sentences[0])
+    assert set(named) == {path.stem for path in RECIPES if path.stem.startswith("clip-")}
+    assert all("what we chose" in head_of(name) for name in named)
+
+
+def test_ablations_are_those_of_the_tables_that_the_readme_names() -> None:
+    first, last = re.findall(r"CLIP-CID's Tab\. (\d) to (\d)", recipes_section())[0]
+    heads = [head_of(path.stem) for path in RECIPES if path.stem.startswith("ablation-")]
+    for number in range(int(first), int(last) + 1):
+        assert sum(f"CLIP-CID, Tab. {number}:" in head for head in heads) == 1
+    for subject in ("second teacher", "views bound", "inherited layers", "each of its six terms"):
+        assert sum(subject in head for head in heads) == 1, subject
+
+
+def test_commands_and_flags_of_the_readmes_recipes_exist() -> None:
+    codes = re.findall(r"`([^`]+)`", recipes_section())
+    flags = {word for code in codes for word in code.split() if word.startswith("--")}
+    options = {name for stage in (run_stage, evaluate, report) for name in option_types(stage.Config)}
+    known = {f"--{name.replace('_', '-')}" for name in options}
+    assert flags
+    assert flags <= known
+    runs = [shlex.split(code)[2:] for code in codes if code.startswith("distilclip run ")]
+    for argv in runs:
+        given = config.parse(run_stage.Config, argv, stage="run")
+        assert {given.recipe, *given.other_recipes} <= {"my.toml", *config.packaged_recipes()}
+    assert runs
 
 
 def test_makefile_targets_of_the_pages_exist() -> None:

@@ -155,9 +155,9 @@ METHODS: dict[str, Mapping[str, float]] = {
     "clip-cid": {"cluster": 1.0, "instance": 1.0},
     "clip-kd": {"relational": 1.0, "feature": 2000.0, "interactive": 1.0},
     # Both papers' terms in one sum, each with its own paper's weight. Neither paper trains it: how the two methods are
-    # weighed against each other is open, and whether the instance term and ICL, which both contrast student and teacher,
-    # are one too many. 2000 for FD is for 32 epochs: `--terms feature 200` in short trainings. A first trial put the
-    # sum between the two methods: it is a start for a mixture of one's own.
+    # weighed against each other is open, and whether the instance term and ICL, which both contrast student and
+    # teacher, are one too many. 2000 for FD is for 32 epochs: `--terms feature 200` in short trainings. A first trial
+    # put the sum between the two methods: it is a start for a mixture of one's own.
     "clip-cid-kd": {"cluster": 1.0, "instance": 1.0, "relational": 1.0, "feature": 2000.0, "interactive": 1.0},
 }
 """The values by which a method differs from the defaults."""
