@@ -77,6 +77,20 @@ def test_a_terminal_gets_a_bar() -> None:
     assert "samples/s" in shown
 
 
+def test_a_bar_within_a_bar_is_silent() -> None:
+    program = (
+        "from distilclip.progress import track; "
+        "[list(track(range(3), 'inner', num_samples=8)) for _ in track(range(3), 'outer', num_samples=8)]"
+    )
+    master, slave = pty.openpty()
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    subprocess.run([sys.executable, "-c", program], check=True, stderr=slave, env=environment)
+    os.close(slave)
+    shown = os.read(master, 100_000).decode()
+    assert "outer" in shown
+    assert "inner" not in shown
+
+
 def test_a_failure_inside_is_not_hidden() -> None:
     def fail() -> None:
         with progress("embed", 1.0):

@@ -26,6 +26,7 @@ def test_a_training_folder_holds_what_is_documented(
     prepared = prepare(pair_tars, tiny_clip_folder, tmp_path)
     out = tmp_path / "out"
     common = {"store": prepared.store, "clusters": prepared.clusters, "objective": "clip-cid", "average_decay": 0.5}
+    common |= {"held_out": (prepared.store,), "validate_every": 2, "keep_best": "held-out/loss"}
     result = train.main(config(out, tiny_clip_json, terms={"augmented": 1.0}, init=(), **common))
     folder = out / result["checkpoint"]
     files = {re.sub(r"\d{9}-\d{9}", "000000000-000500000", str(p.relative_to(folder))) for p in folder.rglob("*.*")}
@@ -44,8 +45,12 @@ def test_a_training_folder_holds_what_is_documented(
     assert set(state) == names("`state.json`:", "field") - {"gradient_scale"}  # of fp16, which needs a GPU
     line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     documented_fields = names("### metrics.jsonl", "field") - {"gradient_norm_TERM", "gradient_scale"}
-    in_line = {name for name in line if not name.startswith("gradient_norm_")} - set(TERMS)
-    assert in_line == documented_fields
+    in_line = {name for name in line if not name.startswith(("gradient_norm_", "validate/"))} - set(TERMS)
+    validated = {name for name in documented_fields if name.startswith("validate/")}
+    assert in_line == documented_fields - validated
+    assert validated == {"validate/SET/METRIC", "validate/held-out/loss", "validate/held-out/TERM"}
+    assert {"validate/held-out/loss", "validate/held-out/cluster", "validate/held-out/cosine_image"} <= set(line)
+    assert result["best"]["checkpoint"].startswith("checkpoints/step-")
     assert {name for name in line if name.startswith("gradient_norm_")} == {
         f"gradient_norm_{name}" for name in set(line) & set(TERMS)
     }
