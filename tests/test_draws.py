@@ -148,5 +148,6 @@ def test_many_rows_take_eight_bytes_each_and_no_product_overflows() -> None:
     assert draws.ends is not None
     assert draws.ends.nbytes == 8 * size
     rows, repeats = draws.rows(np.array([0, size - 1]), draws.length - 1)
+    assert rows[0] == 1  # at 1.5 of a line of 3 million: a shift of almost one distance
     assert rows[1] == size - 1
     assert repeats[1] == pytest.approx(size / 3, abs=2)  # a million in three: it is drawn so often

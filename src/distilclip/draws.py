@@ -50,12 +50,16 @@ class Draws:
         """
         if self.ends is None:
             return places, np.zeros_like(places)
-        exact = places.astype(object)  # Python's integers: the products have more than 64 bits
-        points = (exact * self.length + shift) // self.num_rows
-        rows = np.searchsorted(self.ends, points.astype(np.int64), side="right")
-        begins = np.where(rows > 0, self.ends[rows - 1], 0).astype(object)
-        first = -((shift - begins * self.num_rows) // self.length)
-        return rows, (exact - first).astype(np.int64)
+        rows = np.searchsorted(self.ends, self._points(places, shift), side="right")
+        begins = np.where(rows > 0, self.ends[rows - 1], 0)
+        near = np.floor(begins * (self.num_rows / self.length)).astype(np.int64) - 1  # of the first place, at most 3 on
+        first = near + sum((self._points(near + ahead, shift) < begins).astype(np.int64) for ahead in range(3))
+        return rows, places - first
+
+    def _points(self, places: Int64[np.ndarray, " m"], shift: int) -> Int64[np.ndarray, " m"]:
+        """Return (places x length + shift) // n; in two parts, since the product has more than 64 bits."""
+        (whole, rest), (whole_shift, rest_shift) = (divmod(x, self.num_rows) for x in (self.length, shift))
+        return places * whole + whole_shift + (places * rest + rest_shift) // self.num_rows
 
     def draw_one(self, generator: np.random.Generator) -> int:
         """Draw one row by chance, as likely as its weight says."""

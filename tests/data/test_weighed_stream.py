@@ -122,7 +122,7 @@ def test_row_weights_divide_the_share_of_their_part(tars: list[str], tmp_path: P
 
 
 def test_batches_are_the_same_for_any_ranks_workers_and_resumption(tars: list[str], tmp_path: Path) -> None:
-    options = {"data": tars, "row_weights": weights_file(tmp_path, np.arange(21) % 5), "batch_size": 8}
+    options: dict[str, Any] = {"data": tars, "row_weights": weights_file(tmp_path, np.arange(21) % 5), "batch_size": 8}
     whole = list(stream(**options).batches(stop=7))
     for world in (2, 4):
         ranks = [list(stream(rank=rank, world=world, **options).batches(stop=7)) for rank in range(world)]
@@ -176,7 +176,7 @@ def test_weights_of_the_rows_that_groups_keep(joined: dict[str, str], tmp_path: 
     for shard in range(3):
         rows = np.array([1, 3, 4, 5, 6], np.uint32)
         write_weights(str(tmp_path / "w"), shard, WeightedRows(rows, np.array([0.0, 1, 1, 1, 3])))
-    source = {"stores": [joined["store"]], "groups": joined["groups"], "clusters": joined["clusters"]}
+    source: dict[str, Any] = {"stores": [joined["store"]], "groups": joined["groups"], "clusters": joined["clusters"]}
     opened = stream(**source, row_weights=str(tmp_path / "w"), batch_size=3)
     assert opened.loader.table.row.tolist() == [3, 4, 5, 6] * 3
     batch = next(opened.batches(stop=1))
