@@ -48,6 +48,7 @@ def test_nearest_distances_equal_the_formula(
     images: ImageMatrix, metric: Metric, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "BLOCK", block)
+    monkeypatch.setattr(module, "TILE", block // 2)
     valid = images.valid()
     expected = distances(images, metric)
     reach = float(np.quantile(expected, 0.4))
@@ -97,7 +98,10 @@ def test_a_target_that_a_search_reaches_is_never_refused(
             check_reach(images, valid, rule_of(target, reach), copied=NO_COPIES, device=CPU)
 
 
-def test_a_target_out_of_reach_is_refused_with_thresholds_that_reach_it(images: ImageMatrix) -> None:
+def test_a_target_out_of_reach_is_refused_with_thresholds_that_reach_it(
+    images: ImageMatrix, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "LOOKS", (200,))  # all rows: then what is said of the sample holds for all
     valid = images.valid()
     with pytest.raises(InputError) as error:
         check_reach(images, valid, rule_of(0.3, 0.01), copied=NO_COPIES, device=CPU)

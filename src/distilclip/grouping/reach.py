@@ -10,27 +10,31 @@ Every group of s rows loses s - 1, at least half: so half of that share is alway
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from scipy import stats
+from torch import Tensor
 
 from distilclip.data.images import ImageMatrix
 from distilclip.errors import InputError
 from distilclip.grouping.rule import Rule
 from distilclip.vectors.kernels import product_error, squared_product
 from distilclip.vectors.points import Points
+from distilclip.vectors.threads import in_threads
 from distilclip.vectors.tolerance import Tolerance
 
-LOOKS = (128, 1024)
+LOOKS = (64, 1024)
 """Rows that are sampled; the second look is only taken where the first leaves a doubt."""
 
 CHANCE = float(stats.norm.sf(5))
 """With which a look may wrongly find a target out of reach: that of five standard deviations, 1 in 3.5 million."""
 
-BLOCK = 1 << 14  # rows compared with the sample at a time
+BLOCK = 1 << 14  # rows read at a time
+TILE = 1 << 12  # rows compared with the sample at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,39 +99,59 @@ def measure_reach(
     copied: Int[np.ndarray, " c"],
     device: torch.device,
 ) -> Reach:
-    """Find the nearest other valid row of every sampled row, by a product of all rows with the sample."""
-    queries = Points.of(images.take(sample), metric=rule.metric).block(np.arange(len(sample)), device=device)
-    best = torch.full((len(sample),), torch.inf, device=device)
-    found = np.full(len(sample), -1)
-    radius = float(queries.norm(dim=1).max())
-    for start in range(0, len(images), BLOCK):
-        # 1. A tile [m, b] of squared distances; a row is not its own neighbour.
-        here = valid[start : start + BLOCK]
-        if not here.any():
-            continue
-        points = Points.of(images.read(start, start + len(here)), metric=rule.metric, valid=here)
-        within = np.flatnonzero(here)
-        squared = squared_product(queries, points.block(within, device=device))
-        own = np.flatnonzero(np.isin(sample, start + within))
-        squared[own, np.searchsorted(start + within, sample[own])] = torch.inf
-        # 2. The nearest so far.
-        least, place = squared.min(dim=1)
-        nearer = least < best
-        best = torch.where(nearer, least, best)
-        found[nearer.cpu().numpy()] = start + within[place[nearer].cpu().numpy()]
-        radius = max(radius, float(points.norm[within].max()))
-    # 3. Their distances in float64; the nearest row of a product may be this much farther than the nearest of all.
+    """Find the nearest other valid row of every sampled row (ascending), by a product of all rows with the sample."""
+    queries = Points.of(images.take(sample), metric=rule.metric)
+    search = _Nearest(queries.block(np.arange(len(sample)), device=device), sample, radius=float(queries.norm.max()))
+
+    def look(first: int, last: int) -> None:
+        for start in range(first * BLOCK, last * BLOCK, BLOCK):
+            here = valid[start : start + BLOCK]
+            if here.any():
+                points = Points.of(images.read(start, start + len(here)), metric=rule.metric, valid=here)
+                search.meet(points, np.flatnonzero(here), start)
+
+    num_blocks = -(-len(valid) // BLOCK)
+    in_threads(look, num_blocks) if device.type == "cpu" else look(0, num_blocks)
+    found = search.found
+    # Their distances in float64. The nearest row by a product may be farther than the nearest, by twice its error.
     pairs = Points.of(images.take(np.concatenate([sample, np.maximum(found, 0)])), metric=rule.metric)
     exact = pairs.squared(np.arange(len(sample)), len(sample) + np.arange(len(sample)))
     exact[found < 0] = np.inf
     exact[np.isin(sample, copied)] = 0
     tolerance = Tolerance(rule.farthest, rule.metric)
-    limit = tolerance.squared * (1 + 1e-6) + 2 * product_error(images.store.dim, radius)
+    limit = tolerance.squared * (1 + 1e-6) + 2 * product_error(images.store.dim, search.radius)
     return Reach(
         nearest=np.sort(tolerance.distance_of(exact).astype(np.float64)),
         num_near=int((exact < limit).sum()),
         num_rows=int(valid.sum()),
     )
+
+
+class _Nearest:
+    """The nearest row of each sampled row among those met so far; blocks may be met by several threads."""
+
+    def __init__(self, queries: Float[Tensor, "m dim"], sample: Int[np.ndarray, " m"], *, radius: float) -> None:
+        self._queries, self._sample = queries, sample
+        self._lock = threading.Lock()
+        self._least = np.full(len(sample), np.inf, np.float32)
+        self.found = np.full(len(sample), -1)
+        self.radius = radius
+
+    def meet(self, points: Points, within: Int[np.ndarray, " b"], start: int) -> None:
+        """Compare the sample with some rows of a block that begins at row `start`."""
+        for first in range(0, len(within), TILE):
+            rows = within[first : first + TILE]
+            # 1. A tile [m, b] of squared distances; a row is not its own neighbour.
+            squared = squared_product(self._queries, points.block(rows, device=self._queries.device))
+            own = np.flatnonzero(np.isin(self._sample, start + rows))
+            squared[own, np.searchsorted(start + rows, self._sample[own])] = torch.inf
+            # 2. The nearest so far; of equal ones the first, whoever comes first.
+            least, place = (found.cpu().numpy() for found in squared.min(dim=1))
+            row = start + rows[place]
+            with self._lock:
+                nearer = (least < self._least) | ((least == self._least) & (row < self.found))
+                self._least[nearer], self.found[nearer] = least[nearer], row[nearer]
+                self.radius = max(self.radius, float(points.norm[rows].max()))
 
 
 def _refusal(reach: Reach, rule: Rule) -> str:
