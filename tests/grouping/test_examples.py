@@ -12,6 +12,7 @@ from distilclip.grouping import (
     forecast,
     forest,
     near_pairs,
+    reach,
     representatives,
     search_parts,
 )
@@ -26,6 +27,7 @@ MODULES = (
     forecast,
     forest,
     near_pairs,
+    reach,
     representatives,
     search_parts,
     tolerance,

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import doctest
 import itertools
 import random
 import re
@@ -7,6 +8,7 @@ from collections import Counter
 
 import pytest
 
+from distilclip.sets import template_learning
 from distilclip.sets.template_learning import learn_templates
 
 NAMES = ["cat", "red fox", "owl", "dog", "t-shirt"]
@@ -109,6 +111,10 @@ def test_learning_equals_the_naive_reference(seed: int, count: int) -> None:
 
 
 # By hand
+
+
+def test_the_example_of_the_module_is_true() -> None:
+    assert doctest.testmod(template_learning, raise_on_error=True).attempted > 1
 
 
 def test_the_words_around_class_names_are_the_templates() -> None:

@@ -26,7 +26,8 @@ class Config:
     threshold: float | None = None
     """join images with distance < threshold (or give --target-removed)"""
     target_removed: float | None = None
-    """choose the threshold that removes this share of the images; needs --max-threshold"""
+    """choose the threshold that removes this share of the images; needs --max-threshold (of 100,000 images or more, a
+    sample tells before the search if that is too small)"""
     max_threshold: float | None = None
     """search up to this distance, so that the curve shows thresholds up to it (default: the threshold)"""
     mode: Literal["threshold", "topk"] = "threshold"
