@@ -20,7 +20,7 @@ out = "{out}"
 [corpus]
 num_pairs = 64
 shard_size = 32
-num_eval = 4
+num_eval = 12
 image_size = 32
 num_workers = 0
 [train]
@@ -35,7 +35,7 @@ device = "cpu"
 student = {student}
 [train.teacher]
 data = ["@corpus/train/*.tar"]
-[train.student]
+[train.small]
 store = "@embed"
 groups = "@balance"
 clusters = "@cluster"
@@ -59,7 +59,7 @@ store = "@embed"
 groups = "@balance"
 num_centers = 5
 [evaluate]
-models = ["student=@train/student"]
+models = ["student=@train/small"]
 sets = ["tar:@corpus/eval/shape", "pairs:@corpus/eval/retrieval"]
 num_workers = 0
 device = "cpu"
@@ -120,7 +120,7 @@ def losses(out: Path) -> list[dict[str, float]]:
     """What was logged of both trainings, without what the clock decides."""
     return [
         {name: value for name, value in line.items() if name != "samples_per_second" and not name.endswith("_share")}
-        for name in ("teacher", "student")
+        for name in ("teacher", "small")
         for line in stage_folder.read_metrics(str(out / f"train/{name}/metrics.jsonl"))
     ]
 
@@ -130,6 +130,8 @@ def assert_same(found: Path, expected: Path) -> None:
     assert len(lines[0]) == len(lines[1]) == 6
     for line, other in zip(*lines, strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
+    # The student learns from a store in half precision of a teacher that differs by rounding.
+    for line, other in list(zip(*lines, strict=True))[:3]:
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-6, abs=1e-6)
     for path in (expected / "corpus").rglob("*.tar"):
         assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes()
@@ -158,19 +160,19 @@ def test_one_rank_killed_and_then_all_of_them_and_run_again(recipe: str, tmp_pat
     ended(start_itself(words))
     words[-1] = str(out)
     (process,) = start_itself(words)
-    wait_for(out / "train/student/checkpoints/step-000002/state.json", process)
+    wait_for(out / "train/small/checkpoints/step-000002/state.json", process)
     os.kill(ranks_of(process)[-1], signal.SIGKILL)
     said = process.communicate(timeout=120)[1]
     assert process.returncode not in (0, None)
     assert "Traceback" not in said
     (process,) = start_itself(words)
-    wait_for(out / "train/student/checkpoints/step-000004/state.json", process)
+    wait_for(out / "train/small/checkpoints/step-000004/state.json", process)
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
-    assert not (out / "train/student/result.json").exists()
+    assert not (out / "train/small/result.json").exists()
     ended(start_itself(words))
     assert losses(out) == losses(undisturbed)
-    for stage in ("embed", "balance", "cluster", "train/student", "evaluate"):
+    for stage in ("embed", "balance", "cluster", "train/small", "evaluate"):
         ours, theirs = ((folder / stage / "result.json").read_bytes() for folder in (out, undisturbed))
         assert ours.replace(str(out).encode(), b"") == theirs.replace(str(undisturbed).encode(), b"")
 
