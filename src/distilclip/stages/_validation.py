@@ -7,11 +7,9 @@ import torch
 from distilclip import distributed
 from distilclip.configs.train import Config
 from distilclip.data.workers import default_workers
-from distilclip.errors import InputError
 from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.validation_set import ValidationSet, open_datasets
 from distilclip.models.clip import Clip
-from distilclip.sets.specs import VALIDATED
 from distilclip.train.settings import steps_of
 from distilclip.train.validation import HeldOut, Measure, Validator, default_interval
 
@@ -46,18 +44,13 @@ def open_validator(config: Config, shown: Clip, *, held_out: HeldOut | None, num
     every = values.validate_every
     if values.validate_every_epochs is not None:
         every = steps_of(values.validate_every_epochs, num_rows=num_rows, batch_size=config.batch_size)
-    checkpoint_every, best_by = config.checkpoints.checkpoint_every, config.checkpoints.best_by
-    if every is not None and every % checkpoint_every and best_by is not None and best_by.startswith(VALIDATED):
-        raise InputError(
-            f"keep_best needs a checkpoint at every validation, which comes every {every} steps: make that a multiple "
-            f"of --checkpoint-every, {checkpoint_every}."
-        )
+    checkpoint_every = config.checkpoints.checkpoint_every
     return Validator(
         shown,
         measures,
         held_out=held_out,
         every=every or default_interval(num_pairs, batch_size=config.batch_size, checkpoint_every=checkpoint_every),
         precision=PRECISIONS[config.precision],
-        best_by=best_by,
+        best_by=config.checkpoints.best_by,
         stop_after=values.stop_after,
     )

@@ -23,15 +23,8 @@ from distilclip.models.freezing import begin_training
 from distilclip.models.teacher import Teacher
 from distilclip.progress import track
 from distilclip.sets.specs import VALIDATED
-from distilclip.train.checkpoint import (
-    Progress,
-    Training,
-    complete_checkpoints,
-    folder_name,
-    prune_checkpoints,
-    save_checkpoint,
-    select_measures,
-)
+from distilclip.train.checkpoint import Progress, Training, save_checkpoint
+from distilclip.train.checkpoint_files import complete_checkpoints, folder_name, prune_checkpoints, select_measures
 from distilclip.train.log import Lines, Log, Stopwatch
 from distilclip.train.objective import Objective
 from distilclip.train.optimizer import Schedule, set_learning_rate
@@ -107,6 +100,7 @@ def _take_steps(
     statistics = RunningStatistics(training.student.clip.model)
     for step in _count_steps(start, plan, lines):
         scheduled = plan.checkpoints.scheduled(step + 1, num_steps=plan.num_steps)
+        scheduled |= validator is not None and validator.wants_checkpoint(step + 1, num_steps=plan.num_steps)
         counted = copy.deepcopy(training.policy)
         statistics.remember()
         try:

@@ -17,7 +17,8 @@ from distilclip.losses.contrastive import row_block
 from distilclip.models.clip import Clip
 from distilclip.models.teacher import Teacher
 from distilclip.sets.specs import VALIDATED
-from distilclip.train.checkpoint import Training, is_better
+from distilclip.train.checkpoint import Training
+from distilclip.train.checkpoint_files import is_better
 from distilclip.train.objective import Objective
 from distilclip.train.parallel import Towers, copy_whole_
 from distilclip.train.settings import HELD_OUT
@@ -106,6 +107,11 @@ class Validator:
     def due(self, done: int, *, num_steps: int) -> bool:
         """Say whether the student is validated after `done` steps."""
         return done % self.every == 0 or done == num_steps
+
+    def wants_checkpoint(self, done: int, *, num_steps: int) -> bool:
+        """Say whether the state after `done` steps is to be kept, since it may be the best of the validations."""
+        by_validation = self.best_by is not None and self.best_by.startswith(VALIDATED)
+        return by_validation and self.due(done, num_steps=num_steps)
 
     @property
     def gives_up(self) -> bool:
