@@ -19,6 +19,7 @@ STAGES = {
     "export": "kept data as tars, keys or a subset; models for open_clip, transformers, timm, ONNX Runtime",
     "search": "pictures that fit some words, by an exported ONNX model, without torch",
     "report": "one self-contained HTML page from any of these folders",
+    "verify": "what is damaged in a stage's folder, or in all of a run; --repair removes it to be made anew",
     "plan": "time, memory, disk and cost of every stage on a cluster, before anything runs",
     "run": "every step of a recipe, or of several with one report; finished steps are skipped",
     "demo": "the whole story on a made-up corpus, in minutes, on two CPU cores",
@@ -60,7 +61,8 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one stage; the exit code. 0: done. 2 and 3: one line on stderr says what to change. 130: Ctrl-C.
 
-    2 is for what the user gave; 3 for the machine (a full disk, no rights, no memory, no network, a missing package). A
+    1 is for `verify` that found faults, and leaves them; 2 is for what the user gave;
+    3 for the machine (a full disk, no rights, no memory, no network, a missing package). A
     defect of distilclip keeps its traceback, and Python's exit code 1.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -79,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in COMMANDS:
             print(importlib.import_module("distilclip.commands").COMMANDS[name](argv))
         elif name in STAGES:
-            _run_stage(name, argv)
+            return _run_stage(name, argv)
         else:
             raise InputError(f"no stage {name!r}. {did_you_mean(name, [*STAGES, *COMMANDS])}")
     except (Exception, KeyboardInterrupt) as error:
@@ -112,8 +114,8 @@ def _explain(name: str, error: BaseException) -> int | None:
     return failure.code
 
 
-def _run_stage(name: str, argv: list[str]) -> None:
-    from distilclip import config, folder_lock, launch, messages
+def _run_stage(name: str, argv: list[str]) -> int:
+    from distilclip import config, failures, folder_lock, launch, messages
 
     options = importlib.import_module(f"distilclip.configs.{name}")
     messages.set_up_messages(**config.take_message_flags(argv))
@@ -126,12 +128,13 @@ def _run_stage(name: str, argv: list[str]) -> None:
         description=f"{_sentence(STAGES[name])}\n\n{FROM_A_RECIPE.format(name)}\n\n{MESSAGES}",
     )
     if name not in ("run", "train") and not launch.work_alone(name):
-        return
+        return 0
     with folder_lock.held_for_block():
         result = importlib.import_module(f"distilclip.stages.{name}").main(values)
     from distilclip.progress import summarise
 
     messages.say(summarise(result, seconds=time.perf_counter() - started, out=values.out))
+    return failures.FAULTS_FOUND if result.get("num_left") else 0
 
 
 def _sentence(text: str) -> str:

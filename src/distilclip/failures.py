@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from distilclip.errors import InputError
 from distilclip.launch import ProcessError
 
-BAD_INPUT, SYSTEM, INTERRUPTED = 2, 3, 130
-"""Exit codes: what was asked for must change; the machine must, then the same command goes on; Ctrl-C."""
+FAULTS_FOUND, BAD_INPUT, SYSTEM, INTERRUPTED = 1, 2, 3, 130
+"""Exit codes: `verify` found faults and leaves them; what was asked for must change; the machine must, then the same
+command goes on; Ctrl-C."""
 
 AGAIN = "then run the same command again: it goes on from what is whole."
 TRAIN_PACKAGES = {"torch", "torchvision", "open_clip", "timm", "safetensors", "numba", "scipy", "simplejpeg"}

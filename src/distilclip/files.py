@@ -265,10 +265,11 @@ def is_temporary(name: str) -> bool:
     return re.search(r"\.\d+\.[0-9a-f]{8}\.tmp$", name) is not None
 
 
-def write_bytes(path: str, content: bytes) -> None:
-    """Write a whole file atomically."""
+def write_bytes(path: str, content: bytes) -> str:
+    """Write a whole file atomically; return its SHA-256, as 64 hex digits."""
     with atomic_write(path) as file:
         file.write(content)
+    return hashlib.sha256(content).hexdigest()
 
 
 def create_bytes(path: str, content: bytes) -> bool:

@@ -9,15 +9,12 @@ import torch
 
 from distilclip import stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
-from distilclip.train.checkpoint import (
-    Progress,
-    Training,
+from distilclip.train.checkpoint import Progress, Training, load_checkpoint, save_checkpoint
+from distilclip.train.checkpoint_files import (
     complete_checkpoints,
     folder_name,
-    load_checkpoint,
     prune_checkpoints,
     remove_incomplete_checkpoints,
-    save_checkpoint,
 )
 from distilclip.train.objective import Objective
 from distilclip.train.optimizer import Average, build_optimizer

@@ -10,7 +10,8 @@ import torch
 from distilclip import distributed, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
-from distilclip.train.checkpoint import Training, complete_checkpoints
+from distilclip.train.checkpoint import Training
+from distilclip.train.checkpoint_files import complete_checkpoints
 from distilclip.train.log import Log
 from distilclip.train.loop import _exchange_flags, _Saving, _stop_non_finite
 from distilclip.train.objective import Objective

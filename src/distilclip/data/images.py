@@ -10,9 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float16, Int, UInt8, UInt64
 
-from distilclip import files
-from distilclip.data.columns import read_columns
-from distilclip.data.store import Store, sample_id, split_id, stem
+from distilclip.data.store import Store, sample_id, split_id
 
 DIGEST_BYTES = 16  # of the SHA-256 of an image file, kept in memory; enough to tell 2^60 images apart
 
@@ -57,16 +55,14 @@ class ImageMatrix:
     def valid(self, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " n"]:
         """Return which rows have an embedding."""
         stop = len(self) if stop is None else stop
-        pieces = [
-            self._read_column(shard, "valid", pa.bool_()).to_numpy()[within] for shard, within in self._cut(start, stop)
-        ]
+        pieces = [self._column(shard, "valid").to_numpy()[within] for shard, within in self._cut(start, stop)]
         return np.concatenate([np.empty(0, bool), *pieces])
 
     def digests(self) -> UInt8[np.ndarray, "n 16"]:
         """Return the first 16 bytes of each image file's SHA-256, zeros where it is not known."""
         digests = np.zeros((len(self), DIGEST_BYTES), np.uint8)
         for shard, (start, stop) in enumerate(itertools.pairwise(self.starts.tolist())):
-            column = self._read_column(shard, "image_sha256", pa.binary(32)).combine_chunks().fill_null(bytes(32))
+            column = self._column(shard, "image_sha256").combine_chunks().fill_null(bytes(32))
             whole = np.frombuffer(column.buffers()[1], np.uint8).reshape(-1, 32)
             digests[start:stop] = whole[column.offset : column.offset + len(column), :DIGEST_BYTES]
         return digests
@@ -89,6 +85,5 @@ class ImageMatrix:
             if first < stop and last > start
         ]
 
-    def _read_column(self, shard: int, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-        path = files.join(self.store.path, f"{stem(shard)}.rows.parquet")
-        return read_columns(path, pa.schema([(name, kind)])).column(name)
+    def _column(self, shard: int, name: str) -> pa.ChunkedArray:
+        return self.store.columns(shard, name).column(name)

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float32, Float64, UInt32, UInt64
 
-from distilclip import files
+from distilclip import digests, files
 from distilclip.data.columns import FORMAT_VERSION, read_columns, write_columns
 from distilclip.data.store import Store
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
@@ -28,6 +28,8 @@ GROUPS_SCHEMA = pa.schema(
 LABELS_SCHEMA = pa.schema([("row", pa.uint32()), ("cluster", pa.uint32()), ("distance", pa.float32())])
 WEIGHTS_SCHEMA = pa.schema([("row", pa.uint32()), ("weight", pa.float64())])
 FOREST_SCHEMA = pa.schema([("left", pa.uint64()), ("right", pa.uint64()), ("distance", pa.float32())])
+
+FOREST_FILE, CENTERS_FILE = "forest.parquet", "centers.safetensors"
 
 
 @dataclass(frozen=True)
@@ -72,12 +74,22 @@ class ForestEdges:
 
 def groups_path(folder: str, shard: int) -> str:
     """Return the path of the groups of a shard in a balance folder."""
-    return files.join(folder, "groups", f"{shard:06d}.parquet")
+    return files.join(folder, groups_name(shard))
+
+
+def groups_name(shard: int) -> str:
+    """Return the name of the groups of a shard within a balance folder."""
+    return f"groups/{shard:06d}.parquet"
 
 
 def labels_path(folder: str, shard: int) -> str:
     """Return the path of the labels of a shard in a cluster folder."""
-    return files.join(folder, "labels", f"{shard:06d}.parquet")
+    return files.join(folder, labels_name(shard))
+
+
+def labels_name(shard: int) -> str:
+    """Return the name of the labels of a shard within a cluster folder."""
+    return f"labels/{shard:06d}.parquet"
 
 
 def write_groups(folder: str, shard: int, groups: Groups) -> None:
@@ -87,6 +99,7 @@ def write_groups(folder: str, shard: int, groups: Groups) -> None:
 
 def read_groups(folder: str, shard: int) -> Groups:
     """Read the groups of a shard from a balance folder."""
+    _check(folder, groups_name(shard), stage="balance")
     return Groups(**_read(groups_path(folder, shard), GROUPS_SCHEMA))
 
 
@@ -118,6 +131,7 @@ def write_labels(folder: str, shard: int, labels: Labels) -> None:
 
 def read_labels(folder: str, shard: int) -> Labels:
     """Read the labels of a shard from a cluster folder."""
+    _check(folder, labels_name(shard), stage="cluster")
     return Labels(**_read(labels_path(folder, shard), LABELS_SCHEMA))
 
 
@@ -128,12 +142,12 @@ def write_weights(folder: str, shard: int, weights: WeightedRows) -> None:
 
 def write_forest(folder: str, forest: ForestEdges) -> None:
     """Write the spanning forest into a balance folder."""
-    write_edges(files.join(folder, "forest.parquet"), forest)
+    write_edges(files.join(folder, FOREST_FILE), forest)
 
 
 def read_forest(folder: str) -> ForestEdges:
     """Read the spanning forest of a balance folder."""
-    return read_edges(files.join(folder, "forest.parquet"))
+    return read_edges(files.join(folder, FOREST_FILE))
 
 
 def write_edges(path: str, forest: ForestEdges) -> None:
@@ -143,20 +157,23 @@ def write_edges(path: str, forest: ForestEdges) -> None:
 
 def read_edges(path: str) -> ForestEdges:
     """Read edges that `write_edges` wrote."""
+    folder, _, name = path.rpartition("/")
+    _check(folder or ".", name, stage="balance")
     return ForestEdges(**_read(path, FOREST_SCHEMA))
 
 
 def write_centers(folder: str, centers: Float32[np.ndarray, "k dim"], metadata: Mapping[str, str] | None = None) -> str:
     """Write unit centers into a cluster folder; return the SHA-256 of the file."""
-    path = files.join(folder, "centers.safetensors")
+    path = files.join(folder, CENTERS_FILE)
     return write_tensors(path, {"centers": centers}, {"format": FORMAT_VERSION, **(metadata or {})})
 
 
 def read_centers(folder: str) -> Float32[np.ndarray, "k dim"]:
     """Read the centers of a cluster folder. Raises `InputError` where they are not finite unit vectors."""
-    path = files.join(folder, "centers.safetensors")
+    path = files.join(folder, CENTERS_FILE)
     if not files.exists(path):
         raise InputError(f"{path} is missing: run `distilclip cluster --out {folder}` first.")
+    _check(folder, CENTERS_FILE, stage="cluster")
     version, centers = read_metadata(path).get("format"), read_tensors(path).get("centers")
     if version != FORMAT_VERSION or centers is None or centers.ndim != 2:
         raise InputError(f"{path} holds no centers of format version {FORMAT_VERSION}: run `distilclip cluster` again.")
@@ -165,6 +182,10 @@ def read_centers(folder: str) -> Float32[np.ndarray, "k dim"]:
     if wrong.any():
         raise InputError(f"{path}: center {int(np.argmax(wrong))} is no unit vector. Run `distilclip cluster` again.")
     return centers
+
+
+def _check(folder: str, name: str, *, stage: str) -> None:
+    digests.check_file(folder, name, remedy=digests.repair_with(folder, stage))
 
 
 def _write(path: str, schema: pa.Schema, columns: Mapping[str, np.ndarray]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float, Float16, Integer, UInt8, UInt32, UInt64
 
-from distilclip import files
+from distilclip import digests, files
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, write_columns
 from distilclip.data.reader import Reader
@@ -173,6 +173,7 @@ class Store:
         manifest = files.join(path, "manifest.parquet")
         if not files.exists(manifest):
             raise InputError(f"{path} is no finished store (no manifest.parquet): run `distilclip embed --out {path}`.")
+        digests.check_file(path, "manifest.parquet", remedy=digests.repair_with(path, "embed"))
         table = read_columns(manifest, MANIFEST_SCHEMA).to_pydict()
         shards = [StoreShard(*values) for values in zip(*table.values(), strict=True)]
         metadata = read_column_metadata(manifest)
@@ -200,6 +201,7 @@ class Store:
 
     def view_embeddings(self, shard: int) -> ViewEmbeddings:
         """Return the embeddings of a shard's views, in a store that has some."""
+        self._check_digest(files.join("views", f"{stem(shard)}.safetensors"))
         return read_views(self.path, shard, **self._shape_of_views(shard))
 
     def payload_path(self, shard: int) -> str:
@@ -239,6 +241,7 @@ class Store:
     def columns(self, shard: int, *names: str) -> pa.Table:
         """Return some columns of the row table of a shard, in Arrow. `rows` takes ten times as long."""
         path = self._path(shard, "rows.parquet")
+        self._check_digest(f"{stem(shard)}.rows.parquet")
         table = read_columns(path, pa.schema([ROWS_SCHEMA.field(name) for name in names]))
         if len(table) != self.shards[shard].num_rows:
             raise InputError(
@@ -268,6 +271,9 @@ class Store:
     def _path(self, shard: int, suffix: str) -> str:
         return files.join(self.path, f"{stem(shard)}.{suffix}")
 
+    def _check_digest(self, name: str) -> None:
+        digests.check_file(self.path, name, remedy=digests.repair_with(self.path, "embed"))
+
     def _shape_of_views(self, shard: int) -> dict[str, Any]:
         assert self.views is not None
         return {
@@ -282,6 +288,10 @@ class Store:
         with Reader(path) as reader:
             self.check_payload(shard, read_header(reader))
         arrays = read_tensors(path)
+        line = self.shards[shard]
+        if not digests.is_same(path, line.sha256):
+            where = f"; shard {shard}, rows 0 to {line.num_rows - 1}"
+            raise InputError(digests.describe_change(path, digests.repair_with(self.path, "embed"), what=where))
         return {name: arrays[name] for name in ("image", "text")}
 
 
@@ -327,6 +337,13 @@ def finished_shard(folder: str, shard: int) -> StoreShard | None:
         sha256=metadata["sha256"],
         status=metadata["status"],
     )
+
+
+def store_files(num_shards: int, *, views: Views | None = None) -> list[str]:
+    """Return the names of a finished store's files whose digests its result.json has; the manifest has the others."""
+    tables = [f"{stem(shard)}.rows.parquet" for shard in range(num_shards)]
+    further = [f"views/{stem(shard)}.safetensors" for shard in range(num_shards)] if views else []
+    return ["manifest.parquet", *tables, *further]
 
 
 def write_manifest(

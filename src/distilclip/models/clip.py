@@ -27,7 +27,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from distilclip import files
+from distilclip import digests, files
 from distilclip.errors import InputError, did_you_mean
 from distilclip.models import towers  # noqa: F401 - registers image towers with timm
 from distilclip.models.architectures import model_config
@@ -135,18 +135,20 @@ class Clip:
         """Kind of the `backbone_features` of this model."""
         return backbone_kind(self.model.visual)
 
-    def save(self, folder: str, *, weights: Mapping[str, Tensor] | None = None) -> None:
+    def save(self, folder: str, *, weights: Mapping[str, Tensor] | None = None) -> dict[str, str]:
         """Write an open_clip `local-dir:` folder: config, then weights as safetensors (default: those of `model`).
+
+        Returns the SHA-256 of each file by its name.
 
         Raises `InputError` for a model whose architecture is known to the hub only.
         """
         if self.model_cfg is None:
             raise InputError(f"{self.name}: its architecture came from the hub; train a student with a local one.")
         config = {"model_cfg": self.model_cfg, "preprocess_cfg": self.preprocess_cfg}
-        files.write_bytes(files.join(folder, CONFIG_FILE), json.dumps(config, indent=2).encode())
         state = self.model.state_dict() if weights is None else weights
         state = {name: value.detach().to("cpu").contiguous() for name, value in state.items()}
-        files.write_bytes(files.join(folder, WEIGHTS_FILE), safetensors.torch.save(state))
+        contents = {CONFIG_FILE: json.dumps(config, indent=2).encode(), WEIGHTS_FILE: safetensors.torch.save(state)}
+        return {name: files.write_bytes(files.join(folder, name), content) for name, content in contents.items()}
 
 
 def load_clip(spec: str, *, weights: str | None = None, device: str | torch.device = "cpu") -> Clip:
@@ -159,6 +161,9 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
         return _load_hub(spec, device)
     folder = _model_folder(spec)
     if folder is not None:
+        for name in (CONFIG_FILE, WEIGHTS_FILE):
+            remedy = digests.repair_with(folder.rpartition("/checkpoints/")[0] or folder, "train")
+            digests.check_file(folder, name, remedy=remedy)
         with _local(folder) as path:
             return _build(f"local-dir:{path}", spec, _read_model_cfg(folder), load_weights=True, device=device)
     if weights is None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from distilclip import files, stage_folder
+from distilclip import digests, files, stage_folder
 from distilclip.configs.balance import Config
 from distilclip.data.images import ImageMatrix
-from distilclip.data.side_files import Groups, groups_path, write_groups
+from distilclip.data.side_files import Groups, groups_name, groups_path, write_groups
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import map_parts
@@ -66,6 +66,7 @@ def main(config: Config) -> dict[str, Any]:
 
     # A forest that an earlier run saved, here or in the folder that is cut anew, is the one part of this run.
     if files.exists(files.join(source, "forest.parquet")):
+        digests.check_file(source, "search.json", remedy=digests.repair_with(source, "balance"))
         saturated = stage_folder.read_json(files.join(source, "search.json"))["saturated"]
         parts = iter([Finding(forest=load_forest(files.join(source, "forest.parquet"), images), saturated=saturated)])
     else:
@@ -85,7 +86,8 @@ def main(config: Config) -> dict[str, Any]:
     result = {**_result(balance), **_examples(balance, images)}
     for warning in result["warnings"]:
         warn(f"balance: {warning}")
-    return folder.finish(result)
+    names = ["forest.parquet", "search.json", *map(groups_name, range(images.store.num_shards))]
+    return folder.finish({**result, "digests": digests.digest_files(folder.path, names)})
 
 
 def _rule_of_cut(config: Config, source: str) -> Rule:

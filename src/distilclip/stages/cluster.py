@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, Int
 
-from distilclip import files, stage_folder
+from distilclip import digests, files, stage_folder
 from distilclip.clustering.fit_parts import Labelling, Rounds, shard_runs
 from distilclip.clustering.kmeans import REPAIRS, fit_centers, gini, size_histogram, start_fit
 from distilclip.clustering.sums import CenterSums
 from distilclip.configs.cluster import Config
 from distilclip.data.images import ImageMatrix
-from distilclip.data.side_files import kept_rows, write_centers
+from distilclip.data.side_files import CENTERS_FILE, kept_rows, labels_name, write_centers
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import Workers, connected
@@ -41,14 +41,14 @@ def main(config: Config) -> dict[str, Any]:
     )
     shards = range(images.store.num_shards)
     with connected(config.execution, device=config.device) as workers:
-        if not files.exists(folder.child("centers.safetensors")):
+        if not files.exists(folder.child(CENTERS_FILE)):
             _fit(config, folder, images, workers)
         _map(labelling.prepare, shards, workers, f"label {folder.path}")
     described = _describe_labels(labelling, shards, config.fit.num_centers)
     files.remove_folder(folder.child(ROUNDS))
-    return folder.finish(
-        {"num_centers": config.fit.num_centers, **stage_folder.read_json(folder.child("fit.json")), **described}
-    )
+    fit = stage_folder.read_json(folder.child("fit.json"))
+    found = digests.digest_files(folder.path, [CENTERS_FILE, "fit.json", *map(labels_name, shards)])
+    return folder.finish({"num_centers": config.fit.num_centers, **fit, **described, "digests": found})
 
 
 def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix, workers: Workers) -> None:

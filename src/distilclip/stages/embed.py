@@ -13,13 +13,13 @@ import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from distilclip import stage_folder
+from distilclip import digests, stage_folder
 from distilclip.configs.embed import Config
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy, OnError
 from distilclip.data.scan import ScannedBatch, ShardEmbeddings, ShardList, scan
 from distilclip.data.shards import find_shards, source_size
-from distilclip.data.store import finished_shard, read_shard_rows, write_manifest
+from distilclip.data.store import finished_shard, read_shard_rows, store_files, write_manifest
 from distilclip.data.tabular import PictureFolder
 from distilclip.data.views import Views
 from distilclip.devices import resolve_device
@@ -48,7 +48,8 @@ def main(config: Config) -> dict[str, Any]:
     policy.check(final=True)
     shards = [line for shard in range(len(uris)) if (line := finished_shard(folder.path, shard))]
     dim = teacher.pop("dim")
-    write_manifest(folder.path, shards, dim=dim, teacher=teacher, views=_views(config), csv_columns=config.columns)
+    views = _views(config)
+    write_manifest(folder.path, shards, dim=dim, teacher=teacher, views=views, csv_columns=config.columns)
     return folder.finish(
         {
             "num_shards": len(shards),
@@ -59,6 +60,7 @@ def main(config: Config) -> dict[str, Any]:
             "truncated": [line.uri for line in shards if line.status == "truncated"],
             "dim": dim,
             "teacher": teacher,
+            "digests": digests.digest_files(folder.path, store_files(len(shards), views=views)),
         }
     )
 

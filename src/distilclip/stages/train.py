@@ -28,16 +28,8 @@ from distilclip.models.initial import initialise
 from distilclip.models.patch_dropout import set_patch_dropout
 from distilclip.models.teacher import Teacher, live_teacher, stored_teachers
 from distilclip.stages._validation import open_validator
-from distilclip.train.checkpoint import (
-    Progress,
-    Training,
-    best_checkpoint,
-    complete_checkpoints,
-    count_unusable,
-    folder_name,
-    load_checkpoint,
-    remove_incomplete_checkpoints,
-)
+from distilclip.train.checkpoint import Progress, Training, count_unusable, load_checkpoint
+from distilclip.train.checkpoint_files import best_checkpoint, folder_name, last_whole_checkpoint
 from distilclip.train.class_head import ClassHead
 from distilclip.train.gradient_scale import GradientScale
 from distilclip.train.loop import TrainingPlan, fit
@@ -107,7 +99,7 @@ def _fit(
     validator: Validator | None,
 ) -> int:
     """Train from the last complete checkpoint on, or from the start; return the steps done."""
-    start = distributed.on_first(lambda: _last_checkpoint(config.out))
+    start = distributed.on_first(lambda: last_whole_checkpoint(config.out))
     progress = load_checkpoint(folder.child(folder_name(start)), training) if start else Progress()
     if start and (former := stage_folder.former_values(folder.path)):
         said = ", ".join(f"{name} {value:g}" for name, value in former[-1].items())
@@ -227,12 +219,6 @@ def _describe_mixture(config: Config, stream: PairStream) -> dict[str, Any]:
                 "negative. Give smaller weights, or smaller batches."
             )
     return {"mixture": mixture}
-
-
-def _last_checkpoint(path: str) -> int:
-    """Steps done in the last complete checkpoint, 0 without one; what a kill left of others is removed."""
-    remove_incomplete_checkpoints(path)
-    return max(complete_checkpoints(path), default=0)
 
 
 def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Student:

@@ -103,11 +103,15 @@ class ClassHead:
             eps=self.optimization.eps,
         )
 
-    def save(self, folder: str) -> None:
-        """Write this range as `FIRST-STOP.safetensors`; the ranges of all ranks make the head."""
+    def save(self, folder: str) -> dict[str, str]:
+        """Write this range as `FIRST-STOP.safetensors`; the ranges of all ranks make the head.
+
+        Returns the SHA-256 of the file by its name.
+        """
         arrays = {name: value.cpu().numpy() for name, value in self._tensors().items()}
         metadata = {"first": str(self.first), "stop": str(self.stop), "num_classes": str(self.num_classes)}
-        write_tensors(files.join(folder, f"{self.first:09d}-{self.stop:09d}.safetensors"), arrays, metadata)
+        name = f"{self.first:09d}-{self.stop:09d}.safetensors"
+        return {name: write_tensors(files.join(folder, name), arrays, metadata)}
 
     def load(self, folder: str) -> None:
         """Read this range, whatever ranges wrote it; of local files only the wanted rows are read.

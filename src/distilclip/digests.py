@@ -1,0 +1,119 @@
+"""Write down the SHA-256 of the files of a finished folder, and check each file against it when it is first read.
+
+The digests stand in the `digests` of a stage's result.json or of a checkpoint's state.json, by the names of the files.
+A folder of an older version has none, and its files are read without this check.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from distilclip import files
+from distilclip.errors import InputError
+
+RECORDS = ("result.json", "state.json")
+"""Files that hold the digests of those beside and below them."""
+NUM_AT_ONCE = 8
+
+_known: dict[str, dict[str, str]] = {}  # the digests of finished folders
+_checked: set[tuple[Any, ...]] = set()  # files that this process has found unchanged
+
+
+def digest_files(folder: str, names: Sequence[str]) -> dict[str, str]:
+    """Return the SHA-256 of files below a folder, by name, as result.json has them in `digests`."""
+    with ThreadPoolExecutor(NUM_AT_ONCE) as pool:
+        found = pool.map(lambda name: files.sha256(files.join(folder, name)), names)
+        return dict(zip(names, found, strict=True))
+
+
+def read_digests(folder: str) -> dict[str, str]:
+    """Return the digests that a folder's result.json or state.json has; empty where there are none."""
+    for name in RECORDS:
+        path = files.join(folder, name)
+        if files.exists(path):
+            try:
+                found = json.loads(files.read_bytes(path)).get("digests", {})
+            except (ValueError, AttributeError):  # who needs the file itself says what is wrong with it
+                found = {}
+            return found if isinstance(found, dict) else {}
+    return {}
+
+
+def seal(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the content of a JSON file with the SHA-256 of all its other fields as its field `sha256`."""
+    return {**content, "sha256": _digest_of_fields(content)}
+
+
+def is_unchanged(content: Mapping[str, Any]) -> bool:
+    """Return whether a JSON file still holds what was sealed; true for one that was never sealed."""
+    return "sha256" not in content or content["sha256"] == _digest_of_fields(content)
+
+
+def check_file(folder: str, name: str, *, remedy: str) -> None:
+    """Raise `InputError` unless a file has the digest that its folder has of it; once in a process for each file.
+
+    A file without a digest, or that is missing, is left to who reads it. `remedy` ends the message.
+    """
+    place = files.absolute(folder)
+    if place not in _known:
+        found = read_digests(folder)
+        if not found:
+            return  # unfinished, or of an older version
+        _known[place] = found
+    path, expected = files.join(folder, name), _known[place].get(name)
+    if expected is None or is_same(path, expected):
+        return
+    _known.pop(place)  # has the folder been made anew since?
+    expected = read_digests(folder).get(name)
+    if expected is not None and not is_same(path, expected):
+        raise InputError(describe_change(path, remedy))
+
+
+def forget() -> None:
+    """Let the next check of every file read it again, whether or not this process has read it before."""
+    _known.clear()
+    _checked.clear()
+
+
+def is_same(path: str, sha256: str) -> bool:
+    """Return whether a file has this digest, reading it once in a process as long as it is not written again.
+
+    Raises no error for a missing file: it is left to who reads it.
+    """
+    try:
+        key = (files.absolute(path), sha256, *_version(path))
+        if key not in _checked and files.sha256(path) == sha256:
+            _checked.add(key)
+    except FileNotFoundError:
+        return True
+    return key in _checked
+
+
+def describe_change(path: str, remedy: str, *, what: str = "") -> str:
+    """Return the message about a file that has not the bytes that were written."""
+    return f"{path} is not the file that was written (its SHA-256 differs{what}). {remedy}"
+
+
+def repair_with(folder: str, stage: str) -> str:
+    """Return how to repair a folder: what to run, and that it makes again only what is damaged."""
+    return (
+        f"`distilclip verify {folder} --repair` removes what is damaged; "
+        f"`distilclip {stage} {folder}/config.json` then makes that again."
+    )
+
+
+def _version(path: str) -> tuple[int, ...]:
+    if files.is_url(path):
+        return ()
+    status = os.stat(path)
+    return status.st_size, status.st_mtime_ns, status.st_ino
+
+
+def _digest_of_fields(content: Mapping[str, Any]) -> str:
+    fields = json.loads(json.dumps({name: value for name, value in content.items() if name != "sha256"}))
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
