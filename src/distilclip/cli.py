@@ -120,6 +120,7 @@ def _run_stage(name: str, argv: list[str]) -> int:
     options = importlib.import_module(f"distilclip.configs.{name}")
     messages.set_up_messages(**config.take_message_flags(argv))
     launch.find_place()
+    launch.end_with_launcher()
     started = time.perf_counter()
     values = config.parse(
         options.Config,

@@ -20,6 +20,7 @@ from distilclip.errors import InputError
 from distilclip.messages import say, warn
 
 PLACE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+LAUNCHER = "DISTILCLIP_LAUNCHER"  # in a training's processes that `run` started: the process that looks after them
 SPECIAL_STEPS = 0xFFFFFFF0  # Slurm's numbers for the batch script itself and for interactive shells
 
 
@@ -158,6 +159,7 @@ def main(num_processes: str, *words: str) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    os.environ[LAUNCHER] = str(os.getpid())
     arguments = ["--standalone", "--nproc-per-node", num_processes, "-m", "distilclip", *words]
     try:
         run.run(run.parse_args(arguments))
@@ -170,6 +172,12 @@ def main(num_processes: str, *words: str) -> int:
     except SignalException as error:
         return 128 + int(error.sigval)
     return 0
+
+
+def end_with_launcher() -> None:
+    """In a process that `run` has started for a training: save and end when its launcher does, however that ends."""
+    if os.environ.get(LAUNCHER) == str(os.getppid()):
+        _end_with_parent()
 
 
 def _end_with_parent() -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import decode_image
 from distilclip.errors import InputError
-from distilclip.evaluate.encode import Encoding, encode_images, encode_texts
+from distilclip.evaluate.encode import Encoding, KeptPixels, encode_images, encode_texts
 from distilclip.models.clip import Clip, load_clip
 from distilclip.sets.dataset import ImageRef
 from tests.conftest import encoded, picture, write_tar
@@ -141,3 +141,21 @@ def test_bf16_is_near_fp32(clip: Clip, tmp_path: Path) -> None:
     coarse = encode_images(clip, refs, encoding=Encoding(dtype=torch.bfloat16))
     assert coarse.embedding.dtype == torch.float32
     assert (coarse.embedding * encode_images(clip, refs).embedding).sum(dim=1).min() > 0.99
+
+
+def test_kept_pictures_are_not_read_again(clip: Clip, tmp_path: Path) -> None:
+    images = write_pictures(tmp_path / "x", 10)
+    encoding = Encoding(batch_size=4)
+    expected = encode_images(clip, images, encoding=encoding)
+    num_bytes = 4 * 3 * clip.image_size**2 * 4  # of a batch
+    kept, some = KeptPixels(), KeptPixels(budget=num_bytes)
+    for pixels in (kept, some):
+        first = encode_images(clip, images, encoding=encoding, kept=pixels)
+        torch.testing.assert_close(first.embedding, expected.embedding, rtol=0, atol=0)
+    for image in images:
+        Path(image.uri).unlink()
+    again = encode_images(clip, images, encoding=encoding, kept=kept)
+    torch.testing.assert_close(again.embedding, expected.embedding, rtol=0, atol=0)
+    partly = encode_images(clip, images, encoding=encoding, kept=some, policy=ErrorPolicy("skip", 1.0))
+    assert partly.rows.tolist() == [0, 1, 2, 3]  # the one batch that there was room for
+    torch.testing.assert_close(partly.embedding, expected.embedding[:4], rtol=0, atol=0)

@@ -25,7 +25,7 @@ image_size = 32
 num_workers = 0
 [train]
 batch_size = 8
-num_steps = 6
+num_steps = 10
 warmup_steps = 1
 checkpoint_every = 2
 keep_checkpoints = 9
@@ -127,11 +127,11 @@ def losses(out: Path) -> list[dict[str, float]]:
 
 def assert_same(found: Path, expected: Path) -> None:
     lines = losses(found), losses(expected)
-    assert len(lines[0]) == len(lines[1]) == 6
+    assert len(lines[0]) == len(lines[1]) == 10
     for line, other in zip(*lines, strict=True):
         assert line == pytest.approx(other, rel=1e-4, abs=1e-5)
     # The student learns from a store in half precision of a teacher that differs by rounding.
-    for line, other in list(zip(*lines, strict=True))[:3]:
+    for line, other in list(zip(*lines, strict=True))[:5]:
         assert line["loss"] == pytest.approx(other["loss"], rel=1e-6, abs=1e-6)
     for path in (expected / "corpus").rglob("*.tar"):
         assert (found / path.relative_to(expected)).read_bytes() == path.read_bytes()
@@ -153,21 +153,32 @@ def test_four_ranks_do_what_one_does_however_they_are_started(recipe: str, tmp_p
 
 
 @pytest.mark.slow
-def test_one_rank_killed_and_then_all_of_them_and_run_again(recipe: str, tmp_path: Path) -> None:
-    """Killed in the student's training, first one of its ranks, then the whole tree; the third run finishes it."""
+def test_killed_in_any_part_and_run_again_it_is_the_undisturbed_training(recipe: str, tmp_path: Path) -> None:
+    """Killed in the student's training: one of its ranks, then what started them, then all; then it finishes."""
     undisturbed, out = tmp_path / "undisturbed", tmp_path / "out"
     words = ["run", recipe, "--out", str(undisturbed)]
     ended(start_itself(words))
     words[-1] = str(out)
     (process,) = start_itself(words)
     wait_for(out / "train/small/checkpoints/step-000002/state.json", process)
-    os.kill(ranks_of(process)[-1], signal.SIGKILL)
+    os.kill(ranks_of(process.pid)[-1], signal.SIGKILL)
     said = process.communicate(timeout=120)[1]
     assert process.returncode not in (0, None)
     assert "Traceback" not in said
     (process,) = start_itself(words)
     wait_for(out / "train/small/checkpoints/step-000004/state.json", process)
-    os.killpg(process.pid, signal.SIGKILL)
+    ranks = ranks_of(process.pid)
+    os.kill(launcher_of(process.pid), signal.SIGKILL)
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{rank}").exists() for rank in ranks):  # they save and end
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert not (out / "train/small/result.json").exists()
+    (process,) = start_itself(words)
+    wait_for(out / "train/small/checkpoints/step-000008/state.json", process)
+    for pid in [*ranks_of(process.pid), process.pid]:
+        os.kill(pid, signal.SIGKILL)
     process.communicate()
     assert not (out / "train/small/result.json").exists()
     ended(start_itself(words))
@@ -185,9 +196,18 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def ranks_of(process: subprocess.Popen[str]) -> list[int]:
-    """The processes of the training, started by those that `process` started."""
-    lines = subprocess.run(["ps", "-eo", "pid,pgid,args"], capture_output=True, text=True, check=True).stdout
-    found = [line.split(maxsplit=2) for line in lines.splitlines()[1:]]
-    own = [(int(pid), args) for pid, group, args in found if int(group) == process.pid and int(pid) != process.pid]
-    return [pid for pid, args in own if "torch.distributed.run" not in args and "distilclip" in args]
+def ranks_of(pid: int) -> list[int]:
+    """The processes of a training that `run` has started, as children of its launcher."""
+    ranks = children_of(launcher_of(pid))
+    assert len(ranks) == RANKS
+    return ranks
+
+
+def launcher_of(pid: int) -> int:
+    (launcher,) = children_of(pid)
+    return launcher
+
+
+def children_of(pid: int) -> list[int]:
+    lines = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout
+    return [int(own) for own, parent in map(str.split, lines.splitlines()[1:]) if parent == str(pid)]

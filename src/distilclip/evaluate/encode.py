@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -72,8 +72,11 @@ def encode_images(
     encoding: Encoding | None = None,
     policy: ErrorPolicy | None = None,
     description: str = "images",
+    kept: KeptPixels | None = None,
 ) -> ImageFeatures:
     """Encode images in order. `policy` decides what an unreadable one does; by default the first raises.
+
+    What lies in `kept` is not read and decoded again; it belongs to these images and this model's preprocessing.
 
     Raises `InputError` for an unreadable image (or too many of them), and for a model whose features are not finite.
     """
@@ -91,8 +94,9 @@ def encode_images(
     buffers: dict[Output, Tensor] = {}
     rows: list[int] = []
     unreadable: list[tuple[int, str]] = []
+    kept = KeptPixels(budget=0) if kept is None else kept
     with progress(description, len(images)) as advance, torch.no_grad():
-        for pixels, read, bad in map_tasks(decoder, batches, num_workers=encoding.num_workers):
+        for pixels, read, bad in kept.batches(decoder, batches, num_workers=encoding.num_workers):
             policy.seen(len(read) + len(bad))
             for row, error in bad:
                 policy.bad(error, where=images[row].where)
@@ -137,6 +141,28 @@ def _check_finite(clip: Clip, features: Tensor) -> None:
 
 
 _Batch = tuple[Tensor, list[int], list[tuple[int, str]]]  # pixels; the rows they are of; unreadable rows and why
+
+
+class KeptPixels:
+    """Prepared batches of a set that is encoded again and again, as many as fit into `budget` bytes of host memory."""
+
+    def __init__(self, *, budget: int = 1 << 30) -> None:
+        self._budget = budget
+        self._batches: dict[int, _Batch] = {}
+
+    def batches(self, decoder: _Images, batches: Sequence[range], *, num_workers: int) -> Iterator[_Batch]:
+        """Yield every batch, in order; those that are not kept are decoded, by loader processes where there are any."""
+        missing = [batch for batch in batches if batch.start not in self._batches]
+        decoded = map_tasks(decoder, missing, num_workers=num_workers) if missing else iter(())
+        for batch in batches:
+            if batch.start in self._batches:
+                yield self._batches[batch.start]
+                continue
+            found = next(decoded)
+            if found[0].nbytes <= self._budget:
+                self._budget -= found[0].nbytes
+                self._batches[batch.start] = found
+            yield found
 
 
 class _Images(Dataset):

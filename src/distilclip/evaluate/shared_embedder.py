@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
 from distilclip.evaluate.embedders import Embedder
-from distilclip.evaluate.encode import ImageFeatures, Output, encode_images, encode_texts
+from distilclip.evaluate.encode import ImageFeatures, KeptPixels, Output, encode_images, encode_texts
 from distilclip.evaluate.zero_shot import TextClassifier, classes_at_once, text_classifier
 from distilclip.sets.dataset import ImageRef
 
@@ -31,6 +31,8 @@ class SharedEmbedder(Embedder):
     rank: int = 0
     world: int = 1
     gather: Callable[[Any], list[Any]] = lambda value: [value]
+    kept: KeptPixels = field(default_factory=KeptPixels)
+    """the prepared pictures of the one set that this embedder is for"""
 
     @property
     def digest(self) -> str:
@@ -49,7 +51,13 @@ class SharedEmbedder(Embedder):
                 return None
             lenient = ErrorPolicy("skip", 1.0)
             return encode_images(
-                self.clip, own, outputs=outputs, encoding=self.encoding, policy=lenient, description=name
+                self.clip,
+                own,
+                outputs=outputs,
+                encoding=self.encoding,
+                policy=lenient,
+                description=name,
+                kept=self.kept,
             )
 
         found = self._gather_all(encode)

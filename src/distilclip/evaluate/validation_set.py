@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distilclip.errors import InputError
-from distilclip.evaluate.encode import Encoding
+from distilclip.evaluate.encode import Encoding, KeptPixels
 from distilclip.evaluate.protocol import Protocol
 from distilclip.evaluate.shared_embedder import SharedEmbedder
 from distilclip.messages import warn
@@ -29,6 +29,7 @@ class ValidationSet:
     rank: int = 0
     world: int = 1
     gather: Callable[[Any], list[Any]] = field(default=lambda value: [value])
+    kept: KeptPixels = field(default_factory=KeptPixels)
 
     @property
     def num_pairs(self) -> int:
@@ -47,7 +48,9 @@ class ValidationSet:
 
         A set that cannot be measured is said, and gives nothing: a bad picture there does not end a training.
         """
-        embedder = SharedEmbedder(clip, self.encoding, rank=self.rank, world=self.world, gather=self.gather)
+        embedder = SharedEmbedder(
+            clip, self.encoding, rank=self.rank, world=self.world, gather=self.gather, kept=self.kept
+        )
         try:
             scores = Protocol(tasks=TASKS, on_error="skip").measure(embedder, self.dataset)
         except InputError as error:
