@@ -10,6 +10,7 @@ from distilclip.integrity.label_tables import check_labels
 from distilclip.integrity.store_files import Sources, check_store
 from distilclip.integrity.training_files import check_training
 
+ORDER = ("embed", "balance", "cluster", "train")  # each after those that it may be made from
 CHECKS = {"balance": check_groups, "cluster": check_labels, "train": check_training}
 
 
@@ -30,9 +31,9 @@ def check_folders(path: str, *, sources: Sources = "none") -> list[Findings]:
     for findings in found:
         try:
             _check(findings, sources)
-        except InputError as error:  # of another folder that it was made from: reported there, too
-            findings.add_fault(f"{findings.path} cannot be compared: {error}")
-    return found
+        except InputError as error:
+            findings.notes.append(f"not compared with the folders that it was made from: {error}")
+    return sorted(found, key=lambda findings: ORDER.index(findings.stage) if findings.stage in ORDER else len(ORDER))
 
 
 def _check(found: Findings, sources: Sources) -> None:

@@ -53,6 +53,8 @@ def _read_shard(found: Findings, store: Store | None, shard: int) -> Groups | No
     if name in found.changed:
         found.add_fault(found.describe_change(name), remove=[name])
         return None
+    if not (found.result or files.exists(found.child(name))):
+        return None  # not made yet
     table = read_or_report(found, partial(read_groups, found.path, shard), name, remove=[name])
     if table is None:
         return None
