@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import safetensors
 
-from distilclip import cli, failures, files
+from distilclip import cli, distributed, failures, files
+from tests.ranks import run_ranks
 
 CORPUS = ["corpus", "--num-pairs", "16", "--num-eval", "4", "--image-size", "32", "--num-workers", "0", "--out"]
 
@@ -80,3 +81,27 @@ def test_damaged_files_and_missing_packages_have_a_remedy(tmp_path: Path) -> Non
 def test_a_defect_of_our_own_keeps_its_traceback() -> None:
     assert failures.explain(TypeError("unsupported operand")) is None
     assert failures.explain(ModuleNotFoundError("No module named 'distilclip.x'", name="distilclip.x")) is None
+
+
+def lose_the_other() -> str:
+    """What a process says of a collective whose other process has gone."""
+    import torch
+    import torch.distributed as dist
+
+    with distributed.job("cpu"):
+        dist.barrier()
+        if distributed.rank() == 1:
+            return "gone"
+        try:
+            for _ in range(1000):
+                distributed.reduce_(torch.ones(1000))
+        except Exception as error:  # of whatever kind torch makes it
+            failure = failures.explain(error)
+            return "" if failure is None else f"{failure.code} {failure.text}"
+    return "nothing"
+
+
+def test_the_loss_of_another_process_is_one_line() -> None:
+    first, second = run_ranks(2, lose_the_other)
+    assert second == "gone"
+    assert first.startswith("3 Another process of this training has ended (")

@@ -73,6 +73,8 @@ def explain(error: BaseException) -> Failure | None:
         )
     if "OutOfMemoryError" in names:
         return Failure(SYSTEM, f"The GPU's memory is full: {said}. Lower --micro-batch or --batch-size, {AGAIN}")
+    if names & {"DistBackendError", "DistNetworkError"} or (isinstance(error, RuntimeError) and "gloo" in str(error)):
+        return Failure(SYSTEM, f"Another process of this training has ended ({said}). See what it said, {AGAIN}")
     if isinstance(error, MemoryError):
         return Failure(
             SYSTEM, f"The memory is full. Lower --batch-size or --num-workers, or end other programs, {AGAIN}"
