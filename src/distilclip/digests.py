@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -94,6 +95,48 @@ def is_same(path: str, sha256: str) -> bool:
     return key in _checked
 
 
+AT_ONCE_BYTES = 1 << 30
+"""Bytes that are checked before work begins: less than a second's. The rest is checked while it goes on."""
+
+
+class BackgroundCheck:
+    """Checks files against their digests in a thread, where work reads single rows of them and not the whole files.
+
+    `wanted` are paths, each with its SHA-256 and the remedy. The first ones, up to `at_once` bytes, are checked here.
+    """
+
+    def __init__(self, wanted: Sequence[tuple[str, str, str]], *, at_once: int = AT_ONCE_BYTES) -> None:
+        self._found = ""
+        num_bytes, rest = 0, list(wanted)
+        while rest and not self._found and (num_bytes := num_bytes + _size(rest[0][0])) <= at_once:
+            self._check(*rest.pop(0))
+        self.raise_found()
+        self._thread = threading.Thread(target=self._check_all, args=(rest,), daemon=True)
+        self._thread.start()
+
+    def raise_found(self) -> None:
+        """Raise `InputError` for a file that has changed, if one was found so far."""
+        if self._found:
+            raise InputError(self._found)
+
+    def wait(self) -> None:
+        """Wait until all files are checked."""
+        self._thread.join()
+
+    def _check_all(self, wanted: Sequence[tuple[str, str, str]]) -> None:
+        for path, sha256, remedy in wanted:
+            try:
+                self._check(path, sha256, remedy)
+            except OSError:  # who reads the rows says so, with more right
+                return
+            if self._found:
+                return
+
+    def _check(self, path: str, sha256: str, remedy: str) -> None:
+        if not is_same(path, sha256):
+            self._found = describe_change(path, remedy)
+
+
 def describe_change(path: str, remedy: str, *, what: str = "") -> str:
     """Return the message about a file that has not the bytes that were written."""
     return f"{path} is not the file that was written (its SHA-256 differs{what}). {remedy}"
@@ -105,6 +148,10 @@ def repair_with(folder: str, stage: str) -> str:
         f"`distilclip verify {folder} --repair` removes what is damaged; "
         f"`distilclip {stage} {folder}/config.json` then makes that again."
     )
+
+
+def _size(path: str) -> int:
+    return files.size(path) if files.exists(path) else 0
 
 
 def _version(path: str) -> tuple[int, ...]:

@@ -197,6 +197,27 @@ def test_without_a_whole_checkpoint_training_does_not_begin_anew_by_itself(run: 
         run.again()
 
 
+def test_training_refuses_embeddings_that_have_changed(run: Run) -> None:
+    for path in [run.folder / "train/result.json", *(run.folder / "train/checkpoints").rglob("state.json")]:
+        path.unlink()
+    flip(run.folder / "store/000000.safetensors", 1.0)
+    with pytest.raises(InputError, match=r"000000\.safetensors is not the file .*verify .* --repair"):
+        run.stages["train"]()
+
+
+def test_files_that_are_checked_behind_are_found_too(tmp_path: Path) -> None:
+    names = ["a", "b", "c"]
+    for name in names:
+        (tmp_path / name).write_bytes(name.encode() * 100)
+    known = digests.digest_files(str(tmp_path), names)
+    flip(tmp_path / "c")
+    check = digests.BackgroundCheck([(str(tmp_path / n), known[n], "Remedy.") for n in names], at_once=100)
+    check.wait()
+    with pytest.raises(InputError, match=r"c is not the file that was written .*Remedy"):
+        check.raise_found()
+    digests.BackgroundCheck([(str(tmp_path / n), known[n], "Remedy.") for n in names[:2]], at_once=100).raise_found()
+
+
 def forget_digests(path: Path) -> None:
     content = json.loads(path.read_text())
     path.write_text(json.dumps({name: value for name, value in content.items() if name not in ("digests", "sha256")}))

@@ -249,6 +249,13 @@ class Store:
             )
         return table
 
+    def list_embeddings(self) -> list[tuple[str, str, str]]:
+        """Return the files of embeddings that have a digest: path, SHA-256 and what repairs it."""
+        remedy, known = digests.repair_with(self.path, "embed"), digests.read_digests(self.path)
+        found = [(self.payload_path(line.index), line.sha256, remedy) for line in self.shards]
+        views = [(files.join(self.path, name), known[name], remedy) for name in known if name.startswith("views/")]
+        return found + views
+
     def verify(self) -> None:
         """Read everything and compare it with the manifest.
 

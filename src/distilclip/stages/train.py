@@ -9,15 +9,16 @@ from typing import Any
 
 import torch
 
-from distilclip import distributed, files, stage_folder
+from distilclip import digests, distributed, files, stage_folder
 from distilclip.configs.train import Config
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.limits import MAX_PIXELS
 from distilclip.data.side_files import read_centers
 from distilclip.data.store import Store
-from distilclip.data.stream import PairSource, PairStream, Presentation, open_stream
+from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, open_stream
 from distilclip.data.workers import default_workers
 from distilclip.errors import InputError
+from distilclip.losses.features import Features
 from distilclip.messages import say, warn
 from distilclip.methods import TERMS
 from distilclip.models.batch_norm import batch_norms, require_exact_accumulation
@@ -328,6 +329,21 @@ def _teacher(
     if not method.needs_teacher:
         return None
     if live is None:
-        return stored_teachers(stores, device=device)
+        return _checked(stored_teachers(stores, device=device), stores)
     precision, micro_batch = PRECISIONS[config.precision], config.micro_batch or config.batch_size
     return live_teacher(live, precision=precision, micro_batch=micro_batch)
+
+
+def _checked(teacher: Teacher, stores: Sequence[Store]) -> Teacher:
+    """A teacher that ends the training where a local file of its embeddings has changed since it was written.
+
+    The processes share the files. Remote ones would have to be fetched whole for it.
+    """
+    wanted = [file for store in stores if not files.is_url(store.path) for file in store.list_embeddings()]
+    check = digests.BackgroundCheck(wanted[distributed.rank() :: distributed.world()])
+
+    def features(batch: Batch) -> tuple[Features, ...]:
+        check.raise_found()
+        return teacher(batch)
+
+    return features
