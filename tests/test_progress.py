@@ -65,13 +65,17 @@ def test_silence_where_it_is_asked_for(
     assert capfd.readouterr() == ("", "")
 
 
-def test_a_terminal_gets_a_bar() -> None:
-    program = "from distilclip.progress import track; list(track(range(3), 'train', num_samples=8))"
+def shown_on_a_terminal(program: str) -> str:
     master, slave = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
     subprocess.run([sys.executable, "-c", program], check=True, stderr=slave, env=environment)
     os.close(slave)
-    shown = os.read(master, 100_000).decode()
+    return os.read(master, 100_000).decode()
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    program = "from distilclip.progress import track; list(track(range(3), 'train', num_samples=8))"
+    shown = shown_on_a_terminal(program)
     assert "\x1b" in shown
     assert "100%" in shown
     assert "samples/s" in shown
@@ -82,11 +86,7 @@ def test_a_bar_within_a_bar_is_silent() -> None:
         "from distilclip.progress import track; "
         "[list(track(range(3), 'inner', num_samples=8)) for _ in track(range(3), 'outer', num_samples=8)]"
     )
-    master, slave = pty.openpty()
-    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
-    subprocess.run([sys.executable, "-c", program], check=True, stderr=slave, env=environment)
-    os.close(slave)
-    shown = os.read(master, 100_000).decode()
+    shown = shown_on_a_terminal(program)
     assert "outer" in shown
     assert "inner" not in shown
 

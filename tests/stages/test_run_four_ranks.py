@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 
 from distilclip import cli, stage_folder
 from tests.ranks import free_port
+from tests.stages.test_run_processes import ended, start
 
 RECIPE = """
 out = "{out}"
@@ -76,19 +76,6 @@ def recipe(tmp_path: Path, tiny_clip_json: str) -> str:
     return str(path)
 
 
-def start(words: list[str], **variables: str) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
-    pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [sys.executable, "-m", *words],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-        stderr=pipe,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def start_itself(words: list[str]) -> list[subprocess.Popen[str]]:
     return [start(["distilclip", *words, "--nproc-per-node", str(RANKS)])]
 
@@ -107,13 +94,6 @@ def start_slurm(words: list[str]) -> list[subprocess.Popen[str]]:
         for rank in range(RANKS)
     ]
     return [start(["distilclip", *words], **place, **task) for task in tasks]
-
-
-def ended(processes: list[subprocess.Popen[str]]) -> str:
-    """What the processes said on stderr; all must have succeeded."""
-    said = [process.communicate(timeout=600)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
-    return "\n".join(said)
 
 
 def losses(out: Path) -> list[dict[str, float]]:

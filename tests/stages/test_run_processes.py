@@ -68,7 +68,7 @@ def torchrun(*words: str) -> list[str]:
 
 def ended(processes: list[subprocess.Popen[str]]) -> str:
     """What the processes said on stderr; all must have succeeded."""
-    said = [process.communicate(timeout=240)[1] for process in processes]
+    said = [process.communicate(timeout=600)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), "\n".join(said)
     return "\n".join(said)
 
