@@ -34,6 +34,11 @@ def digest_files(folder: str, names: Sequence[str]) -> dict[str, str]:
 
 def read_digests(folder: str) -> dict[str, str]:
     """Return the digests that a folder's result.json or state.json has; empty where there are none."""
+    return _read_record(folder) or {}
+
+
+def _read_record(folder: str) -> dict[str, str] | None:
+    """Return the digests of a finished folder, None for an unfinished one."""
     for name in RECORDS:
         path = files.join(folder, name)
         if files.exists(path):
@@ -42,7 +47,7 @@ def read_digests(folder: str) -> dict[str, str]:
             except (ValueError, AttributeError):  # who needs the file itself says what is wrong with it
                 found = {}
             return found if isinstance(found, dict) else {}
-    return {}
+    return None
 
 
 def seal(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,15 +66,16 @@ def check_file(folder: str, name: str, *, remedy: str) -> None:
     A file without a digest, or that is missing, is left to who reads it. `remedy` ends the message.
     """
     place = files.absolute(folder)
-    if place not in _known:
-        found = read_digests(folder)
-        if not found:
-            return  # unfinished, or of an older version
-        _known[place] = found
-    path, expected = files.join(folder, name), _known[place].get(name)
+    known = _known.get(place)
+    if known is None:
+        known = _read_record(folder)
+        if known is None:
+            return
+        _known[place] = known
+    path, expected = files.join(folder, name), known.get(name)
     if expected is None or is_same(path, expected):
         return
-    _known.pop(place)  # has the folder been made anew since?
+    _known.pop(place, None)  # has the folder been made anew since?
     expected = read_digests(folder).get(name)
     if expected is not None and not is_same(path, expected):
         raise InputError(describe_change(path, remedy))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import time
@@ -12,6 +13,7 @@ from distilclip import files
 from distilclip.data import reader as reader_module
 from distilclip.data.reader import COPY_AFTER, Reader
 from distilclip.data.stream import PairSource, Presentation, open_stream
+from distilclip.errors import InputError
 from tests.data.conftest import tokenize, write_store
 
 CONTENT = bytes(range(200))
@@ -117,6 +119,21 @@ def test_what_is_read_often_is_copied_and_a_changed_file_is_another(copies: Path
     for _ in range(2 * COPY_AFTER):
         time.sleep(0.01)
         assert changed.read(0, 3) == CONTENT[::-1][:3]
+
+
+def test_a_copy_with_another_digest_is_an_error(copies: Path) -> None:
+    path = "memory://reader/damaged"
+    files.write_bytes(path, CONTENT)
+    whole, damaged = (hashlib.sha256(content).hexdigest() for content in (CONTENT, CONTENT[1:]))
+    reader = Reader(path, copied=True, sha256=whole)
+    read_until(lambda: reader.read(20, 5), lambda: reader.path != path)
+    (copy,) = copies.iterdir()
+    copy.unlink()
+    reader_module._Copier.of_process.cache_clear()
+    reader = Reader(path, copied=True, sha256=damaged)
+    with pytest.raises(InputError, match="damaged is not the file that was written"):
+        read_until(lambda: reader.read(20, 5), lambda: False)
+    assert list(copies.iterdir()) == []
 
 
 @pytest.mark.parametrize("why", ["no room", "not wanted", "no access"])

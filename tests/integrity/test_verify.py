@@ -72,7 +72,12 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_clip_folder: str, tiny_c
         tars.append(write_tar(pairs / f"{shard:05d}.tar", members))
     store, groups, clusters = (str(folder / name) for name in ("store", "groups", "clusters"))
     training = train_config(
-        folder / "train", tiny_clip_json, store=store, groups=groups, clusters=clusters, terms={"task": 1, "cluster": 1}
+        folder / "train",
+        tiny_clip_json,
+        store=store,
+        groups=groups,
+        clusters=clusters,
+        terms={"task": 1.0, "cluster": 1.0},
     )
     stages = {
         "store": lambda: embed.main(embed.Config(data=tuple(tars), out=store, model=tiny_clip_folder, num_workers=0)),

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int64, Integer, Shaped, UInt32
 from torch import Tensor
 
+from distilclip import files
 from distilclip.data.reader import OpenFiles, Reader
 from distilclip.data.store import Store, not_unit
 from distilclip.data.tensors import HEADER_BYTES, Header, read_header
@@ -23,8 +24,9 @@ class Embeddings:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        self._payloads = _Rows(store.payload_path, store.check_payload)
-        self._views = _Rows(store.views_path, store.check_views)
+        known = {path: sha256 for path, sha256, _ in store.list_embeddings()} if files.is_url(store.path) else {}
+        self._payloads = _Rows(store.payload_path, store.check_payload, known)
+        self._views = _Rows(store.views_path, store.check_views, known)
 
     def num_captions(self, shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]) -> Int64[np.ndarray, " n"]:
         """Return how many captions of each row have an embedding, in a store with views."""
@@ -77,8 +79,10 @@ class _Rows:
     fetched until copies of them are here, and headers are kept: a file that is opened again is not parsed again.
     """
 
-    def __init__(self, path_of: Callable[[int], str], check: Callable[[int, Header], None]) -> None:
-        self.path_of, self.check = path_of, check
+    def __init__(
+        self, path_of: Callable[[int], str], check: Callable[[int, Header], None], sha256: Mapping[str, str]
+    ) -> None:
+        self.path_of, self.check, self.sha256 = path_of, check, sha256
         self._open: OpenFiles[int, Reader] = OpenFiles(self._reader, limit=MAX_OPEN_FILES)
         self._headers: dict[int, Header] = {}
 
@@ -123,7 +127,8 @@ class _Rows:
             raise InputError(f"A file of embeddings is missing ({error}). {_EMBED_AGAIN}") from error
 
     def _reader(self, shard: int) -> Reader:
-        return Reader(self.path_of(shard), copied=True)
+        path = self.path_of(shard)
+        return Reader(path, copied=True, sha256=self.sha256.get(path))
 
 
 _EMBED_AGAIN = "Embed the data again, into a new folder."

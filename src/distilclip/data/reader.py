@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
-from distilclip import files
+from distilclip import digests, files
+from distilclip.errors import InputError
 from distilclip.messages import say
 
 NUM_REQUESTS = 16
@@ -35,11 +36,12 @@ class Reader:
 
     `sequential=True` suits a forward pass over a remote file: bytes are fetched ahead in large blocks, where otherwise
     each read is one request of exactly its range. `copied=True` suits many small reads of a remote file: it is copied
-    to this machine's disk meanwhile, and then read there (see `_request_copy`).
+    to this machine's disk meanwhile, and then read there (see `_request_copy`), which compares it with `sha256`.
     """
 
-    def __init__(self, path: str, *, sequential: bool = False, copied: bool = False) -> None:
-        self.path, self.sequential, self._remote = path, sequential, files.is_url(path)
+    def __init__(self, path: str, *, sequential: bool = False, copied: bool = False, sha256: str | None = None) -> None:
+        self.path, self.sequential, self.sha256 = path, sequential, sha256
+        self._remote = files.is_url(path)
         self._file: Any = None
         self._ahead: dict[tuple[int, int], Future[bytes]] = {}
         self._process = 0
@@ -95,7 +97,9 @@ class Reader:
         if self._reads_to_copy:
             self._reads_to_copy -= 1
             return
-        self._copy = self._copy or _request_copy(self.path)
+        self._copy = self._copy or _request_copy(self.path, self.sha256)
+        if self._copy.fault:
+            raise InputError(self._copy.fault)
         if self._copy.done:
             self._reads_to_copy = -1
             if self._copy.path is not None:
@@ -149,14 +153,19 @@ def _requests(process: int) -> ThreadPoolExecutor:
 
 @dataclass
 class _CopyRequest:
-    """A file that is to be copied. When it is `done`, `path` is its copy, or None where there is no room for one."""
+    """A file that is to be copied. When it is `done`, `path` is its copy, or None where there is no room for one.
+
+    `fault` says that the file has not the digest it must have.
+    """
 
     uri: str
+    sha256: str | None
+    fault: str = ""
     done: bool = False
     path: str | None = None
 
 
-def _request_copy(uri: str) -> _CopyRequest:
+def _request_copy(uri: str, sha256: str | None) -> _CopyRequest:
     """Ask for a copy of a remote file, which a thread of this process makes, unless another process has made it.
 
     Training reads two small rows of embeddings for each picture: without copies, two of three requests to the storage.
@@ -166,7 +175,7 @@ def _request_copy(uri: str) -> _CopyRequest:
     temporary folder. They are named by what the storage says of the file (its address and ETag, or the like), so that
     a file that has changed is another one. Removing the folder does no harm.
     """
-    return _Copier.of_process(os.getpid()).request(uri)
+    return _Copier.of_process(os.getpid()).request(uri, sha256)
 
 
 class _Copier:
@@ -181,10 +190,10 @@ class _Copier:
     def of_process(process: int) -> _Copier:
         return _Copier()  # threads do not survive a fork
 
-    def request(self, uri: str) -> _CopyRequest:
+    def request(self, uri: str, sha256: str | None) -> _CopyRequest:
         with self._lock:
             if uri not in self._requests:
-                self._requests[uri] = _CopyRequest(uri)
+                self._requests[uri] = _CopyRequest(uri, sha256)
                 self._todo.put(self._requests[uri])
             return self._requests[uri]
 
@@ -193,7 +202,9 @@ class _Copier:
         while True:
             request = self._todo.get()
             try:
-                request.path = None if folder is None else _copy(request.uri, folder)
+                request.path = None if folder is None else _copy(request.uri, folder, request.sha256)
+            except InputError as error:
+                request.fault = str(error)
             except Exception as error:  # of any storage's library; the file is then read where it lies
                 say(f"{request.uri} could not be copied to {folder} ({error}); it is read where it lies.")
             request.done = True
@@ -209,8 +220,11 @@ def _open_folder() -> str | None:
     return folder if os.stat(folder).st_uid == os.getuid() else None
 
 
-def _copy(uri: str, folder: str) -> str | None:
-    """Return the path of a copy, made now or before; None where the disk has no room."""
+def _copy(uri: str, folder: str, sha256: str | None) -> str | None:
+    """Return the path of a copy, made now or before; None where the disk has no room.
+
+    Raises `InputError`, and leaves no copy, where the file has another digest than `sha256`.
+    """
     system, inner = files.filesystem(uri)
     path = os.path.join(folder, hashlib.sha256(f"{uri} {system.ukey(inner)}".encode()).hexdigest())
     if os.path.exists(path):
@@ -228,5 +242,9 @@ def _copy(uri: str, folder: str) -> str | None:
         with files.open_read(uri) as source:
             shutil.copyfileobj(source, part, 1 << 22)
         part.flush()
+        if sha256 is not None and files.sha256(part.name) != sha256:
+            os.remove(part.name)
+            remedy = "`distilclip verify` on its folder says what else is damaged, and repairs it with --repair."
+            raise InputError(digests.describe_change(uri, remedy))
         os.replace(part.name, path)
     return path
