@@ -128,11 +128,11 @@ def _take_steps(
             lines.write(step + 1, line)
         if scheduled or save:
             saving.save(step + 1, scheduled=scheduled, line=line)
-        if ends:
+        if ends and step + 1 < plan.num_steps:
             return step + 1
-        if stop:
+        if stop and not ends:
             return None
-    return start
+    return plan.num_steps
 
 
 def _validate(validator: Validator, training: Training, log: Log, done: int, num_steps: int) -> dict[str, float]:
