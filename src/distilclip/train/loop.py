@@ -227,7 +227,7 @@ class _Saving:
         training: Training,
         checkpoints: Checkpoints,
         log: Log,
-        validator: Validator | None,
+        validator: Validator | None = None,
     ) -> None:
         self._folder, self._training, self._checkpoints, self.log = folder, training, checkpoints, log
         self.validator = validator
