@@ -22,7 +22,8 @@ class _Stages(ModuleType):
     """Imports a stage when it is asked for, and makes its module a function."""
 
     def __dir__(self) -> list[str]:
-        return [module.name for module in pkgutil.iter_modules(self.__path__)]
+        names = [module.name for module in pkgutil.iter_modules(self.__path__)]
+        return [name for name in names if not name.startswith("_")]
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or name not in dir(self):
@@ -31,7 +32,7 @@ class _Stages(ModuleType):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # The import system sets each stage's module here once it is complete.
-        if isinstance(value, ModuleType):
+        if isinstance(value, ModuleType) and not name.startswith("_"):
             make_callable(value)
         super().__setattr__(name, value)
 
