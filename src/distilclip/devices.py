@@ -1,10 +1,12 @@
-"""Choose the device that `--device` names."""
+"""Choose the device that `--device` names, and the number format that `--precision` names."""
 
 from __future__ import annotations
 
 import torch
 
 from distilclip.errors import InputError
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(name: str) -> torch.device:

@@ -20,6 +20,8 @@ from distilclip.errors import InputError
 RECORDS = ("result.json", "state.json")
 """Files that hold the digests of those beside and below them."""
 NUM_AT_ONCE = 8
+AT_ONCE_BYTES = 1 << 30
+"""Bytes that are checked before work begins: less than a second's. The rest is checked while it goes on."""
 
 _known: dict[str, dict[str, str]] = {}  # the digests of finished folders
 _checked: set[tuple[Any, ...]] = set()  # files that this process has found unchanged
@@ -101,10 +103,6 @@ def is_same(path: str, sha256: str) -> bool:
     return key in _checked
 
 
-AT_ONCE_BYTES = 1 << 30
-"""Bytes that are checked before work begins: less than a second's. The rest is checked while it goes on."""
-
-
 class BackgroundCheck:
     """Checks files against their digests in a thread, where work reads single rows of them and not the whole files.
 
@@ -143,9 +141,10 @@ class BackgroundCheck:
             self._found = describe_change(path, remedy)
 
 
-def describe_change(path: str, remedy: str, *, what: str = "") -> str:
-    """Return the message about a file that has not the bytes that were written."""
-    return f"{path} is not the file that was written (its SHA-256 differs{what}). {remedy}"
+def describe_change(path: str, remedy: str = "", *, what: str = "") -> str:
+    """Return what is said of a file that has not the bytes that were written: a sentence with a remedy, or a clause."""
+    said = f"{path} is not the file that was written (its SHA-256 differs{what})"
+    return f"{said}. {remedy}" if remedy else said
 
 
 def repair_with(folder: str, stage: str) -> str:

@@ -48,7 +48,7 @@ def test_documented_columns_are_the_written_ones(folders: dict[str, Path]) -> No
         "### `manifest.parquet`": folders["store"] / "manifest.parquet",
         "### `000000.rows.parquet`": folders["store"] / "000000.rows.parquet",
         "`groups/000000.parquet`": folders["groups"] / "groups" / "000000.parquet",
-        "`forest.parquet`": folders["groups"] / "forest.parquet",
+        "`forest.parquet`: a": folders["groups"] / "forest.parquet",
         "`labels/000000.parquet`": folders["clusters"] / "labels" / "000000.parquet",
         "`weights/000000.parquet`": folders["weights"] / "weights" / "000000.parquet",
     }

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import safetensors
 import safetensors.numpy
@@ -14,12 +17,20 @@ from distilclip.errors import InputError
 
 
 def lengthen(path: Path, row: int, factor: float) -> None:
-    """Make one image embedding of a shard longer, and leave everything else as it is."""
+    """Make one image embedding of a shard longer, as a program would that writes stores of its own, digest and all."""
     with safetensors.safe_open(path, "numpy") as file:
         metadata, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     tensors["image"] = tensors["image"].copy()
     tensors["image"][row] *= factor
+    before = hashlib.sha256(path.read_bytes()).hexdigest()
     safetensors.numpy.save_file(tensors, path, metadata=metadata)
+    manifest = pq.read_table(path.parent / "manifest.parquet")
+    after = hashlib.sha256(path.read_bytes()).hexdigest()
+    digests = [after if digest == before else digest for digest in manifest["sha256"].to_pylist()]
+    column = manifest.column_names.index("sha256")
+    pq.write_table(manifest.set_column(column, "sha256", [digests]), path.parent / "manifest.parquet")
+    result = json.loads((path.parent / "result.json").read_text())
+    (path.parent / "result.json").write_text(json.dumps({key: result[key] for key in result if key != "digests"}))
 
 
 def test_euclidean_distances_of_a_store_need_unit_rows_and_cosine_does_not(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,18 +30,6 @@ class ValidationSet:
     gather: Callable[[Any], list[Any]] = field(default=lambda value: [value])
     kept: KeptPixels = field(default_factory=KeptPixels)
 
-    @property
-    def num_pairs(self) -> int:
-        """How many pairs of a picture and a text are as much work."""
-        dataset = self.dataset
-        if isinstance(dataset, PairSet):
-            return (len(dataset.images) + len(dataset.captions)) // 2
-        return (len(dataset.test.images) + len(dataset.classes.names) * len(dataset.templates)) // 2
-
-    def with_workers(self, num_workers: int) -> ValidationSet:
-        """Return the same set, read by loader processes."""
-        return dataclasses.replace(self, encoding=dataclasses.replace(self.encoding, num_workers=num_workers))
-
     def measure(self, clip: Clip) -> dict[str, float]:
         """Return what `evaluate` says of a model with the same precision and batch size, by metric.
 
@@ -57,6 +44,13 @@ class ValidationSet:
             warn(f"validation: {self.dataset.name} could not be measured: {error}")
             return {}
         return {score.metric: score.value for score in scores if score.value is not None}
+
+
+def count_pairs(dataset: LabelledSet | PairSet) -> int:
+    """Return how many pairs of a picture and a text are as much work as a set."""
+    if isinstance(dataset, PairSet):
+        return (len(dataset.images) + len(dataset.captions)) // 2
+    return (len(dataset.test.images) + len(dataset.classes.names) * len(dataset.templates)) // 2
 
 
 def open_datasets(specs: Sequence[str], *, data_root: str | None, prompts: str | None) -> list[LabelledSet | PairSet]:

@@ -60,9 +60,7 @@ class Findings:
     def describe_change(self, name: str) -> str:
         """Say what is wrong with a file in `changed`."""
         path = self.child(name)
-        if not files.exists(path):
-            return f"{path} is missing"
-        return f"{path} is not the file that was written (its SHA-256 differs)"
+        return digests.describe_change(path) if files.exists(path) else f"{path} is missing"
 
     def repair(self) -> list[str]:
         """Remove what the faults name, result.json first; return the paths of what was removed."""

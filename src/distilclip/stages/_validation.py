@@ -7,15 +7,15 @@ import torch
 from distilclip import distributed
 from distilclip.configs.train import Config
 from distilclip.data.workers import default_workers
+from distilclip.devices import PRECISIONS
 from distilclip.evaluate.encode import Encoding
-from distilclip.evaluate.validation_set import ValidationSet, open_datasets
+from distilclip.evaluate.validation_set import ValidationSet, count_pairs, open_datasets
 from distilclip.models.clip import Clip
 from distilclip.train.settings import steps_of
 from distilclip.train.validation import HeldOut, Measure, Validator, default_interval
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LARGE_BATCH = 256
-WORTH_WORKERS = 5000  # pictures of a set from which on starting loader processes for it pays
+WORTH_WORKERS = 5000  # pairs of a set from which on starting loader processes for it pays
 
 
 def open_validator(config: Config, shown: Clip, *, held_out: HeldOut | None, num_rows: int) -> Validator:
@@ -28,17 +28,16 @@ def open_validator(config: Config, shown: Clip, *, held_out: HeldOut | None, num
     measures: dict[str, Measure] = {}
     num_pairs = 0
     for dataset in open_datasets(values.validate, data_root=values.data_root, prompts=values.prompts):
+        num_here = count_pairs(dataset)
         encoding = Encoding(
             batch_size=min(config.micro_batch or config.batch_size, LARGE_BATCH),
             dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32,
+            num_workers=workers if num_here >= WORTH_WORKERS else 0,
         )
-        chosen = ValidationSet(
+        measures[dataset.name] = ValidationSet(
             dataset=dataset, encoding=encoding, rank=rank, world=world, gather=distributed.gather_objects
-        )
-        if chosen.num_pairs >= WORTH_WORKERS:
-            chosen = chosen.with_workers(workers)
-        measures[dataset.name] = chosen.measure
-        num_pairs += chosen.num_pairs
+        ).measure
+        num_pairs += num_here
     if held_out is not None:
         num_pairs += held_out.stream.num_rows
     every = values.validate_every

@@ -22,14 +22,12 @@ from distilclip.data.shards import find_shards, source_size
 from distilclip.data.store import finished_shard, read_shard_rows, store_files, write_manifest
 from distilclip.data.tabular import PictureFolder
 from distilclip.data.views import Views
-from distilclip.devices import resolve_device
+from distilclip.devices import PRECISIONS, resolve_device
 from distilclip.engine import map_parts
 from distilclip.errors import InputError
 from distilclip.messages import say
 from distilclip.models.clip import Clip, load_clip, normalise_pixels
 from distilclip.progress import progress
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(config: Config) -> dict[str, Any]:

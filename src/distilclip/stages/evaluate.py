@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from distilclip import files, stage_folder
 from distilclip.configs.evaluate import LEARNED, Config
-from distilclip.devices import resolve_device
+from distilclip.devices import PRECISIONS, resolve_device
 from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.embedders import Embedder, open_embedder
 from distilclip.evaluate.encode import Encoding
@@ -33,8 +32,6 @@ from distilclip.sets.prompts import prompts_of
 from distilclip.sets.published import published_rows
 from distilclip.sets.score import Score
 from distilclip.sets.specs import expand_groups
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def main(config: Config) -> dict[str, Any]:

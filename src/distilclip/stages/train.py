@@ -17,6 +17,7 @@ from distilclip.data.side_files import read_centers
 from distilclip.data.store import Store
 from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, open_stream
 from distilclip.data.workers import default_workers
+from distilclip.devices import PRECISIONS
 from distilclip.errors import InputError
 from distilclip.losses.features import Features
 from distilclip.messages import say, warn
@@ -41,7 +42,6 @@ from distilclip.train.step import Student
 from distilclip.train.trackers import open_trackers, require_packages
 from distilclip.train.validation import HeldOut, Validator
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CUDA_GRAPHS = ("reduce-overhead", "max-autotune")  # what compiles to them
 
 

@@ -20,7 +20,7 @@ from distilclip import digests, distributed, files, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.errors import InputError
 from distilclip.models.clip import WEIGHTS_FILE
-from distilclip.train.checkpoint_files import read_state
+from distilclip.train.checkpoint_files import STATE_FILE, read_state
 from distilclip.train.gradient_scale import GradientScale
 from distilclip.train.optimizer import Average
 from distilclip.train.parallel import like, place_, whole
@@ -88,7 +88,7 @@ def save_checkpoint(
         content |= {"best": progress.best} if progress.best else {}
         content |= {} if training.scale is None else {"gradient_scale": training.scale.state()}
         content |= {"digests": dict(sorted(item for part in everything for item in part.items()))}
-        stage_folder.write_json(files.join(folder, "state.json"), digests.seal(content))
+        stage_folder.write_json(files.join(folder, STATE_FILE), digests.seal(content))
     distributed.barrier()
 
 

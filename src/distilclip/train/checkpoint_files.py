@@ -47,7 +47,7 @@ def find_damage(folder: str) -> list[str]:
         if not files.exists(path):
             found.append(f"{path} is missing")
         elif not digests.is_same(path, sha256):
-            found.append(f"{path} is not the file that was written (its SHA-256 differs)")
+            found.append(digests.describe_change(path))
     return found if "digests" in state else _find_cut(folder)
 
 
@@ -105,7 +105,7 @@ def _remedy(folder: str) -> str:
 def complete_checkpoints(train_folder: str) -> list[int]:
     """Return the steps of the complete checkpoints in a train folder, ascending."""
     steps = _steps(train_folder)
-    return [s for s in steps if files.exists(files.join(train_folder, folder_name(s), "state.json"))]
+    return [s for s in steps if files.exists(files.join(train_folder, folder_name(s), STATE_FILE))]
 
 
 def remove_incomplete_checkpoints(train_folder: str) -> None:
@@ -118,7 +118,7 @@ def remove_incomplete_checkpoints(train_folder: str) -> None:
 def remove_checkpoint(train_folder: str, step: int) -> None:
     """Remove a complete checkpoint, its state.json first, so that a kill leaves none that looks complete."""
     fs, inner = files.filesystem(files.join(train_folder, folder_name(step)))
-    fs.rm(files.join(inner, "state.json"))
+    fs.rm(files.join(inner, STATE_FILE))
     fs.rm(inner, recursive=True)
 
 
@@ -143,23 +143,30 @@ def is_better(name: str, value: float, than: float) -> bool:
 
 def best_checkpoint(train_folder: str, checkpoints: Checkpoints) -> tuple[int, float] | None:
     """Return the step and value of the best scheduled checkpoint there is by `keep_best`, the last of equal ones."""
+    return _best_of(_read_states(train_folder), checkpoints.best_by) if checkpoints.best_by else None
+
+
+def _best_of(states: Mapping[int, dict[str, Any]], best_by: str | None) -> tuple[int, float] | None:
     best: tuple[int, float] | None = None
-    for step in complete_checkpoints(train_folder) if checkpoints.best_by else ():
-        state = read_state(files.join(train_folder, folder_name(step)))
-        value = state["metrics"].get(checkpoints.best_by)
+    for step, state in states.items() if best_by is not None else ():
+        value = state["metrics"].get(best_by)
         counts = state["scheduled"] and value is not None
-        if counts and (best is None or not is_better(str(checkpoints.best_by), best[1], than=value)):
+        if counts and (best is None or not is_better(str(best_by), best[1], than=value)):
             best = step, value
     return best
 
 
+def _read_states(train_folder: str) -> dict[int, dict[str, Any]]:
+    steps = complete_checkpoints(train_folder)
+    return {step: read_state(files.join(train_folder, folder_name(step))) for step in steps}
+
+
 def prune_checkpoints(train_folder: str, checkpoints: Checkpoints) -> None:
     """Remove every complete checkpoint but the last ones, the best one, and the newest."""
-    steps = complete_checkpoints(train_folder)
-    states = {step: read_state(files.join(train_folder, folder_name(step))) for step in steps}
+    states = _read_states(train_folder)
     scheduled = [step for step, state in states.items() if state["scheduled"]]
     kept = {*scheduled[-checkpoints.keep_checkpoints :], *list(states)[-1:]}
-    if (best := best_checkpoint(train_folder, checkpoints)) is not None:
+    if (best := _best_of(states, checkpoints.best_by)) is not None:
         kept.add(best[0])
     for step in set(states) - kept:
         remove_checkpoint(train_folder, step)
