@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST := $(BIN)/python -m pytest --jaxtyping-packages=distilclip,beartype.beartype -n 2 --dist loadgroup
 
-.PHONY: demo test test-slow test-versions check format layout bench clean
+.PHONY: demo test test-slow test-versions torture check format layout bench clean
 
 demo: .venv/installed
 	$(BIN)/distilclip demo --out runs/demo
@@ -20,6 +20,10 @@ test-versions: .venv/installed
 	$(BIN)/uv venv -q --clear --python $$1 .venv-$$1 && \
 	$(BIN)/uv pip install -q --python .venv-$$1/bin/python --resolution $$2 -e '.[dev]' && \
 	OMP_NUM_THREADS=1 .venv-$$1/bin/python -m pytest -q -n 2 --dist loadgroup -W ignore::DeprecationWarning -W ignore::FutureWarning -m "not slow and not browser" || exit 1; done
+
+# Every fault drill in full, at most 25 minutes; writes docs/reliability.md. Finished drills in runs/torture are kept.
+torture: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
 check: .venv/installed
 	$(BIN)/ruff format --check .
