@@ -208,3 +208,20 @@ def test_a_new_file_is_created_once(tmp_path: Path) -> None:
         assert not files.create_bytes(path, b"second")
         assert files.read_bytes(path) == b"first"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_the_lock_of_a_process_killed_after_its_last_file_is_removed_with_the_next_look(tmp_path: Path) -> None:
+    out = str(tmp_path / "balance")
+    open_again(out).finish({})
+    first = holder_of(str(tmp_path / "other"))
+    (tmp_path / "other" / "lock.json").rename(tmp_path / "balance" / "lock.json")
+    open_again(out)
+    assert (tmp_path / "balance" / "lock.json").exists()  # its process lives
+    first.kill()
+    first.wait()
+    assert open_again(out).finished
+    assert not (tmp_path / "balance" / "lock.json").exists()
+    assert first.stdout is not None
+    assert first.stdin is not None
+    first.stdout.close()
+    first.stdin.close()

@@ -89,6 +89,15 @@ def release(path: str) -> None:
             files.remove(lock)
 
 
+def remove_stale(path: str) -> None:
+    """Remove the lock of a process that was killed between finishing a folder and giving it back, if there is one."""
+    lock = files.join(files.absolute(path), NAME)
+    with contextlib.suppress(OSError):  # it harms nobody, and the folder may be read-only
+        before = _read(lock)
+        if before is not None and _is_gone(before):
+            files.remove(lock)
+
+
 def release_all() -> None:
     """Give back every folder that this process holds, before it ends."""
     for place in list(_held):

@@ -123,6 +123,7 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
     if folder.finished and files.exists(folder.child("config.json")):
         before = _check_same(folder, values, config, digests)
         if before is not None and not _grown(before, values, config):
+            folder_lock.remove_stale(folder.path)
             return folder
     elif not (files.is_url(folder.path) or files.exists(folder.child("config.json")) or _may_begin(folder)):
         raise InputError(f"{path} is not empty and is no {stage} folder (no config.json). Choose another --out.")

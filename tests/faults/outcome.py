@@ -1,6 +1,6 @@
 """Define what a fault drill gives back, keep it as JSON, and write docs/reliability.md from all of them.
 
-A drill is a function `drill(folder, *, size)` in a module of its own in this folder. It brings faults about, and returns
+A drill is a function `drill(folder, *, size)` in a module of its own in this folder. It brings faults about and returns
 one outcome for each promise that it tests.
 """
 
