@@ -58,6 +58,16 @@ def test_a_failed_write_names_the_file_and_not_its_temporary_name(tmp_path: Path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_failed_renaming_names_the_file_once(tmp_path: Path) -> None:
+    (tmp_path / "table.json" / "below").mkdir(parents=True)
+    with pytest.raises(IsADirectoryError) as error, files.atomic_write(str(tmp_path / "table.json")) as file:
+        file.write(b"{}")
+    failure = failures.explain(error.value)
+    assert failure is not None
+    assert failure.text.startswith(f"{tmp_path}/table.json: it is a folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["table.json"]
+
+
 def test_damaged_files_and_missing_packages_have_a_remedy(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"\0" * 20)

@@ -250,8 +250,8 @@ def atomic_write(path: str) -> Iterator[Any]:
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
-            error.filename = path  # a write does not say where, and nobody knows the temporary name
-        if os.path.exists(temporary):
+            error.filename, error.filename2 = path, None  # a write says no name, and nobody knows the temporary one
+        with contextlib.suppress(OSError):  # else this would hide what went wrong first
             os.remove(temporary)
         raise
 
@@ -300,11 +300,11 @@ def create_bytes(path: str, content: bytes) -> bool:
         return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
-            error.filename = path
+            error.filename, error.filename2 = path, None
             raise
         return _create_in_place(path, content)  # no hard links here
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # else this would hide what went wrong first
             os.remove(temporary)
     return True
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 Fault = Literal["none", "kill", "tear", "fail once", "fail from here"]
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
+ALL = frozenset({"read", "open", "write", "fsync", *CHANGES})
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -36,7 +37,7 @@ class Trap:
     at: int = 0
     fault: Fault = "none"
     error: int = 0
-    kinds: frozenset[str] = frozenset({"open", "write", "fsync", *CHANGES})
+    kinds: frozenset[str] = ALL
 
 
 class Operations:
@@ -66,7 +67,7 @@ class Operations:
             return False
         return os.path.abspath(os.fsdecode(path)).startswith(self._folders)
 
-    def meet(self, kind: str, path: Any, tear: Callable[[], object] = lambda: None) -> None:
+    def meet(self, kind: str, path: Any, tear: Callable[[], object] = lambda: None, source: Any = None) -> None:
         """Count one operation before it is done; end the process or raise where the trap says so."""
         if kind not in self._trap.kinds or not self.is_watched(path):
             return
@@ -81,13 +82,13 @@ class Operations:
             if trap.fault in ("kill", "tear"):
                 os.kill(os.getpid(), signal.SIGKILL)
             if trap.error:
-                self._raise(kind, path)
+                self._raise(kind, path, source)
 
-    def _raise(self, kind: str, path: Any) -> None:
-        error = OSError(self._trap.error, os.strerror(self._trap.error))
-        if kind not in ("write", "fsync"):  # those know a number, and no name
-            error.filename = os.fsdecode(path)
-        raise error
+    def _raise(self, kind: str, path: Any, source: Any) -> None:
+        said = self._trap.error, os.strerror(self._trap.error)
+        if kind in ("write", "fsync"):  # those know a number, and no name
+            raise OSError(*said)
+        raise OSError(*said, path) if source is None else OSError(*said, source, None, path)
 
     def _hear(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
@@ -97,7 +98,10 @@ class Operations:
         elif event == "os.mkdir" and os.path.isdir(arguments[0]):  # `exist_ok`: it changes nothing
             return
         elif event in CHANGES:
-            self.meet(event, arguments[1] if event in ("os.rename", "os.link") else arguments[0])
+            if event in ("os.rename", "os.link"):
+                self.meet(event, arguments[1], source=arguments[0])
+            else:
+                self.meet(event, arguments[0])
 
     def _open_watched(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **options: Any) -> Any:
         if not set(mode) & set("wax+") or not self.is_watched(file) or options.get("opener"):
