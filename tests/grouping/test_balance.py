@@ -128,29 +128,31 @@ def test_invalid_rows_belong_to_no_group_and_are_never_kept() -> None:
 
 
 @by_hand
-def test_max_radius_covers_a_chain_with_several_representatives() -> None:
+def test_a_cover_keeps_several_rows_of_a_chain() -> None:
     x = np.arange(11, dtype=np.float64)[:, None]
     chained = balance(x, threshold=1.5, metric="euclidean")
     assert chained.keep.sum() == 1
     assert chained.distance.max() == 5
-    covered = balance(x, threshold=1.5, metric="euclidean", max_radius=2.0)
-    assert covered.distance.max() <= 2
-    assert covered.num_groups == 1
-    assert covered.representative[5] == 5  # the first is still the one nearest to the mean
-    to_kept = np.abs(x - x[covered.keep].T)
-    np.testing.assert_array_equal(covered.distance, to_kept.min(axis=1))
+    covered = balance(x, threshold=1.5, metric="euclidean", rule="cover")
+    # 5 is nearest to the mean; then 3 and 7 (4 and 6 are near 5), 1 and 9; 0 and 10 are near these.
+    assert np.flatnonzero(covered.keep).tolist() == [1, 3, 5, 7, 9]
+    assert covered.num_groups == 5
+    assert covered.group.tolist() == [0, 0, 0, 3, 3, 5, 5, 7, 7, 9, 9]
+    assert covered.num_chained == 0
+    assert covered.explain(0).representative == 1
+    assert [(link.row, link.next_row) for link in covered.explain(0).chain] == [(0, 1)]
 
 
 @by_hand
-def test_top_k_mode_joins_by_each_rows_nearest_and_reports_saturation() -> None:
+def test_top_k_joins_by_each_rows_nearest_and_reports_saturation() -> None:
     x = copies_of_scenes()
     assert same(
-        balance(x, threshold=0.3, metric="euclidean", mode="topk", top_k=len(x)),
+        balance(x, threshold=0.3, metric="euclidean", rule="topk", top_k=len(x)),
         balance(x, threshold=0.3, metric="euclidean"),
     )
     # Three points in a row, each with one nearest: 0 <-> 1, and 2 -> 1. A fourth is too far away to count.
     line = np.array([[0.0], [1.0], [2.1], [9.0]])
-    narrow = balance(line, threshold=1.5, metric="euclidean", mode="topk", top_k=1)
+    narrow = balance(line, threshold=1.5, metric="euclidean", rule="topk", top_k=1)
     assert narrow.group.tolist() == [0, 0, 0, 3]
     assert narrow.saturated == 0.75
 
@@ -163,14 +165,13 @@ def test_top_k_mode_joins_by_each_rows_nearest_and_reports_saturation() -> None:
         ({"target_removed": 0.3}, "needs max_threshold"),
         ({"threshold": 0.3, "max_threshold": 0.2}, "is below threshold"),
         ({"target_removed": 1.0, "max_threshold": 0.2}, "between 0 and 1"),
-        ({"threshold": 0.3, "max_radius": 0.0}, "max_radius=0.0"),
-        ({"threshold": 0.3, "mode": "topk", "top_k": 0}, "positive whole top_k"),
+        ({"threshold": 0.3, "rule": "topk", "top_k": 0}, "positive whole top_k"),
         ({"threshold": float("nan")}, "positive"),
         ({"threshold": 0.3, "valid": np.ones(39, bool)}, r"each of the 40 rows, not bool \(39,\)"),
         ({"threshold": 0.3, "valid": np.ones(40)}, "not float64"),
         ({"threshold": 0.3, "device": "tpu9"}, "'tpu9' cannot be used"),
-        ({"threshold": 0.3, "mode": "topk", "top_k": 3, "memory_gb": -1.0}, "positive number"),
-        ({"threshold": 0.3, "mode": "topk"}, "top_k"),
+        ({"threshold": 0.3, "rule": "topk", "top_k": 3, "memory_gb": -1.0}, "positive number"),
+        ({"threshold": 0.3, "rule": "topk"}, "top_k"),
         ({"threshold": 0.3, "top_k": 3}, "top_k"),
         ({"threshold": -0.3}, "positive"),
     ],
@@ -186,9 +187,9 @@ def test_values_of_the_wrong_type_are_named() -> None:
 import distilclip as dc
 rows = [[0.0, 1.0], [1.0, 0.0]]
 for change in (
-    {"x": [[0.0, 1.0], [1.0]]}, {"x": "rows"}, {"x": [0.0, 1.0]}, {"top_k": 2.5, "mode": "topk"},
+    {"x": [[0.0, 1.0], [1.0]]}, {"x": "rows"}, {"x": [0.0, 1.0]}, {"top_k": 2.5, "rule": "topk"},
     {"threshold": "0.3"}, {"metric": None}, {"target_removed": "half", "max_threshold": 0.3, "threshold": None},
-    {"valid": [True]}, {"mode": 3}, {"mode": "top-k"}, {"metric": "cosin"}, {"memory_gb": "1"}, {"device": 3},
+    {"valid": [True]}, {"rule": 3}, {"rule": "top-k"}, {"metric": "cosin"}, {"memory_gb": "1"}, {"device": 3},
     {"x": [[], []]},
 ):
     try:
@@ -202,7 +203,7 @@ print(dc.balance(rows, threshold=0.3, metric="euclidean", valid=[True, False]).g
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     *messages, group = done.stdout.splitlines()
     expected = ["rows of equal length", "Expected rows", "shape (2,)", "top_k=2.5"]
-    expected += ["threshold='0.3'", "metric=None", "target_removed='half'", "each of the 2 rows", "mode=3"]
+    expected += ["threshold='0.3'", "metric=None", "target_removed='half'", "each of the 2 rows", "rule=3"]
     expected += ["Did you mean 'topk'", "Did you mean 'cosine'", "memory_gb='1'", "device 3 cannot", "shape (2, 0)"]
     for part, message in zip(expected, messages, strict=True):
         assert part in message
@@ -213,10 +214,10 @@ def test_whole_numbers_typed_as_lists_are_rows() -> None:
     assert balance([[1, 0], [0, 1], [1, 0]], threshold=0.1, metric="cosine").group.tolist() == [0, 1, 0]
 
 
-def test_metric_and_mode_are_literals_that_editors_list() -> None:
+def test_metric_and_rule_are_literals_that_editors_list() -> None:
     hints = typing.get_type_hints(balance)
     assert typing.get_args(hints["metric"]) == ("euclidean", "sqeuclidean", "cosine")
-    assert typing.get_args(hints["mode"]) == ("threshold", "topk")
+    assert typing.get_args(hints["rule"]) == ("union-find", "topk", "cover")
     assert typing.get_type_hints(pairs_within)["metric"] == hints["metric"]
 
 

@@ -59,24 +59,28 @@ def test_a_kill_after_any_file_leaves_the_same_bytes(tmp_path: Path) -> None:
         assert contents(cut) == contents(whole)
 
 
-def test_top_k_mode_and_radius_reach_the_result(tmp_path: Path) -> None:
+def test_the_rule_reaches_the_result(tmp_path: Path) -> None:
     store, _, _ = write_store(tmp_path / "store")
     config: dict[str, Any] = {"store": store, "threshold": 0.3, "metric": "euclidean", "device": "cpu"}
     plain = main(Config(out=str(tmp_path / "plain"), **config))
-    lists = main(Config(out=str(tmp_path / "topk"), mode="topk", top_k=1, **config))
+    lists = main(Config(out=str(tmp_path / "topk"), rule="topk", top_k=1, **config))
     assert plain["saturated"] is None
     assert 0 < lists["saturated"] < 1
     assert lists["num_groups"] >= plain["num_groups"]
-    narrow = main(Config(out=str(tmp_path / "narrow"), max_radius=0.03, **config))
-    assert narrow["num_groups"] == plain["num_groups"]
-    assert narrow["num_kept"] > plain["num_kept"]
+    wide = {**config, "threshold": 0.9}
+    chained = main(Config(out=str(tmp_path / "chained"), **wide))
+    covered = main(Config(out=str(tmp_path / "cover"), rule="cover", **wide))
+    assert covered["rule"] == "cover"
+    assert covered["num_groups"] == covered["num_kept"] > chained["num_kept"]
+    assert covered["chained"] == 0 < chained["chained"]
+    assert len(covered["curve"]) == 20
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({}, "either threshold or target_removed"),
-        ({"threshold": 0.1, "mode": "topk"}, "top_k"),
+        ({"threshold": 0.1, "rule": "topk"}, "top_k"),
         ({"target_removed": 1.5, "max_threshold": 0.3}, "between 0 and 1"),
         ({"threshold": -1.0}, "positive"),
     ],

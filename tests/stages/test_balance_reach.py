@@ -24,7 +24,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("checked")
-@pytest.mark.parametrize("options", [{}, {"block_rows": 30}, {"mode": "topk", "top_k": 3}])
+@pytest.mark.parametrize("options", [{}, {"block_rows": 30}, {"rule": "topk", "top_k": 3}])
 def test_nothing_is_searched_and_the_folder_takes_a_larger_threshold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
 ) -> None:

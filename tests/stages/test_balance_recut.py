@@ -26,7 +26,7 @@ def config(store: str, out: str, **options: Any) -> Config:
     return Config(store=store, out=out, metric="euclidean", device="cpu", **options)
 
 
-CUTS: list[dict[str, Any]] = [{"threshold": 0.2}, {"target_removed": 0.1}, {"threshold": 0.4, "max_radius": 0.3}]
+CUTS: list[dict[str, Any]] = [{"threshold": 0.2}, {"target_removed": 0.1}, {"threshold": 0.4, "rule": "cover"}]
 
 
 @pytest.mark.parametrize("options", CUTS)
@@ -59,7 +59,7 @@ def test_a_search_that_ends_below_its_target_is_kept_and_can_be_cut(tmp_path: Pa
     [
         ({"threshold": 0.6}, "was searched up to euclidean 0.5, not 0.6"),
         ({"threshold": 0.2, "max_threshold": 0.4}, "has its own --max-threshold"),
-        ({"threshold": 0.2, "mode": "topk", "top_k": 3}, "has its own --mode"),
+        ({"threshold": 0.2, "rule": "topk", "top_k": 3}, "has its own --top-k"),
         ({}, "either threshold or target_removed"),
         ({"threshold": -1.0}, "positive"),
     ],

@@ -40,7 +40,7 @@ def test_the_command_says_at_once_that_nearly_all_is_removed(tmp_path: Path) -> 
     assert "0.7 was taken as cosine distance; it may have been meant as euclidean (= 0.245, removes " in removed
     assert f"One group holds {result['largest_group']} of {result['num_valid']} images" in group
     assert f"{result['chained']} of {result['num_valid'] - result['num_kept']} removed images" in chained
-    assert "--max-radius 0.7, " in chained
+    assert "--rule cover, " in chained
 
 
 def test_the_threshold_to_try_removes_what_is_said(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_a_radius_ends_the_warning_about_chains() -> None:
     chained = dc.balance(x, threshold=0.06, metric="euclidean")
     assert len(chained.warnings) == 3
     assert chained.warnings[2].startswith("37 of 39 removed images (94.9%) are farther than the threshold")
-    within = dc.balance(x, threshold=0.06, metric="euclidean", max_radius=0.06)
+    within = dc.balance(x, threshold=0.06, metric="euclidean", rule="cover")
     assert not any("farther" in warning for warning in within.warnings)
 
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Literal
 
 from distilclip.engine import Engine
 from distilclip.errors import InputError
-from distilclip.grouping.rule import Rule
+from distilclip.grouping.rule import Rule, RuleName
 from distilclip.options import changeable, check_at_least
 from distilclip.vectors.metric import Metric
 
@@ -30,14 +29,14 @@ class Config:
     sample tells before the search if that is too small)"""
     max_threshold: float | None = None
     """search up to this distance, so that the curve shows thresholds up to it (default: the threshold)"""
-    mode: Literal["threshold", "topk"] = "threshold"
-    """join every pair below the threshold, or (topk) each image with its --top-k nearest only, as the paper says"""
+    rule: RuleName = "union-find"
+    """union-find joins images by every pair below the threshold, over chains too, and keeps one of each group, as
+    CLIP-CID does; topk joins each image with its --top-k nearest only, as the paper's text says; cover keeps as many
+    as it takes that every image removed is below the threshold from the image kept for it"""
     top_k: int | None = None
-    """number of nearest images that each image is compared with in topk mode"""
+    """number of nearest images that each image is compared with by --rule topk"""
     from_folder: str | None = None
     """folder of an earlier balance of this store: cut its forest at another threshold, without a search"""
-    max_radius: float | None = None
-    """keep more images of a group until every image is within this distance of a kept one"""
     memory_gb: float = changeable(1.0)
     """working memory in GB of each worker's search, without the embeddings that it reads in half precision"""
     block_rows: int | None = changeable(None)
@@ -48,24 +47,25 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.from_folder is None:
-            _ = self.rule  # checks it
+            _ = self.grouping  # checks it
         else:
             self._check_cut()
         check_at_least(self, 1, "block_rows")
         if self.top_k is not None and self.execution.engine != "local":
-            raise InputError("topk mode compares every list with all rows: --engine local only.")
+            raise InputError("--rule topk compares every list with all rows: --engine local only.")
 
     def _check_cut(self) -> None:
         """Raise `InputError` for options that a cut of another folder's forest cannot have."""
-        for name, default in (("max_threshold", None), ("mode", "threshold"), ("top_k", None)):
-            if getattr(self, name) != default:
+        for name in ("max_threshold", "top_k"):
+            if getattr(self, name) is not None:
                 raise InputError(f"--from-folder has its own --{name.replace('_', '-')}: leave it out.")
+        if self.rule == "topk":
+            raise InputError("--rule topk needs a search of its own, without --from-folder.")
         reach = 1.0 if self.threshold is None else None
-        replace_rule = {"max_threshold": reach, "mode": "threshold", "top_k": None}
-        Rule(**{option.name: replace_rule.get(option.name, getattr(self, option.name)) for option in fields(Rule)})
+        Rule(metric=self.metric, threshold=self.threshold, target_removed=self.target_removed, max_threshold=reach)
 
     @property
-    def rule(self) -> Rule:
+    def grouping(self) -> Rule:
         """Which images are joined and which are kept."""
         return Rule(**{option.name: getattr(self, option.name) for option in fields(Rule)})
 

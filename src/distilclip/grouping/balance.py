@@ -19,6 +19,13 @@ Unit rows at the angles 0, 10, 19, 100 and 105 degrees; 10 degrees are the dista
 >>> print(result.explain(0))
 Row 0 is removed: row 1 of its group of 3 rows stands for it, at euclidean distance 0.1743.
 That is below the threshold 0.2; a chain of 1 link joins them, the largest 0.1743: 0 -0.1743- 1
+
+A chain can join what is far apart. The rule `cover` keeps more of such a group: every row that is removed is nearer
+than the threshold to the row that stands for it (`cover`).
+
+>>> x = np.array([[0.0], [1.0], [2.0], [3.0], [4.0]])
+>>> [int(balance(x, threshold=1.5, metric="euclidean", rule=rule).keep.sum()) for rule in ("union-find", "cover")]
+[1, 3]
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ import numbers
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,10 +44,11 @@ from torch import Tensor
 
 from distilclip.errors import InputError
 from distilclip.grouping.cautions import Outcome, list_cautions
+from distilclip.grouping.cover import cells, choose_cover
 from distilclip.grouping.explanation import Explanation, explain_row
 from distilclip.grouping.forest import Curve, Forest, ForestBuilder, threshold_curve, threshold_for
-from distilclip.grouping.representatives import choose_representatives, radius_of
-from distilclip.grouping.rule import Mode, Rule
+from distilclip.grouping.representatives import Choose, choose_representatives
+from distilclip.grouping.rule import Rule, RuleName
 from distilclip.grouping.search_forest import Finding, search_forest
 from distilclip.vectors.metric import Metric
 from distilclip.vectors.points import Points, as_rows
@@ -50,9 +58,12 @@ if TYPE_CHECKING:
     import pandas
 
 NUM_CURVE_POINTS = 100
+NUM_COVERS = 20  # points of the curve where each is computed anew
+SEARCH_STEPS = 12  # halvings of the interval in which the threshold for a share is sought
 
-# Of every row's group (its smallest row, -1 for none): the representative and the squared distance to it.
-Represent = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# Of a way to choose, and of every row's group (its smallest row, -1 for none): the representative and the squared
+# distance to it. It reads the rows.
+Represent = Callable[[Choose, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +72,7 @@ class Balance:
 
     `group` is the smallest row of a row's group, `representative` the kept row that stands for it, `distance` the
     distance between the two in the metric's unit. A row that is not valid has group and representative -1, an
-    infinite distance, and is not kept.
+    infinite distance, and is not kept. By the rule `cover`, a group is a kept row and those that it stands for.
     """
 
     group: Int[np.ndarray, " n"]
@@ -71,7 +82,8 @@ class Balance:
     metric: Metric
     max_threshold: float
     forest: Forest
-    saturated: float | None = None  # topk mode: share of rows whose list is full, where edges may be missing
+    rule: RuleName = "union-find"
+    saturated: float | None = None  # topk: share of rows whose list is full, where edges may be missing
     _represent: Represent = field(repr=False)
 
     @property
@@ -99,11 +111,24 @@ class Balance:
         """Share of the valid rows that are not kept."""
         return (self.num_valid - int(self.keep.sum())) / max(self.num_valid, 1)
 
-    @property
+    @cached_property
     def curve(self) -> Curve:
-        """What other thresholds up to `max_threshold` would do, at a hundred equal steps."""
-        steps = self.max_threshold * np.arange(1, NUM_CURVE_POINTS + 1) / NUM_CURVE_POINTS
-        return threshold_curve(self.forest, thresholds=steps, num_valid=self.num_valid)
+        """What other thresholds up to `max_threshold` would do, at 100 equal steps; by the rule `cover` at 20.
+
+        The forest answers for every threshold of single linkage; of the covers, each is computed.
+        """
+        num_points = NUM_COVERS if self.rule == "cover" else NUM_CURVE_POINTS
+        steps = self.max_threshold * np.arange(1, num_points + 1) / num_points
+        if self.rule != "cover":
+            return threshold_curve(self.forest, thresholds=steps, num_valid=self.num_valid)
+        sizes = [np.bincount(self.at(step).group[self.group >= 0]) for step in steps.tolist()]
+        num_groups = np.array([np.count_nonzero(size) for size in sizes])
+        return Curve(
+            threshold=steps,
+            num_groups=num_groups,
+            removed_ratio=(self.num_valid - num_groups) / max(self.num_valid, 1),
+            largest_group=np.array([size.max(initial=0) for size in sizes]),
+        )
 
     @property
     def num_chained(self) -> int:
@@ -123,6 +148,7 @@ class Balance:
             num_chained=self.num_chained,
             threshold=self.threshold,
             metric=self.metric,
+            rule=self.rule,
         )
         return list_cautions(outcome, forest=self.forest, curve=self.curve)
 
@@ -140,9 +166,13 @@ class Balance:
         Print the answer, or read its fields. Raises `InputError` as `members` does.
         """
         row = self._checked(row)
+        joined = self.forest.below(self.threshold)
+        if self.rule == "cover" and row != self.representative[row]:  # one link, which need not be in the forest
+            ends = np.sort([[row], [self.representative[row]]], axis=0)
+            joined = replace(joined, left=ends[0], right=ends[1], distance=self.distance[[row]].astype(np.float32))
         return explain_row(
             row,
-            forest=self.forest.below(self.threshold),
+            forest=joined,
             members=self.members(row),
             representative=int(self.representative[row]),
             distance=float(self.distance[row]),
@@ -191,8 +221,8 @@ class Balance:
         tolerance = Tolerance(threshold, self.metric)
         if threshold > self.max_threshold:
             raise InputError(f"threshold={threshold!r}: the search covers (0, {self.max_threshold!r}]. Search wider.")
-        group, representative, distance = _cut(self.forest, tolerance, self.group >= 0, self._represent)
-        return replace(self, group=group, representative=representative, distance=distance, threshold=threshold)
+        cut = _cut(self.forest, tolerance, self.group >= 0, self._represent, self.rule)
+        return replace(self, **cut, threshold=threshold)
 
 
 def balance(
@@ -200,16 +230,15 @@ def balance(
     *,
     threshold: float | None = None,
     metric: Metric,
-    mode: Mode = "threshold",
+    rule: RuleName = "union-find",
     top_k: int | None = None,
-    max_radius: float | None = None,
     target_removed: float | None = None,
     max_threshold: float | None = None,
     valid: np.ndarray | Tensor | Sequence[bool] | None = None,
     memory_gb: float | None = None,
     device: str | torch.device | None = None,
 ) -> Balance:
-    """Group rows closer than a threshold (single linkage) and choose of each group the row nearest to its mean.
+    """Group rows closer than a threshold and choose of each group the row that is kept.
 
     Args:
         x: image embeddings, one row each, as an array or tensor of float16, float32 or float64, or as lists; a memory
@@ -218,10 +247,13 @@ def balance(
         metric: `euclidean`, `sqeuclidean` or `cosine`, the unit of every distance here. Cosine looks at directions
             only. The other two take rows as they are, and published thresholds are for rows of unit length: other
             rows are grouped, too, with a `UserWarning` that names the first of them.
-        mode: `threshold` joins by every pair; `topk` only by each row's `top_k` nearest, as the paper's text does.
-        top_k: list length in topk mode.
-        max_radius: cover members farther than this from their representative by further representatives.
-        target_removed: choose the threshold that removes this share of the valid rows (without `max_radius`).
+        rule: `union-find` joins rows by every pair, over chains too (single linkage), and keeps the row nearest to the
+            mean of its group, as CLIP-CID does; `topk` joins only by each row's `top_k` nearest, as the paper's text
+            says; `cover` keeps as many of a group as it takes that every row removed is below the threshold from the
+            row that stands for it.
+        top_k: list length of `topk`.
+        target_removed: choose the threshold that removes this share of the valid rows (by the rule `cover`: to within
+            the 4,096th part of `max_threshold`).
         max_threshold: search this far, for the curve, `Balance.at` and `target_removed`; default `threshold`.
         valid: rows to use; the others belong to no group. Default all.
         memory_gb: working memory of the search beyond the rows; default 1.
@@ -230,12 +262,11 @@ def balance(
     Raises:
         InputError: arguments that contradict each other or lie outside their range, or a valid row that is not finite.
     """
-    rule = Rule(
+    checked = Rule(
         metric=metric,
         threshold=threshold,
-        mode=mode,
+        rule=rule,
         top_k=top_k,
-        max_radius=max_radius,
         target_removed=target_removed,
         max_threshold=max_threshold,
     )
@@ -243,10 +274,8 @@ def balance(
     used = _as_mask(valid, len(values))
     points = Points.of(values, metric=metric, valid=used)
     _warn_off_unit(points, used, metric)
-    whole = search_forest(points, used, rule, memory_gb=memory_gb, device=device)
-    return balance_parts(
-        rule, used, parts=[whole], represent=partial(choose_representatives, points, radius=radius_of(rule))
-    )
+    whole = search_forest(points, used, checked, memory_gb=memory_gb, device=device)
+    return balance_parts(checked, used, parts=[whole], represent=lambda choose, group: choose(points, group))
 
 
 def balance_parts(
@@ -278,30 +307,59 @@ def balance_parts(
     # 2. The threshold, the groups below it, and their representatives.
     threshold = rule.threshold
     if threshold is None:
-        assert rule.target_removed is not None
-        threshold = threshold_for(forest, removed_ratio=rule.target_removed, num_valid=int(valid.sum()))
+        threshold = _threshold_for(rule, forest, valid, represent)
     tolerance = Tolerance(threshold, rule.metric)
-    group, representative, distance = _cut(forest, tolerance, valid, represent)
     return Balance(
-        group=group,
-        representative=representative,
-        distance=distance,
+        **_cut(forest, tolerance, valid, represent, rule.rule),
         threshold=tolerance.threshold,
         metric=rule.metric,
         max_threshold=rule.farthest,
         forest=forest,
+        rule=rule.rule,
         saturated=saturated,
         _represent=represent,
     )
 
 
 def _cut(
-    forest: Forest, tolerance: Tolerance, valid: Bool[np.ndarray, " n"], represent: Represent
-) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    forest: Forest, tolerance: Tolerance, valid: Bool[np.ndarray, " n"], represent: Represent, rule: RuleName
+) -> dict[str, np.ndarray]:
     """Return every row's group at a threshold, its representative, and the distance to that."""
     group = np.where(valid, forest.below(tolerance.threshold).groups(), -1)
-    representative, squared = represent(group)
-    return group, representative, tolerance.distance_of(squared)
+    if rule == "cover":
+        representative, squared = represent(partial(choose_cover, near=tolerance), group)
+        group = cells(representative)
+    else:
+        representative, squared = represent(choose_representatives, group)
+    return {"group": group, "representative": representative, "distance": tolerance.distance_of(squared)}
+
+
+def _threshold_for(rule: Rule, forest: Forest, valid: Bool[np.ndarray, " n"], represent: Represent) -> float:
+    """Return the threshold that removes the share asked for; `InputError` where none of those searched does."""
+    assert rule.target_removed is not None
+    num_valid = int(valid.sum())
+    joined = threshold_for(forest, removed_ratio=rule.target_removed, num_valid=num_valid)
+    if rule.rule != "cover":
+        return joined
+
+    def removed(threshold: float) -> float:
+        cut = _cut(forest, Tolerance(threshold, rule.metric), valid, represent, "cover")
+        return 1 - len(np.unique(cut["group"][valid])) / num_valid
+
+    # A cover never removes more than single linkage, so its threshold lies from there on.
+    low, high = joined, rule.farthest
+    most = removed(high)
+    if most < rule.target_removed:
+        raise InputError(
+            f"target_removed={rule.target_removed!r} is out of reach: at the largest threshold searched, a cover "
+            f"removes {most:.4f}. Raise max_threshold."
+        )
+    tried = {high: most, low: removed(low)}
+    for _ in range(SEARCH_STEPS):
+        middle = (low + high) / 2
+        tried[middle] = removed(middle)
+        low, high = (middle, high) if tried[middle] < rule.target_removed else (low, middle)
+    return min(tried, key=lambda threshold: (abs(tried[threshold] - rule.target_removed), threshold))
 
 
 def _warn_off_unit(points: Points, valid: Bool[np.ndarray, " n"], metric: Metric) -> None:

@@ -37,6 +37,7 @@ class Outcome:
     num_chained: int
     threshold: float
     metric: str
+    rule: str = "union-find"
 
 
 def list_cautions(outcome: Outcome, *, forest: Forest, curve: Curve) -> list[str]:
@@ -103,10 +104,13 @@ def _one_group_is_large(outcome: Outcome, curve: Curve) -> str:
     smaller = "a smaller --threshold"
     if place is not None and curve.largest_group[place] <= LARGEST_SHARE * outcome.num_valid:
         smaller = f"--threshold {curve.threshold[place]:.4g} (largest group {curve.largest_group[place]:,})"
+    why = "links between near pictures have chained together what does not belong together."
+    if outcome.rule == "cover":
+        why = "so many lie below the threshold from one image that is kept; do they all show the same?"
     return (
         f"One group holds {outcome.largest_group:,} of {outcome.num_valid:,} images "
-        f"({outcome.largest_group / outcome.num_valid:.1%}): links between near pictures have chained together what "
-        f"does not belong together. Try {smaller}, and look at the largest groups on the report's page."
+        f"({outcome.largest_group / outcome.num_valid:.1%}): {why} "
+        f"Try {smaller}, and look at the largest groups on the report's page."
     )
 
 
@@ -115,6 +119,5 @@ def _most_are_chained(outcome: Outcome) -> str:
         f"{outcome.num_chained:,} of {outcome.num_removed:,} removed images "
         f"({outcome.num_chained / outcome.num_removed:.1%}) are farther than the threshold from the image kept for "
         "them: only a chain of others joins the two, so what was kept does not stand for what was removed. Try "
-        f"--max-radius {outcome.threshold:.3g}, which keeps more images of a group until every image is that near to a "
-        "kept one."
+        "--rule cover, which keeps more images of a group until every image is that near to a kept one."
     )

@@ -18,23 +18,19 @@ import numpy as np
 from jaxtyping import Float, Int
 from numba import njit
 
-from distilclip.grouping.rule import Rule
 from distilclip.vectors.kernels import SUM, kernel_view, stored
 from distilclip.vectors.points import Points
 from distilclip.vectors.threads import in_threads
-from distilclip.vectors.tolerance import Tolerance
+
+# Chooses of some rows and the group of each the representative of every row, and the squared distance to it.
+Choose = Callable[[Points, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 # Two members of a pair are equally far from their mean; rounding must not choose between them, the smaller row must.
 TIE = 1e-12
 
 
-def radius_of(rule: Rule) -> Tolerance | None:
-    """Return how far a row may be from the one kept for it; None for any distance."""
-    return None if rule.max_radius is None else Tolerance(rule.max_radius, rule.metric)
-
-
 def choose_representatives(
-    points: Points, group: Int[np.ndarray, " n"], *, radius: Tolerance | None = None
+    points: Points, group: Int[np.ndarray, " n"]
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Return of every row the representative that stands for it, and the squared distance to it (0 for itself).
 
@@ -42,42 +38,32 @@ def choose_representatives(
         points: the rows.
         group: of every row, the smallest row of its group; -1 for rows in no group, which get representative -1 and an
             infinite distance.
-        radius: members farther than this from every representative of their group are covered by more: again and
-            again the uncovered member nearest to the mean of the uncovered becomes one. A member belongs to the
-            nearest representative.
 
     Reads each row of the groups with more than one member a few times, group by group, and keeps one mean per thread.
     """
-    chosen, squared = _represent_themselves(group)
-    # Rows in the order of their groups, rows of no group left out: group g is order[bounds[g] : bounds[g + 1]].
-    order = np.argsort(group, kind="stable")
-    order = order[np.searchsorted(group[order], 0) :]
-    first = np.flatnonzero(np.diff(group[order], prepend=-1))
-    bounds = np.append(first, len(order))
-    several = np.flatnonzero(np.diff(bounds) > 1)
-    # The margin is for the rounding of the squared radius.
-    limit = np.inf if radius is None else radius.squared * (1 + 1e-7)
+    chosen, squared = represent_themselves(group)
+    order, bounds, several = several_members(group)
     values = kernel_view(points.values)
     in_threads(
-        lambda start, stop: _choose(values, points.scale, order, bounds, several[start:stop], limit, chosen, squared),
+        lambda start, stop: _choose(values, points.scale, order, bounds, several[start:stop], chosen, squared),
         len(several),
     )
     return chosen, squared
 
 
 def choose_in_batches(
+    choose: Choose,
     take: Callable[[Int[np.ndarray, " m"]], Points],
     group: Int[np.ndarray, " n"],
     *,
     batch_rows: int,
-    radius: Tolerance | None = None,
 ) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
-    """Choose the same representatives for rows that do not fit into memory.
+    """Choose the same rows as `choose`, for rows that do not fit into memory.
 
     `take` reads the rows of some groups at a time: a batch holds whole groups, at most `batch_rows` rows unless one
     group has more. Rows alone in their group are not read.
     """
-    chosen, squared = _represent_themselves(group)
+    chosen, squared = represent_themselves(group)
     # Members of groups of several rows, in the order of their groups; group g is members[starts[g] : stops[g]].
     size = np.bincount(group[group >= 0], minlength=len(group))
     members = np.flatnonzero((group >= 0) & (size[group] > 1))
@@ -89,48 +75,57 @@ def choose_in_batches(
         end = max(begin + 1, int(np.searchsorted(stops, starts[begin] + batch_rows, side="right")))
         rows = np.sort(members[starts[begin] : stops[end - 1]])
         local = np.searchsorted(rows, group[rows])  # a group is called after its smallest row, which is among them
-        found, squared[rows] = choose_representatives(take(rows), local, radius=radius)
+        found, squared[rows] = choose(take(rows), local)
         chosen[rows] = rows[found]
         begin = end
     return chosen, squared
 
 
-def _represent_themselves(group: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+def represent_themselves(group: Int[np.ndarray, " n"]) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
     """Let every row of a group stand for itself."""
     return np.where(group < 0, -1, np.arange(len(group))), np.where(group < 0, np.inf, 0.0)
 
 
+def several_members(
+    group: Int[np.ndarray, " n"],
+) -> tuple[Int[np.ndarray, " m"], Int[np.ndarray, " bounds"], Int[np.ndarray, " g"]]:
+    """Return the rows in the order of their groups, where each group begins and ends there, and the groups of several.
+
+    Group g is `order[bounds[g] : bounds[g + 1]]`, its rows ascending; rows of no group are left out.
+    """
+    order = np.argsort(group, kind="stable")
+    order = order[np.searchsorted(group[order], 0) :]
+    bounds = np.append(np.flatnonzero(np.diff(group[order], prepend=-1)), len(order))
+    return order, bounds, np.flatnonzero(np.diff(bounds) > 1)
+
+
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
-def _choose(values, scale, order, bounds, groups, limit, chosen, squared):
+def _choose(values, scale, order, bounds, groups, chosen, squared):
     for g in groups:
         members = order[bounds[g] : bounds[g + 1]]
-        squared[members] = np.inf
-        uncovered = members
-        while len(uncovered):
-            # The uncovered member nearest to the mean of the uncovered takes all members that are nearest to it.
-            center = _nearest_to_mean(values, scale, uncovered)
-            for i in members:
-                total = 0.0
-                for k in range(values.shape[1]):
-                    difference = scale[i] * stored(values[i, k]) - scale[center] * stored(values[center, k])
-                    total += difference * difference
-                if total < squared[i]:
-                    squared[i], chosen[i] = total, center
-            squared[center], chosen[center] = 0.0, center
-            uncovered = uncovered[squared[uncovered] > limit]
+        # 1. The first member that is as near to the mean as the nearest, up to rounding.
+        from_mean = squared_to_mean(values, scale, members)
+        center = members[np.argmax(from_mean <= from_mean.min() + TIE)]
+        # 2. The squared distance of every member to it.
+        for i in members:
+            total = 0.0
+            for k in range(values.shape[1]):
+                difference = scale[i] * stored(values[i, k]) - scale[center] * stored(values[center, k])
+                total += difference * difference
+            squared[i], chosen[i] = total, center
+        squared[center] = 0.0
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
-def _nearest_to_mean(values, scale, members):
-    # 1. The mean [dim] of the members.
+def squared_to_mean(values, scale, members):
+    """Return the squared distance [m] of every member to the mean of all."""
     mean = np.zeros(values.shape[1])
     for i in members:
         for k in range(len(mean)):
             mean[k] += scale[i] * stored(values[i, k])
     mean /= len(members)
-    # 2. Squared distances to it [m].
     squared = np.zeros(len(members))
     for m in range(len(members)):
         i = members[m]
@@ -139,9 +134,4 @@ def _nearest_to_mean(values, scale, members):
             difference = scale[i] * stored(values[i, k]) - mean[k]
             total += difference * difference
         squared[m] = total
-    # 3. The first member that is as near as the nearest, up to rounding.
-    least = squared.min()
-    for m in range(len(members)):
-        if squared[m] <= least + TIE:
-            return members[m]
-    return members[0]
+    return squared

@@ -9,8 +9,9 @@ from typing import Literal, get_args
 from distilclip.errors import InputError, did_you_mean
 from distilclip.vectors.metric import Metric, check_distance, check_metric
 
-Mode = Literal["threshold", "topk"]
-"""Join by every pair below the threshold, or only by the lists of each row's nearest, as CLIP-CID's text does."""
+RuleName = Literal["union-find", "topk", "cover"]
+"""Join rows by every pair below the threshold and keep one of each group, as CLIP-CID's figures do; or join only by
+lists of each row's nearest, as its text says; or keep as many as it takes that one is near to every row removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,25 +24,23 @@ class Rule:
 
     metric: Metric
     threshold: float | None = None
-    mode: Mode = "threshold"
+    rule: RuleName = "union-find"
     top_k: int | None = None
-    max_radius: float | None = None
     target_removed: float | None = None
     max_threshold: float | None = None
 
     def __post_init__(self) -> None:
         check_metric(self.metric)
-        if self.mode not in get_args(Mode):
-            raise InputError(f"mode={self.mode!r} is unknown. {did_you_mean(str(self.mode), get_args(Mode))}")
+        if self.rule not in get_args(RuleName):
+            raise InputError(f"rule={self.rule!r} is unknown. {did_you_mean(str(self.rule), get_args(RuleName))}")
         whole = isinstance(self.top_k, numbers.Integral) and self.top_k >= 1
-        if not (whole if self.mode == "topk" else self.top_k is None):
+        if not (whole if self.rule == "topk" else self.top_k is None):
             raise InputError(
-                f"top_k={self.top_k!r} with mode={self.mode!r}: topk mode takes a positive whole top_k, "
-                "threshold mode none."
+                f"top_k={self.top_k!r} with rule={self.rule!r}: topk takes a positive whole top_k, others none."
             )
         if (self.threshold is None) == (self.target_removed is None):
             raise InputError("Give either threshold or target_removed (with max_threshold), not both and not neither.")
-        for name in ("threshold", "max_threshold", "max_radius"):
+        for name in ("threshold", "max_threshold"):
             if getattr(self, name) is not None:
                 check_distance(name, getattr(self, name))
         if self.target_removed is not None:

@@ -20,7 +20,7 @@ class Finding:
     """What a search, or a part of one, found: a spanning forest of the near pairs."""
 
     forest: Forest
-    saturated: float | None = None  # topk mode: share of rows whose list is full, where edges may be missing
+    saturated: float | None = None  # topk: share of rows whose list is full, where edges may be missing
 
 
 def search_forest(

@@ -94,7 +94,7 @@ class StoreSearch:
             save_forest(self._path(pair), self._search(images, copied, pair).forest, images)
 
     def search_lists(self, images: ImageMatrix) -> Finding:
-        """Search all rows as one part, here; for topk mode, where a part's lists would not be the lists of all rows."""
+        """Search all rows as one part, for the rule `topk`: lists of a part would not be the lists of all rows."""
         return self._search(images, self._is_copy(images), BlockPair((0, len(images)), (0, len(images))))
 
     def _search(self, images: ImageMatrix, copied: Bool[np.ndarray, " n"], pair: BlockPair) -> Finding:

@@ -12,6 +12,7 @@ from distilclip import files
 from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import FOREST_FILE, Groups, groups_name, read_forest, read_groups
 from distilclip.data.store import Store, sample_id
+from distilclip.grouping.forest import Forest
 from distilclip.integrity.findings import Findings, input_of, list_parts, read_or_report
 from distilclip.vectors.tolerance import Tolerance
 
@@ -32,8 +33,10 @@ def check_groups(found: Findings) -> None:
         ids = np.concatenate([sample_id(shard, table.row) for shard, table in parts.items()])
         names = [field.name for field in fields(Groups)]
         groups = Groups(**{name: np.concatenate([getattr(t, name) for t in parts.values()]) for name in names})
-        several = found.config.get("max_radius") is not None
-        wrong = _find_wrong_rows(ids, groups, several_kept=several) if is_whole else {}
+        wrong = _find_wrong_rows(ids, groups) if is_whole else {}
+        if found.result.get("rule") == "cover":
+            far = ~groups.keep & (groups.distance >= np.float32(found.result["threshold"]))
+            wrong |= {"are not below the threshold from the image kept for them": far} if far.any() else {}
         if store is not None and not wrong:
             wrong = {"have another distance to their representative": _wrong_distances(found, store, ids, groups)}
         bounds = np.cumsum([0, *(len(table.row) for table in parts.values())])
@@ -67,9 +70,7 @@ def _read_shard(found: Findings, store: Store | None, shard: int) -> Groups | No
     return table if ordered else None
 
 
-def _find_wrong_rows(
-    ids: UInt64[np.ndarray, " n"], groups: Groups, *, several_kept: bool
-) -> dict[str, Bool[np.ndarray, " n"]]:
+def _find_wrong_rows(ids: UInt64[np.ndarray, " n"], groups: Groups) -> dict[str, Bool[np.ndarray, " n"]]:
     """Return the rows of a whole store, ids ascending, that break a rule of groups, by what is wrong with them."""
     last = len(ids) - 1
     place = np.minimum(np.searchsorted(ids, groups.representative), last)
@@ -78,13 +79,12 @@ def _find_wrong_rows(
     least = np.full(len(named), np.iinfo(np.uint64).max, np.uint64)
     np.minimum.at(least, member, ids)
     num_kept = np.bincount(member, weights=groups.keep, minlength=len(named))
-    right_number = num_kept >= 1 if several_kept else num_kept == 1
     wrong = {
         "have a representative that is no row of the store": ~known,
         "have a representative of another group": known & (groups.group[place] != groups.group),
         "have a representative that is not kept": known & ~groups.keep[place],
         "are kept and not their own representative, or the reverse": groups.keep != (groups.representative == ids),
-        "are in a group without exactly one kept row": ~right_number[member],
+        "are in a group without exactly one kept row": (num_kept != 1)[member],
         "are in a group that is not named by its smallest row": (least != named)[member],
         "are kept at a distance other than 0": groups.keep & (groups.distance != 0),
     }
@@ -142,8 +142,12 @@ def _check_forest(
     elif ids is not None and group is not None and "threshold" in found.result:
         below = forest.distance < np.float32(found.result["threshold"])
         ends = [np.minimum(np.searchsorted(ids, side[below]), len(ids) - 1) for side in (forest.left, forest.right)]
-        same = group[ends[0]] == group[ends[1]]
-        if not same.all() or len(ids) - int(below.sum()) != int((group == ids).sum()):
+        joined = Forest(left=ends[0], right=ends[1], distance=forest.distance[below], num_rows=len(ids)).groups()
+        if found.result.get("rule") == "cover":  # a group is a part of what the edges join
+            fits = np.array_equal(joined, joined[np.minimum(np.searchsorted(ids, group), len(ids) - 1)])
+        else:
+            fits = np.array_equal(ids[joined], group)
+        if not fits:
             text = f"{found.child(FOREST_FILE)}: its edges below the threshold do not join the groups"
             found.add_fault(text, remove=both)
         else:

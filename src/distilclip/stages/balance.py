@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, fields
-from functools import partial
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,7 @@ from distilclip.grouping.balance import Balance, balance_parts
 from distilclip.grouping.forecast import BYTES_PER_EDGE, calibrate
 from distilclip.grouping.forest import Forest
 from distilclip.grouping.reach import check_reach
-from distilclip.grouping.representatives import choose_in_batches, radius_of
+from distilclip.grouping.representatives import Choose, choose_in_batches
 from distilclip.grouping.rule import Rule
 from distilclip.grouping.search_forest import Finding
 from distilclip.grouping.search_parts import (
@@ -57,7 +56,7 @@ def main(config: Config) -> dict[str, Any]:
     images = ImageMatrix(Store.open(config.store))
     forest_path, search_path = folder.child("forest.parquet"), folder.child("search.json")
     source = config.from_folder or folder.path
-    rule = config.rule if config.from_folder is None else _rule_of_cut(config, config.from_folder)
+    rule = config.grouping if config.from_folder is None else _rule_of_cut(config, config.from_folder)
 
     def save(found: Finding) -> None:
         if not files.exists(forest_path):
@@ -71,12 +70,15 @@ def main(config: Config) -> dict[str, Any]:
         parts = iter([Finding(forest=load_forest(files.join(source, "forest.parquet"), images), saturated=saturated)])
     else:
         parts = _search(config, rule, folder.path, images)
-    represent = partial(
-        choose_in_batches,
-        lambda rows: Points.of(images.take(rows), metric=config.metric),
-        batch_rows=int(config.memory_gb * 2**30) // (4 * images.store.dim) + 1,
-        radius=radius_of(rule),
-    )
+
+    def represent(choose: Choose, group: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return choose_in_batches(
+            choose,
+            lambda rows: Points.of(images.take(rows), metric=config.metric),
+            group,
+            batch_rows=int(config.memory_gb * 2**30) // (4 * images.store.dim) + 1,
+        )
+
     try:
         balance = balance_parts(rule, images.valid(), parts=parts, represent=represent, save=save)
     except InputError as error:
@@ -101,13 +103,21 @@ def _rule_of_cut(config: Config, source: str) -> Rule:
     if before["metric"] != config.metric:
         raise InputError(f"{source} was searched with --metric {before['metric']}, not {config.metric}.")
     reach = before["max_threshold"] or before["threshold"]
+    if before["top_k"] is not None and config.rule == "cover":
+        raise InputError(f"{source} was searched with --rule topk: its lists know too few neighbours for a cover.")
     if config.threshold is not None and config.threshold > reach:
         raise InputError(
             f"{source} was searched up to {before['metric']} {reach}, not {config.threshold}: a larger threshold needs "
             "a search of its own, with --max-threshold and without --from-folder."
         )
-    searched = {"max_threshold": reach, "mode": before["mode"], "top_k": before["top_k"]}
-    return Rule(**{option.name: searched.get(option.name, getattr(config, option.name)) for option in fields(Rule)})
+    return Rule(
+        metric=config.metric,
+        threshold=config.threshold,
+        rule=config.rule if before["top_k"] is None else "topk",
+        top_k=before["top_k"],
+        target_removed=config.target_removed,
+        max_threshold=reach,
+    )
 
 
 def _with_ways_on(error: str, forest_path: str, path: str) -> str:
@@ -196,6 +206,7 @@ def _result(balance: Balance) -> dict[str, Any]:
     return {
         "threshold": balance.threshold,
         "metric": balance.metric,
+        "rule": balance.rule,
         "equivalent_thresholds": equivalents(balance.threshold, balance.metric),
         "max_threshold": balance.max_threshold,
         "num_valid": balance.num_valid,

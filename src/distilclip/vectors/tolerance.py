@@ -45,6 +45,15 @@ class Tolerance:
             return self.threshold * self.threshold
         return self.threshold if self.metric == "sqeuclidean" else 2 * self.threshold
 
+    @property
+    def largest_squared(self) -> float:
+        """The largest squared Euclidean distance of two rows that are near."""
+        near, far = 0.0, 2 * self.squared
+        while near < (middle := (near + far) / 2) < far:
+            is_near = self.includes(self.distance_of(np.array([middle])))[0]
+            near, far = (middle, far) if is_near else (near, middle)
+        return near
+
     def distance_of(self, squared: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*shape"]:
         """Squared Euclidean distances in the metric's unit, as float32: what is compared with the threshold."""
         if self.metric == "euclidean":
