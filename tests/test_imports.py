@@ -26,6 +26,7 @@ LEVELS = [
         "devices",
         "files",
         "folder_lock",
+        "termination",
         "launch",
         "failures",
         "step_references",

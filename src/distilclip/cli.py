@@ -94,9 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _explain(name: str, error: BaseException) -> int | None:
     """Say in one line what went wrong; the exit code, None for what needs its traceback."""
-    from distilclip import failures
+    from distilclip import failures, termination
     from distilclip.messages import shows_details
 
+    if isinstance(error, termination.Terminated):
+        print(f"distilclip {name}: ended by SIGTERM; the same command goes on from here", file=sys.stderr)
+        termination.end_by_signal()
     if isinstance(error, KeyboardInterrupt):
         print(f"distilclip {name}: interrupted; the same command goes on from here", file=sys.stderr)
         return failures.INTERRUPTED
@@ -115,7 +118,7 @@ def _explain(name: str, error: BaseException) -> int | None:
 
 
 def _run_stage(name: str, argv: list[str]) -> int:
-    from distilclip import config, failures, folder_lock, launch, messages
+    from distilclip import config, failures, folder_lock, launch, messages, termination
 
     options = importlib.import_module(f"distilclip.configs.{name}")
     messages.set_up_messages(**config.take_message_flags(argv))
@@ -130,7 +133,7 @@ def _run_stage(name: str, argv: list[str]) -> int:
     )
     if name not in ("run", "train") and not launch.work_alone(name):
         return 0
-    with folder_lock.held_for_block():
+    with termination.ending_in_order(), folder_lock.held_for_block():
         result = importlib.import_module(f"distilclip.stages.{name}").main(values)
     from distilclip.progress import summarise
 

@@ -12,6 +12,7 @@ import functools
 import multiprocessing
 import os
 import pickle
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -279,7 +280,10 @@ def _cluster(ray: Any, address: str | None) -> Iterator[None]:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = address or os.environ.get("RAY_ADDRESS") or "local"  # Ray's default is any cluster it finds running here
     options = {"include_dashboard": False} if address == "local" else {}
+    before = signal.getsignal(signal.SIGTERM)
     ray.init(address=address, logging_level="WARNING", log_to_driver=False, **options)
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)  # Ray has replaced it by one that ends with the exit code 1
     try:
         yield
     finally:

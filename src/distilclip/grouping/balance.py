@@ -323,7 +323,7 @@ def balance_parts(
 
 def _cut(
     forest: Forest, tolerance: Tolerance, valid: Bool[np.ndarray, " n"], represent: Represent, rule: RuleName
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """Return every row's group at a threshold, its representative, and the distance to that."""
     group = np.where(valid, forest.below(tolerance.threshold).groups(), -1)
     if rule == "cover":
@@ -336,9 +336,9 @@ def _cut(
 
 def _threshold_for(rule: Rule, forest: Forest, valid: Bool[np.ndarray, " n"], represent: Represent) -> float:
     """Return the threshold that removes the share asked for; `InputError` where none of those searched does."""
-    assert rule.target_removed is not None
-    num_valid = int(valid.sum())
-    joined = threshold_for(forest, removed_ratio=rule.target_removed, num_valid=num_valid)
+    wanted, num_valid = rule.target_removed, int(valid.sum())
+    assert wanted is not None
+    joined = threshold_for(forest, removed_ratio=wanted, num_valid=num_valid)
     if rule.rule != "cover":
         return joined
 
@@ -348,18 +348,17 @@ def _threshold_for(rule: Rule, forest: Forest, valid: Bool[np.ndarray, " n"], re
 
     # A cover never removes more than single linkage, so its threshold lies from there on.
     low, high = joined, rule.farthest
-    most = removed(high)
-    if most < rule.target_removed:
+    shares = {high: removed(high), low: removed(low)}
+    if shares[high] < wanted:
         raise InputError(
-            f"target_removed={rule.target_removed!r} is out of reach: at the largest threshold searched, a cover "
-            f"removes {most:.4f}. Raise max_threshold."
+            f"target_removed={wanted!r} is out of reach: at the largest threshold searched, a cover removes "
+            f"{shares[high]:.4f}. Raise max_threshold."
         )
-    tried = {high: most, low: removed(low)}
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
-        tried[middle] = removed(middle)
-        low, high = (middle, high) if tried[middle] < rule.target_removed else (low, middle)
-    return min(tried, key=lambda threshold: (abs(tried[threshold] - rule.target_removed), threshold))
+        shares[middle] = removed(middle)
+        low, high = (middle, high) if shares[middle] < wanted else (low, middle)
+    return min(shares, key=lambda threshold: (abs(shares[threshold] - wanted), threshold))
 
 
 def _warn_off_unit(points: Points, valid: Bool[np.ndarray, " n"], metric: Metric) -> None:
