@@ -163,6 +163,7 @@ def test_a_loader_process_that_is_killed_is_one_sentence() -> None:
     assert written.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_results_may_be_late_but_not_for_ever() -> None:
     written, errors = start(HUNG).communicate(timeout=120)
     first, second, sentence = written.splitlines()

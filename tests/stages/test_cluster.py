@@ -107,6 +107,7 @@ def test_centers_are_those_of_kmeans_whatever_the_shards_and_the_engine(tmp_path
             assert not (Path(out) / "rounds").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("ray")
 def test_ray_gives_the_bytes_of_local(tmp_path: Path) -> None:
     store, _, _ = write_store(tmp_path / "store")
@@ -117,6 +118,7 @@ def test_ray_gives_the_bytes_of_local(tmp_path: Path) -> None:
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_a_kill_in_the_middle_of_a_round_leaves_the_same_bytes(tmp_path: Path) -> None:
     store, groups, _, _ = balanced(tmp_path)
     config = {"store": store, "groups": groups, "fit": FitOptions(num_centers=6, points_per_center=12), "device": "cpu"}

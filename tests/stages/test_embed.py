@@ -213,7 +213,7 @@ def test_the_bytes_do_not_depend_on_workers(
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.parametrize("engine", ["processes", "ray"])
+@pytest.mark.parametrize("engine", ["processes", pytest.param("ray", marks=pytest.mark.slow)])
 def test_the_bytes_do_not_depend_on_the_engine(
     tmp_path: Path, whole: tuple[Path, list[str]], tiny_clip_folder: str, engine: str
 ) -> None:
@@ -282,6 +282,7 @@ while run(f"{out}/{kill_at}", kill_at) == signal.SIGKILL:
 """
 
 
+@pytest.mark.slow
 def test_killed_at_any_file_it_goes_on_to_the_same_bytes(
     tmp_path: Path, whole: tuple[Path, list[str]], tiny_clip_folder: str
 ) -> None:

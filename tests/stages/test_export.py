@@ -276,6 +276,7 @@ def test_a_tower_that_transformers_lacks_is_refused(tmp_path: Path) -> None:
         main(options(what="huggingface", model=str(tmp_path / "cnn"), out=str(tmp_path / "out")))
 
 
+@pytest.mark.slow
 def test_onnx_with_int8_reports_its_loss(checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     members = [

@@ -195,6 +195,7 @@ def modification_times(out: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_several_recipes_share_equal_steps_and_one_report(two_recipes: tuple[str, str], tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert cli.main(["run", *two_recipes, "--out", str(out)]) == 0

@@ -99,6 +99,7 @@ def test_two_processes_however_they_are_started_train_as_one(recipe: str, tmp_pa
         assert not list(found.rglob("lock.json"))
 
 
+@pytest.mark.slow
 def test_one_step_of_a_recipe_has_the_references_and_the_folder_of_run(
     recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

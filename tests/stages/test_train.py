@@ -73,6 +73,7 @@ def test_a_live_teacher_gives_what_the_store_gives(
     assert set(a) == set(b)
 
 
+@pytest.mark.slow
 def test_resuming_from_any_checkpoint_equals_an_undisturbed_run(
     prepared: Prepared, tiny_clip_json: str, tmp_path: Path
 ) -> None:

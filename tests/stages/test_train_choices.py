@@ -53,6 +53,7 @@ def test_views_are_trained_on_with_their_own_embeddings(
         train.main(config(tmp_path / "more", tiny_clip_json, views=3, **common))
 
 
+@pytest.mark.slow
 def test_several_teachers_of_their_own_width_teach_one_student_and_it_resumes(
     tars: list[str], tiny_clip_folder: str, tiny_clip_json: str, tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def assert_same_training(found: Path, expected: Path, *, step: int) -> None:
         torch.testing.assert_close(pairs[0][name], value, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_any_number_goes_on(
     cid: dict[str, Any], tiny_clip_json: str, tmp_path: Path
 ) -> None:
