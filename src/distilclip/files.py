@@ -250,10 +250,17 @@ def atomic_write(path: str) -> Iterator[Any]:
         os.replace(temporary, path)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno and error.filename in (None, temporary):
-            error.filename, error.filename2 = path, None  # a write says no name, and nobody knows the temporary one
+            _name_file(error, path)
         with contextlib.suppress(OSError):  # else this would hide what went wrong first
             os.remove(temporary)
         raise
+
+
+def _name_file(error: OSError, path: str) -> None:
+    """Put a file's name into an error: a write says none, and nobody knows the temporary one."""
+    error.filename = path
+    if error.filename2 is not None:  # a renaming says both
+        del error.filename2
 
 
 def _temporary(path: str) -> str:
@@ -300,7 +307,7 @@ def create_bytes(path: str, content: bytes) -> bool:
         return False
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
-            error.filename, error.filename2 = path, None
+            _name_file(error, path)
             raise
         return _create_in_place(path, content)  # no hard links here
     finally:
