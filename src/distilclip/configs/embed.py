@@ -23,7 +23,8 @@ class Config:
     out: str
     """folder to write: the store"""
     model: str
-    """teacher: an open_clip architecture (with --weights), hf-hub:ORG/NAME, or a distilclip train folder"""
+    """teacher: an open_clip architecture (with --weights), hf-hub:ORG/NAME, or a distilclip train folder; perceptual is
+    a built-in embedding of how pictures look, with which balance finds copies without a teacher"""
     columns: CsvColumns = field(default_factory=CsvColumns)
     weights: str | None = None
     """weights of an open_clip architecture: a file, or one of open_clip's tags"""

@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 from distilclip import digests, files
 from distilclip.errors import InputError, did_you_mean
-from distilclip.models import towers  # noqa: F401 - registers image towers with timm
+from distilclip.models import perceptual, towers  # noqa: F401 - towers registers image towers with timm
 from distilclip.models.architectures import model_config
 from distilclip.models.backbone import Backbone, backbone_features, backbone_kind
 from distilclip.models.tokenizers import Tokenizer, describe_tokenizer, open_tokenizer
@@ -155,7 +155,9 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
     """Load a trained model, in eval mode.
 
     `spec` is an open_clip architecture (with `weights`, a local file or one of open_clip's tags), `hf-hub:ORG/NAME`, an
-    open_clip folder, or a distilclip train folder or checkpoint. Raises `InputError` for what is missing or unfit.
+    open_clip folder, a distilclip train folder or checkpoint, or `perceptual` (`models.perceptual`).
+
+    Raises `InputError` for what is missing or unfit.
     """
     if spec.startswith("hf-hub:"):
         return _load_hub(spec, device)
@@ -166,6 +168,8 @@ def load_clip(spec: str, *, weights: str | None = None, device: str | torch.devi
             digests.check_file(folder, name, remedy=remedy)
         with _local(folder) as path:
             return _build(f"local-dir:{path}", spec, _read_model_cfg(folder), load_weights=True, device=device)
+    if spec == perceptual.NAME and weights is None:
+        return _perceptual(device)
     if weights is None:
         if spec in open_clip.list_models():
             raise InputError(f"The architecture {spec!r} needs trained weights: name a local file as the weights.")
@@ -221,6 +225,15 @@ def normalise_pixels(pixels: Tensor, preprocess_cfg: dict[str, Any]) -> Float[Te
 def _levels(shares: tuple[float, ...], device: torch.device) -> Float[Tensor, "1 3 1 1"]:
     """Return one value per channel, in levels of 255; made once, since a copy to a GPU would wait for it."""
     return torch.tensor(shares, device=device).view(1, 3, 1, 1) * 255
+
+
+def _perceptual(device: str | torch.device) -> Clip:
+    transform = open_clip.transform.image_transform_v2(
+        open_clip.transform.PreprocessCfg(**perceptual.PREPROCESSING), is_train=False
+    )
+    return _assemble(
+        perceptual.NAME, perceptual.PerceptualTowers(), transform, open_clip.SimpleTokenizer(), None, device
+    )
 
 
 def _load_hub(spec: str, device: str | torch.device) -> Clip:

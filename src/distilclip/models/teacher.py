@@ -21,7 +21,9 @@ from torch.nn import functional as F
 
 from distilclip.data.store import Store
 from distilclip.data.stream import Batch
+from distilclip.errors import InputError
 from distilclip.losses.features import Features
+from distilclip.models import perceptual
 from distilclip.models.clip import Clip, normalise_pixels
 
 Teacher = Callable[[Batch], tuple[Features, ...]]
@@ -29,7 +31,16 @@ Teacher = Callable[[Batch], tuple[Features, ...]]
 
 
 def stored_teachers(stores: Sequence[Store], *, device: torch.device) -> Teacher:
-    """Return the teachers whose embeddings the stream has joined from these stores, with the scales recorded there."""
+    """Return the teachers whose embeddings the stream has joined from these stores, with the scales recorded there.
+
+    Raises `InputError` for a store of `embed --model perceptual`, which knows nothing of texts.
+    """
+    for store in stores:
+        if store.teacher["name"] == perceptual.NAME:
+            raise InputError(
+                f"{store.path} holds perceptual embeddings: they find copies and teach nothing. Balance with that "
+                "store, and train with a store that a CLIP embedded."
+            )
     scales = [torch.tensor(float(store.teacher["scale"]), device=device) for store in stores]
     biases = [
         torch.tensor(float(store.teacher["bias"]), device=device) if "bias" in store.teacher else None
