@@ -48,16 +48,30 @@ def run_stage(
     """
 
     def work() -> int:
-        from distilclip import cli, digests, folder_lock
-
-        logging.getLogger("distilclip").handlers.clear()
-        digests.forget()
-        code = cli.main(argv)
-        folder_lock.release_all()  # what atexit would do
+        code = run_here(argv)
         (control_of(folder) / "modules.txt").write_text("\n".join(sys.modules))
         return code
 
     return run_child(work, folder, trap=trap, terminate_after=terminate_after)
+
+
+def run_here(argv: Sequence[str]) -> int:
+    """Run `distilclip ARGV` in this process, a child, as a new one would; its exit code."""
+    from distilclip import cli, digests, folder_lock
+
+    logging.getLogger("distilclip").handlers.clear()
+    digests.forget()
+    code = cli.main(argv)
+    folder_lock.release_all()  # what atexit would do
+    return code
+
+
+def speak_into(path: Path) -> None:
+    """Let this process, a child, write what it says to a file."""
+    output = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
 
 
 def control_of(folder: Path) -> Path:
@@ -101,11 +115,8 @@ def run_child(
 def _become_child(work: Callable[[], int], said: Path, log: Path, folder: Path, trap: Trap) -> None:
     code = 1
     try:
-        output = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
-        written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        speak_into(said)
+        written = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         Operations(trap, (f"{folder}/",), written).watch()
         code = work()
     except BaseException:

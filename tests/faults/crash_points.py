@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,7 +65,13 @@ def kill_everywhere(world: World, name: str, *, at_most: int | None) -> tuple[in
     whole, before = run_undisturbed(world, case)
     points = choose_points(sum(kind in KINDS for kind, _ in whole.operations), at_most)
     problems = [problem for at in points if (problem := kill_once(world, case, at, before))]
+    tell(name, len(points), problems)
     return len(points), problems
+
+
+def tell(name: str, num_cases: int, problems: Sequence[str]) -> None:
+    """Say on stderr how far a drill is, and what did not survive."""
+    print(f"  {name}: {num_cases - len(problems)} of {num_cases}", *problems, sep="\n    ", file=sys.stderr, flush=True)
 
 
 def run_undisturbed(world: World, case: StageCase) -> tuple[Ended, dict[str, str]]:

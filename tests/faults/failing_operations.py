@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tests.faults import stage_cases
 from tests.faults.children import Ended, differences, plain, run_stage, snapshot
-from tests.faults.crash_points import choose_points, outcome, run_undisturbed
+from tests.faults.crash_points import choose_points, outcome, run_undisturbed, tell
 from tests.faults.operations import CHANGES, Fault, Trap
 from tests.faults.outcome import Outcome, Size
 from tests.faults.stage_cases import StageCase, World
@@ -43,6 +43,7 @@ def drill(folder: Path, *, size: Size) -> list[Outcome]:
             traps = [Trap(at=at, fault=fault, error=number, kinds=kinds) for at in points]
             problems = [problem for trap in traps if (problem := fail_once(world, case, trap, before))]
             found.append((len(points), problems))
+            tell(f"{name}, {what}", len(points), problems)
         outcomes.append(
             outcome(
                 f"Where {what} ends a stage, one line names the file and the cause, the exit code is {SYSTEM}, and the "
@@ -103,6 +104,7 @@ def fill_file_systems(world: World, names: Sequence[str]) -> list[Outcome]:
                     if problem := judge(where, world, case, failed, before):
                         problems.append(problem)
             found.append((len(shares), problems))
+            tell(f"{name}, a small file system", len(shares), problems)
     except (OSError, subprocess.CalledProcessError):
         return []
     promise = "A stage on a file system that is full says so in one line, and goes on when there is room."

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.faults import stage_cases
 from tests.faults.children import differences, run_stage, snapshot
-from tests.faults.crash_points import outcome, run_undisturbed
+from tests.faults.crash_points import outcome, run_undisturbed, tell
 from tests.faults.outcome import Outcome, Size
 from tests.faults.stage_cases import World
 
@@ -27,6 +27,7 @@ def drill(folder: Path, *, size: Size) -> list[Outcome]:
     for name in names:
         num_cases, problems, slowest = terminate_everywhere(world, name, num_moments=2 if small else 12)
         found.append((num_cases, problems))
+        tell(name, num_cases, problems)
         longest = max(longest, slowest)
     one = outcome(
         f"A stage that gets SIGTERM ends within {SECONDS:.0f} s by that signal (143 in a shell), says so, gives its "
