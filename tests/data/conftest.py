@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -35,7 +36,10 @@ def write_store(folder: str, uris: Sequence[str], *, invalid: Sequence[int] = ()
     """A store of the tars in which the rows `invalid` of every shard are unusable."""
     lines = []
     for shard, uri in enumerate(uris):
-        entries = open_shard(uri).index()
+        opened = open_shard(uri)
+        entries = opened.index()
+        pictures = [opened.read(entry.offset, entry.size).image or b"" for entry in entries]
+        digests = [list(hashlib.sha256(picture).digest()) for picture in pictures]
         valid = np.array([row not in invalid for row in range(len(entries))])
         image = np.stack([embedding(entry.key) for entry in entries]) * valid[:, None].astype(np.float16)
         write_shard(
@@ -47,7 +51,7 @@ def write_store(folder: str, uris: Sequence[str], *, invalid: Sequence[int] = ()
                 size=np.array([entry.size for entry in entries], np.uint32),
                 valid=valid,
                 error=["" if ok else "no caption" for ok in valid],
-                image_sha256=np.ones((len(entries), 32), np.uint8),
+                image_sha256=np.array(digests, np.uint8),
             ),
             image=image,
             text=-image,

@@ -19,7 +19,7 @@ from distilclip.data.reader import Reader
 from distilclip.data.shards import key_digest
 from distilclip.data.tensors import Header, read_header, read_tensors, write_tensors
 from distilclip.data.views import ViewEmbeddings, Views, check_views, read_views, views_path, write_views
-from distilclip.errors import InputError
+from distilclip.errors import InputError, other_version
 
 ROWS_SCHEMA = pa.schema(
     [
@@ -216,9 +216,7 @@ class Store:
         """Raise `InputError` unless a file with this header holds the embeddings of a shard of this store."""
         path, metadata = self.payload_path(shard), header.metadata
         if metadata.get("format") != FORMAT_VERSION:
-            raise InputError(
-                f"{path} has format version {metadata.get('format')}, not {FORMAT_VERSION}. {_EMBED_AGAIN}"
-            )
+            raise other_version(path, metadata.get("format"), known=FORMAT_VERSION)
         if metadata.get("teacher_digest") != self.teacher["digest"]:
             raise InputError(
                 f"{path} was embedded by teacher {metadata.get('teacher_name')} "
@@ -376,6 +374,30 @@ def write_manifest(
 def read_shard_rows(folder: str, shard: int) -> Rows:
     """Read the row table of a finished shard, whether or not its store is finished."""
     return Rows.of_table(read_columns(files.join(folder, f"{stem(shard)}.rows.parquet"), ROWS_SCHEMA))
+
+
+def check_unchanged(folder: str, line: StoreShard, uri: str) -> None:
+    """Raise `InputError` where a local file was written again after its shard was embedded, and holds other bytes.
+
+    `uri` is where the file of the shard lies now. One that has been moved is not read whole for this.
+    """
+    if uri.endswith("/") or files.absolute(uri) != files.absolute(line.uri):
+        return
+    written, embedded = files.modified(uri), files.modified(files.join(folder, f"{stem(line.index)}.rows.parquet"))
+    if files.is_url(uri) or written is None or embedded is None or written <= embedded:
+        return
+    expected = read_payload_metadata(folder, line.index).get("tar_digest", "")
+    if expected and not digests.is_same(uri, expected):
+        raise InputError(
+            f"{uri} was written again after {folder} was made from it, with other content (its SHA-256 differs). "
+            "Restore the file that was embedded, or embed this one into another --out."
+        )
+
+
+def read_payload_metadata(folder: str, shard: int) -> dict[str, str]:
+    """Return what the embeddings of a finished shard say of their teacher and of the file they were made from."""
+    with Reader(files.join(folder, f"{stem(shard)}.safetensors")) as reader:
+        return read_header(reader).metadata
 
 
 _EMBED_AGAIN = "Embed the data again, into a new folder."

@@ -6,6 +6,7 @@ A global batch is a pure function of (seed, step): it does not depend on the num
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -338,6 +339,7 @@ class PairLoader(Dataset):
             raise BadSample("no caption", where=where)
         if sample.image is None:
             raise BadSample("no image", where=where)
+        self._check_picture(index, sample.image, where)
         captions, view, number = [sample.caption], 0, 0
         if self.views is not None:
             view = view_in(epoch + repeat, shard, row, num_views=shown.num_views)
@@ -352,6 +354,17 @@ class PairLoader(Dataset):
         with judge_memory(where):
             pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
         return _ShownPair(index, captions[number], pixels, view, number, len(captions))
+
+    def _check_picture(self, index: int, image: bytes, where: str) -> None:
+        """Raise `InputError` where a picture is not the one that a store embedded."""
+        digests = self.table.image_digest
+        if digests is None or not digests[index]:
+            return
+        if int.from_bytes(hashlib.sha256(image).digest()[:8], "little") != int(digests[index]):
+            raise InputError(
+                f"{where}: its picture is not the one that was embedded (SHA-256 differs). Give the files that were "
+                "embedded (--data), or embed these into another folder."
+            )
 
     def _check_captions(self, rows: Int64[np.ndarray, " n"], num_captions: Int64[np.ndarray, " n"]) -> None:
         """Raise `InputError` where a sample has more or fewer captions than the store."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +19,22 @@ from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy, OnError
 from distilclip.data.scan import ScannedBatch, ShardEmbeddings, ShardList, scan
 from distilclip.data.shards import find_shards, source_size
-from distilclip.data.store import finished_shard, read_shard_rows, store_files, write_manifest
+from distilclip.data.store import (
+    Store,
+    StoreShard,
+    check_unchanged,
+    finished_shard,
+    read_payload_metadata,
+    read_shard_rows,
+    store_files,
+    write_manifest,
+)
 from distilclip.data.tabular import PictureFolder
 from distilclip.data.views import Views
 from distilclip.devices import PRECISIONS, resolve_device
 from distilclip.engine import map_parts
 from distilclip.errors import InputError
-from distilclip.messages import say
+from distilclip.messages import say, warn
 from distilclip.models.clip import Clip, load_clip, normalise_pixels
 from distilclip.progress import progress
 
@@ -34,15 +43,19 @@ def main(config: Config) -> dict[str, Any]:
     """Embed every shard, or those that an earlier run left; the folder's result."""
     folder = stage_folder.open_folder(config.out, stage="embed", config=config, inputs=config.inputs())
     if folder.finished:
+        _compare_data(folder.path, config.data)
         return folder.result()
     uris = find_shards(config.data)
     _say_captionless(uris)
     policy = ErrorPolicy(config.on_error, config.max_bad_ratio)
     pending = [(shard, u) for shard, u in enumerate(uris) if not _count_finished(folder.path, shard, u, policy)]
-    teacher = _embed(config, folder.path, pending, policy)
+    finished = next((shard for shard in range(len(uris)) if shard not in dict(pending)), None)
+    teacher = _embed(config, folder.path, pending, policy, finished=finished)
     if teacher is None:  # only the manifest is missing
         clip = load_clip(config.model, weights=config.weights)
-        teacher = {**describe_teacher(clip, precision=config.precision), "dim": clip.dim}
+        teacher = describe_teacher(clip, precision=config.precision)
+        _check_teacher(folder.path, 0, teacher)
+        teacher["dim"] = clip.dim
     policy.check(final=True)
     shards = [line for shard in range(len(uris)) if (line := finished_shard(folder.path, shard))]
     dim = teacher.pop("dim")
@@ -63,6 +76,42 @@ def main(config: Config) -> dict[str, Any]:
     )
 
 
+def _compare_data(path: str, patterns: Sequence[str]) -> None:
+    """Compare what patterns match now with the files of a finished store. Files may have gone, since it holds all.
+
+    Raises `InputError` where one came or changed.
+    """
+    store = Store.open(path)
+    try:
+        now = dict.fromkeys(find_shards(patterns))
+    except (InputError, FileNotFoundError):  # nothing is left
+        now = {}
+    made_from = {line.uri: line for line in store.shards}
+    if came := [uri for uri in now if uri not in made_from]:
+        raise InputError(
+            f"{path} is finished. It was made from {store.num_shards} files, and the data now has {len(came)} more: "
+            f"{came[0]} first. Embed them into another --out, or give the patterns of the first files."
+        )
+    for uri in now:
+        _check_source(path, made_from[uri], uri)
+    if gone := [uri for uri in made_from if uri not in now]:
+        warn(
+            f"embed {path}: {len(gone)} of the {store.num_shards} files that this store was made from are no longer "
+            f"there ({gone[0]} first). The store is whole; training and export need them."
+        )
+
+
+def _check_teacher(path: str, finished: int, teacher: Mapping[str, Any]) -> None:
+    """Raise `InputError` where a finished shard was embedded by another teacher than this one."""
+    known = read_payload_metadata(path, finished)
+    if differs := [name for name, value in teacher.items() if known.get(f"teacher_{name}") != str(value)]:
+        raise InputError(
+            f"{path}: shard {finished} was embedded by another teacher, {known.get('teacher_name')}: "
+            f"{', '.join(differs)} differ from those of {teacher['name']} now. A store has one teacher. Choose another "
+            "--out, or restore the weights that it was begun with."
+        )
+
+
 def _say_captionless(uris: Sequence[str]) -> None:
     """Say of how many pictures the folders hold no captions: they are embedded with empty ones."""
     folders = [PictureFolder(uri) for uri in uris if uri.endswith("/")]
@@ -77,8 +126,13 @@ def _say_captionless(uris: Sequence[str]) -> None:
 Shards = tuple[tuple[int, str], ...]  # numbers and URIs
 
 
-def _embed(config: Config, path: str, pending: list[tuple[int, str]], policy: ErrorPolicy) -> dict[str, Any] | None:
-    """Embed what is pending; what a worker says of the teacher, None where nothing was."""
+def _embed(
+    config: Config, path: str, pending: list[tuple[int, str]], policy: ErrorPolicy, *, finished: int | None
+) -> dict[str, Any] | None:
+    """Embed what is pending; what a worker says of the teacher, None where nothing was.
+
+    `finished` is a shard of an earlier run, whose teacher this one must be.
+    """
     embedder = Embedder(
         folder=path,
         model=config.model,
@@ -90,6 +144,7 @@ def _embed(config: Config, path: str, pending: list[tuple[int, str]], policy: Er
         columns=config.columns,
         device=config.device,
         num_workers=config.num_workers,
+        finished=finished,
     )
     teacher = None
     if config.execution.engine == "local":  # one teacher takes all shards, so that the next is read while one ends
@@ -118,6 +173,7 @@ class Embedder:
     columns: CsvColumns
     device: str
     num_workers: int
+    finished: int | None = None
 
     def prepare(self, on_error: OnError) -> Callable[[tuple[int, str]], dict[str, Any]]:
         """In a worker: load the teacher. How many samples may fail is for the driver to judge, over all shards."""
@@ -125,8 +181,11 @@ class Embedder:
         return lambda part: self.embed(clip, (part,), ErrorPolicy(on_error, max_bad_ratio=1.0))
 
     def load(self) -> Clip:
-        """The teacher on its device."""
-        return load_clip(self.model, weights=self.weights, device=resolve_device(self.device))
+        """The teacher on its device, once it is the one of the shards that are finished."""
+        clip = load_clip(self.model, weights=self.weights, device=resolve_device(self.device))
+        if self.finished is not None:
+            _check_teacher(self.folder, self.finished, describe_teacher(clip, precision=self.precision))
+        return clip
 
     def embed(self, clip: Clip, shards: Shards, policy: ErrorPolicy) -> dict[str, Any]:
         """Write the shards of a store, each with its row table last; the teacher's description and width."""
@@ -212,14 +271,20 @@ def _count_finished(folder: str, shard: int, uri: str, policy: ErrorPolicy) -> b
     line = finished_shard(folder, shard)
     if line is None:
         return False
-    if (line.uri, line.num_bytes) != (uri, source_size(uri)):
-        raise InputError(
-            f"{folder}: shard {shard} was made from {line.uri} ({line.num_bytes} bytes), but is now {uri} "
-            f"({source_size(uri)} bytes). The data changed since this folder was begun; choose another --out."
-        )
+    _check_source(folder, line, uri)
     rows = read_shard_rows(folder, shard)
     policy.seen(len(rows))
     for key, error in zip(rows.key, rows.error, strict=True):
         if error:
             policy.bad(error, where=f"{uri}: {key}")
     return True
+
+
+def _check_source(folder: str, line: StoreShard, uri: str) -> None:
+    """Raise `InputError` where a file is not the one that a shard was made from."""
+    if (line.uri, line.num_bytes) != (uri, source_size(uri)):
+        raise InputError(
+            f"{folder}: shard {line.index} was made from {line.uri} ({line.num_bytes} bytes), but is now {uri} "
+            f"({source_size(uri)} bytes). The data changed since this folder was begun; choose another --out."
+        )
+    check_unchanged(folder, line, uri)

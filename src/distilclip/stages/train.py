@@ -73,6 +73,9 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     facts |= _describe_batch_norm(config, clip)
     stores = _open_stores(config)
     live = load_named(config.live_teacher, device=device) if config.live_teacher and method.needs_teacher else None
+    if live is not None:
+        known = {"live teacher": live.digest}
+        distributed.on_first(lambda: stage_folder.write_made_from(folder.child("teacher.json"), folder.path, known))
     shown = dataclasses.replace(clip, model=copy.deepcopy(clip.model)) if config.validation.is_on else None
     stream = _open_stream(config, clip, stores, live)
     mixture = _describe_mixture(config, stream)
