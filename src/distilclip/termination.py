@@ -26,8 +26,8 @@ def ending_in_order() -> Iterator[None]:
 
     Nothing changes outside the main thread, and where the program has a handler of its own.
     """
-    is_free = threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == 0
-    if not is_free:
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
     process, is_ending = os.getpid(), False
