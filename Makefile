@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST := $(BIN)/python -m pytest --jaxtyping-packages=distilclip,beartype.beartype -n 2 --dist loadgroup
 
-.PHONY: demo test test-slow test-versions torture check format layout bench clean
+.PHONY: demo test test-slow test-versions torture fuzz audit check format layout bench clean
 
 demo: .venv/installed
 	$(BIN)/distilclip demo --out runs/demo
@@ -24,6 +24,13 @@ test-versions: .venv/installed
 # Every fault drill in full, at most 25 minutes; writes docs/reliability.md. Finished drills in runs/torture are kept.
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
+
+# 12,000 made-up and damaged inputs, about 10 minutes.
+fuzz: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults fuzz
+
+audit: .venv/installed
+	$(BIN)/python -m tests.audit
 
 check: .venv/installed
 	$(BIN)/ruff format --check .

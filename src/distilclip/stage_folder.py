@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -327,9 +328,21 @@ def environment() -> dict[str, Any]:
         "platform": platform.platform(),
         "num_cpus": os.cpu_count(),
         "gpus": _gpu_names(),
-        "command": sys.argv,
+        "command": [_without_places(word) for word in sys.argv],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
+
+
+def _without_places(word: str) -> str:
+    """Return a word of a command without what is private: the folders of its paths, and the credentials of its URLs.
+
+    config.json has the paths, since the stage needs them again; env.json is what people show each other.
+    """
+    home = os.path.expanduser("~")
+    word = word if home in ("~", "/") else word.replace(home, "~")
+    word = re.sub(r"://[^/@\s]+@", "://", word)
+    word = re.sub(r"(://[^\s?]*)\?\S*", r"\1", word)
+    return re.sub(r"(?<![\w.~/-])(?:~[\w.-]*)?/(?!/)(?:[^/\s'\",=]*/)*", ".../", word)
 
 
 def _git_commit() -> str | None:

@@ -19,7 +19,17 @@ from tests.faults.outcome import Outcome, Size, page, read_outcomes, write_outco
 ROOT = Path(__file__).parents[2]
 KEPT = ROOT / "runs" / "torture"
 PAGE = ROOT / "docs" / "reliability.md"
-DRILLS = ("crash_points", "failing_operations", "two_at_once", "terminated_stages")
+DRILLS = (
+    "crash_points",
+    "failing_operations",
+    "two_at_once",
+    "terminated_stages",
+    "fuzz",
+    "pickles",
+    "hostile_files",
+    "private_words",
+    "numbers",
+)
 """The modules of this folder that have a function `drill`, in the order of the page."""
 
 

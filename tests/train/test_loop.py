@@ -39,7 +39,7 @@ def bad_step_on_a_rank(architecture: str) -> tuple[str, tuple[float, bool, bool]
         result = compute_gradients(training.student, Objective(), make_inputs(4), micro_batch=2, generator=generator)
         agreed = _exchange_flags(result.loss, save=False, stop=distributed.rank() == 1)
         with pytest.raises(InputError) as refusal:
-            _stop_non_finite(6, training, result)
+            _stop_non_finite(6, training, result, kept="the state after 6 steps is saved")
         return str(refusal.value), agreed
 
 

@@ -15,6 +15,7 @@ from distilclip import files, stage_folder
 from distilclip.configs.export import Config
 from distilclip.data.shards import find_shards
 from distilclip.engine import Engine, map_parts
+from distilclip.errors import InputError
 from distilclip.export.curated_tars import TarWriter, plan_tars
 from distilclip.export.row_lists import PartitionWriter, UidWriter, join_uids, write_keys
 from distilclip.export.selection import Selection, open_selection
@@ -101,9 +102,15 @@ def _keep_function(function: Callable[[Part], Result]) -> Callable[[Part], Resul
 def _write_model(config: Config, folder: str) -> dict[str, Any]:
     from distilclip.export.card import Form, find_records, model_card
     from distilclip.models.clip import load_clip
+    from distilclip.train.parallel import non_finite_values
 
     assert config.network.model is not None  # `_check_fields` asked for it
     clip = load_clip(config.network.model, weights=config.network.weights)
+    if bad := non_finite_values(clip.model.state_dict()):
+        raise InputError(
+            f"{config.network.model} has weights that are not finite ({', '.join(bad[:3])}). Export an earlier "
+            "checkpoint."
+        )
     clip = dataclasses.replace(clip, name=config.network.name or config.network.model.rstrip("/").split("/")[-1])
     target, digest = files.join(folder, "model"), clip.digest
     records = find_records(config.network.model, digest=digest, evaluation=config.network.evaluation)

@@ -28,7 +28,7 @@ from distilclip.train.checkpoint_files import complete_checkpoints, folder_name,
 from distilclip.train.log import Lines, Log, Stopwatch
 from distilclip.train.objective import Objective
 from distilclip.train.optimizer import Schedule, set_learning_rate
-from distilclip.train.parallel import average_statistics_, clip_gradients_, non_finite_gradients
+from distilclip.train.parallel import average_statistics_, clip_gradients_, non_finite_gradients, non_finite_values
 from distilclip.train.settings import Checkpoints, Optimization
 from distilclip.train.signals import OverdueError, Signals, terminate
 from distilclip.train.step import StepResult, compute_gradients, make_inputs
@@ -36,6 +36,7 @@ from distilclip.train.trackers import Writer
 from distilclip.train.validation import Validator
 
 LOG_EVERY = 10
+_LOWER = "Lower learning_rate, set gradient_clip, or use precision fp32."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +78,8 @@ def fit(
     that trains alone saves the state before it; several end without, since they can only save together.
 
     Raises `InputError` naming step, terms and rank when the loss or its gradient stops being finite; nothing is updated
-    then, and the state before that step is saved. With a gradient scale, a gradient that overflows only costs its step.
+    then, and the state before that step is saved. A state that is not finite itself is never saved. With a gradient
+    scale, a gradient that overflows only costs its step.
     """
     begin_training(training.student.clip.model)
     if validator is not None:
@@ -115,8 +117,7 @@ def _take_steps(
         overflows = math.isfinite(loss) and not math.isfinite(norm) and steps.lower_scale()
         if not (overflows or (math.isfinite(loss) and math.isfinite(norm))):
             statistics.put_back()
-            saving.save_before(step, counted)
-            _stop_non_finite(step, training, result)
+            _stop_non_finite(step, training, result, kept=saving.save_before(step, counted))
         learning_rate = steps.update(step, result, leave_out=overflows)
         log.add({"loss": result.loss, **result.terms, **result.cosines}, norm.nan_to_num(0, 0, 0), plan.batch_size)
         line: dict[str, float] = {}
@@ -240,7 +241,12 @@ class _Saving:
         return self._checkpoints.due(time.monotonic() - self._saved_at)
 
     def save(self, done: int, *, scheduled: bool, line: Mapping[str, float]) -> None:
-        """Write the state after `done` steps; `line` is what metrics.jsonl says of it."""
+        """Write the state after `done` steps; `line` is what metrics.jsonl says of it.
+
+        Raises `InputError` where a weight, or what the optimizer remembers of it, is not finite.
+        """
+        if bad := _find_non_finite(self._training):
+            raise InputError(f"Step {done}: {self._refuse(done, bad)}. {_LOWER}")
         progress = self._progress(done)
         measures = select_measures(line)
         path = self._folder.child(folder_name(done))
@@ -248,13 +254,26 @@ class _Saving:
         self._prune()
         self._saved_at = time.monotonic()
 
-    def save_before(self, step: int, policy: ErrorPolicy) -> None:
-        """Write the state before a step that is not taken, unless it is there; `policy` has not counted that step."""
-        there = distributed.on_first(lambda: step == 0 or step in complete_checkpoints(self._folder.path))
-        if not there:
+    def save_before(self, step: int, policy: ErrorPolicy) -> str:
+        """Write the state before a step that is not taken, unless it is there; say what became of it.
+
+        `policy` has not counted that step.
+        """
+        if step == 0:
+            return "no step was done yet"
+        if bad := _find_non_finite(self._training):
+            return self._refuse(step, bad)
+        if not distributed.on_first(lambda: step in complete_checkpoints(self._folder.path)):
             progress = self._progress(step)
             path = self._folder.child(folder_name(step))
             save_checkpoint(path, replace(self._training, policy=policy), progress, scheduled=False)
+        return f"the state after {step} steps is saved"
+
+    def _refuse(self, done: int, bad: Sequence[str]) -> str:
+        """Say that the state after `done` steps is not saved, and from where the training can go on."""
+        steps = distributed.on_first(lambda: complete_checkpoints(self._folder.path))
+        last = f"the last checkpoint is that of step {steps[-1]}" if steps else "there is no checkpoint"
+        return f"the state after {done} steps is not finite ({', '.join(bad[:3])}) and is not saved; {last}"
 
     def _progress(self, done: int) -> Progress:
         best = {} if self.validator is None else self.validator.best
@@ -282,8 +301,21 @@ def _exchange_flags(loss: Tensor, *, save: bool, stop: bool) -> tuple[float, boo
     return total, num_saving > 0, num_stopping > 0
 
 
-def _stop_non_finite(step: int, training: Training, result: StepResult) -> NoReturn:
-    """Say what is not finite on which rank.
+def _find_non_finite(training: Training) -> list[str]:
+    """Return what of a state is not finite on any process. Every process must call it."""
+    student, state = training.student, training.optimizer.state
+    values = {**student.clip.model.state_dict(), **student.named_parameters()}
+    for name, parameter in student.named_parameters().items():
+        values |= {f"{name}, {kind} of the optimizer": moment for kind, moment in state.get(parameter, {}).items()}
+    if student.class_head is not None:
+        values["centers"] = student.class_head.centers
+    return list(
+        dict.fromkeys(name for found in distributed.gather_objects(non_finite_values(values)) for name in found)
+    )
+
+
+def _stop_non_finite(step: int, training: Training, result: StepResult, *, kept: str) -> NoReturn:
+    """Say what is not finite on which rank, and what was kept of the state before the step.
 
     What the processes have exchanged is bad on all of them; the student's embeddings of a rank's own rows are not.
     """
@@ -300,10 +332,9 @@ def _stop_non_finite(step: int, training: Training, result: StepResult) -> NoRet
         f"rank {rank}: terms {terms}, not finite: {_name_kinds(bad)}"
         for rank, (terms, bad) in enumerate(distributed.gather_objects((terms, bad)))
     ]
-    kept = f"the state after {step} steps is saved" if step else "no step was done yet"
     raise InputError(
-        f"Step {step + 1}: the loss or its gradient is not finite. {'; '.join(found)}. Nothing was updated; {kept}. "
-        "Lower learning_rate, set gradient_clip, or use precision fp32."
+        f"Step {step + 1}: the loss or its gradient is not finite. {'; '.join(found)}. Nothing was "
+        f"updated; {kept}. {_LOWER}"
     )
 
 

@@ -210,4 +210,14 @@ def local(tensor: Tensor) -> Tensor:
 
 def non_finite_gradients(parameters: Mapping[str, Tensor]) -> list[str]:
     """Return the names of parameters whose gradient on this process holds a NaN or an infinity."""
-    return [n for n, p in parameters.items() if p.grad is not None and not bool(torch.isfinite(local(p.grad)).all())]
+    return non_finite_values({name: p.grad for name, p in parameters.items() if p.grad is not None})
+
+
+def non_finite_values(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of tensors that hold a NaN or an infinity on this process, in one transfer from the device."""
+    floats = {name: local(tensor.detach()) for name, tensor in tensors.items() if tensor.is_floating_point()}
+    if not floats:
+        return []
+    flags = [torch.isfinite(values).all() for values in floats.values()]
+    finite = torch.stack([flag.to(flags[0].device) for flag in flags]).tolist()
+    return [name for name, is_finite in zip(floats, finite, strict=True) if not is_finite]
