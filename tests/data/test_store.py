@@ -156,7 +156,7 @@ def test_an_unknown_format_version_is_refused(tmp_path: Path) -> None:
     store = write_store(str(tmp_path))
     payload = tmp_path / "000000.safetensors"
     payload.write_bytes(payload.read_bytes().replace(b'"format":"1"', b'"format":"9"'))
-    with pytest.raises(InputError, match=r"000000\.safetensors has format version 9, not 1"):
+    with pytest.raises(InputError, match=r"000000\.safetensors has format version 9; this distilclip reads version 1"):
         store.image(0)
     manifest = tmp_path / "manifest.parquet"
     pq.write_table(pq.read_table(manifest).replace_schema_metadata({"distilclip.format": "9"}), manifest)

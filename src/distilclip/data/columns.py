@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from distilclip import files
-from distilclip.errors import InputError
+from distilclip.errors import InputError, other_version
 
 FORMAT_VERSION = "1"
 _VERSION_KEY = "distilclip.format"
@@ -53,8 +53,5 @@ def _open(path: str) -> pq.ParquetFile:
         raise InputError(f"{path} is no complete Parquet file ({error}). Remove it and run its stage again.") from error
     version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY.encode(), b"none").decode()
     if version != FORMAT_VERSION:
-        raise InputError(
-            f"{path} has format version {version}; this distilclip reads version {FORMAT_VERSION}. "
-            "Write it again with this version, or read it with the one that wrote it."
-        )
+        raise other_version(path, version, known=FORMAT_VERSION)
     return file

@@ -13,7 +13,7 @@ from distilclip import digests, files
 from distilclip.data.columns import FORMAT_VERSION, read_columns, write_columns
 from distilclip.data.store import Store
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
-from distilclip.errors import InputError
+from distilclip.errors import InputError, other_version
 from distilclip.row_weights import weights_path
 
 GROUPS_SCHEMA = pa.schema(
@@ -27,6 +27,7 @@ GROUPS_SCHEMA = pa.schema(
 )
 LABELS_SCHEMA = pa.schema([("row", pa.uint32()), ("cluster", pa.uint32()), ("distance", pa.float32())])
 WEIGHTS_SCHEMA = pa.schema([("row", pa.uint32()), ("weight", pa.float64())])
+SCORES_SCHEMA = pa.schema([("row", pa.uint32()), ("score", pa.float32())])
 FOREST_SCHEMA = pa.schema([("left", pa.uint64()), ("right", pa.uint64()), ("distance", pa.float32())])
 
 FOREST_FILE, CENTERS_FILE = "forest.parquet", "centers.safetensors"
@@ -44,6 +45,14 @@ class Groups:
     representative: UInt64[np.ndarray, " n"]
     distance: Float32[np.ndarray, " n"]
     keep: Bool[np.ndarray, " n"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The rows of one shard that `select` scored, ascending, and their scores."""
+
+    row: UInt32[np.ndarray, " n"]
+    score: Float32[np.ndarray, " n"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +133,22 @@ def kept_rows(store: Store, shard: int, valid: Bool[np.ndarray, " r"], groups: s
     return keep
 
 
+def scores_name(shard: int) -> str:
+    """Return the name of the scores of a shard in a folder of `select`."""
+    return f"scores/{shard:06d}.parquet"
+
+
+def write_scores(folder: str, shard: int, scores: Scores) -> None:
+    """Write the scores of a shard into a folder of `select`."""
+    _write(files.join(folder, scores_name(shard)), SCORES_SCHEMA, vars(scores))
+
+
+def read_scores(folder: str, shard: int) -> Scores:
+    """Read the scores of a shard from a folder of `select`."""
+    _check(folder, scores_name(shard), stage="select")
+    return Scores(**_read(files.join(folder, scores_name(shard)), SCORES_SCHEMA))
+
+
 def write_labels(folder: str, shard: int, labels: Labels) -> None:
     """Write the labels of a shard into a cluster folder."""
     _write(labels_path(folder, shard), LABELS_SCHEMA, vars(labels))
@@ -175,8 +200,10 @@ def read_centers(folder: str) -> Float32[np.ndarray, "k dim"]:
         raise InputError(f"{path} is missing: run `distilclip cluster --out {folder}` first.")
     _check(folder, CENTERS_FILE, stage="cluster")
     version, centers = read_metadata(path).get("format"), read_tensors(path).get("centers")
-    if version != FORMAT_VERSION or centers is None or centers.ndim != 2:
-        raise InputError(f"{path} holds no centers of format version {FORMAT_VERSION}: run `distilclip cluster` again.")
+    if version != FORMAT_VERSION:
+        raise other_version(path, version, known=FORMAT_VERSION)
+    if centers is None or centers.ndim != 2:
+        raise InputError(f"{path} holds no centers: run `distilclip cluster` again.")
     lengths = np.linalg.norm(centers, axis=1)
     wrong = ~(np.abs(lengths - 1) < 1e-4)  # ~(<), so that NaN is wrong too
     if wrong.any():

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from distilclip import digests, files, folder_lock, stage_folder
-from distilclip.errors import InputError
+from distilclip.errors import InputError, OtherVersionError
 
 RESULT = "result.json"
 STAGES_OF_INPUTS = {"store": "embed", "groups": "balance", "clusters": "cluster"}
@@ -36,6 +36,8 @@ class Findings:
     whole: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)
+    is_of_other_version: bool = False
+    """whether another version of distilclip wrote it; then nothing in it is repaired"""
 
     def child(self, name: str) -> str:
         """Return the path of a file in the folder."""
@@ -43,7 +45,15 @@ class Findings:
 
     def add_fault(self, text: str, *, remove: Sequence[str] = ()) -> None:
         """Add what is wrong. With parts to `remove`, result.json goes too, so that the stage makes them anew."""
-        self.faults.append(Fault(text=text, remove=(RESULT, *remove) if remove else ()))
+        repairable = remove and not self.is_of_other_version
+        self.faults.append(Fault(text=text, remove=(RESULT, *remove) if repairable else ()))
+
+    def add_other_version(self, error: OtherVersionError) -> None:
+        """Add, once, that another version wrote the folder: what this one would make anew does not go with the rest."""
+        if not self.is_of_other_version:
+            self.is_of_other_version = True
+            self.faults = [Fault(text=fault.text) for fault in self.faults]
+            self.add_fault(str(error))
 
     def compare_digests(self) -> None:
         """Compare every file with its digest in result.json; what differs is in `changed`, to be reported with it."""
@@ -139,6 +149,9 @@ def read_or_report(found: Findings, read: Any, name: str, *, remove: Sequence[st
     """Read a file by `read`, or report that it cannot be read and return None."""
     try:
         return read()
+    except OtherVersionError as error:
+        found.add_other_version(error)
+        return None
     except (InputError, OSError, ValueError, KeyError) as error:
         said = str(error).splitlines()[0]
         found.add_fault(f"{found.child(name)} cannot be read ({said})", remove=remove)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 from distilclip import files
+from distilclip.errors import OtherVersionError
 from distilclip.integrity.findings import Findings
 from distilclip.train.checkpoint_files import complete_checkpoints, find_damage, folder_name, has_digests
 
@@ -12,7 +13,11 @@ from distilclip.train.checkpoint_files import complete_checkpoints, find_damage,
 def check_training(found: Findings) -> None:
     """Check all complete checkpoints; those that result.json names, and later ones, must be made anew together."""
     steps = complete_checkpoints(found.path)
-    damage = {step: find_damage(found.child(folder_name(step))) for step in steps}
+    try:
+        damage = {step: find_damage(found.child(folder_name(step))) for step in steps}
+    except OtherVersionError as error:
+        found.add_other_version(error)
+        return
     best = found.result.get("best") or {}
     for name in {found.result.get("checkpoint"), best.get("checkpoint")} - {None, *map(folder_name, steps)}:
         found.add_fault(f"{found.child(str(name))}, which result.json names, is missing", remove=["result.json"])

@@ -18,15 +18,13 @@ from torch import Tensor
 
 from distilclip import digests, distributed, files, stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
-from distilclip.errors import InputError
 from distilclip.models.clip import WEIGHTS_FILE
-from distilclip.train.checkpoint_files import STATE_FILE, read_state
+from distilclip.train.checkpoint_files import FORMAT, STATE_FILE, read_state
 from distilclip.train.gradient_scale import GradientScale
 from distilclip.train.optimizer import Average
 from distilclip.train.parallel import like, place_, whole
 from distilclip.train.step import Student
 
-FORMAT = 2
 TRAINED_FILE = "trained.safetensors"
 
 
@@ -98,8 +96,6 @@ def load_checkpoint(folder: str, training: Training) -> Progress:
     Raises `InputError` for a checkpoint of a format that this version does not know.
     """
     found = read_state(folder)
-    if found["format"] != FORMAT:
-        raise InputError(f"{folder} has format {found['format']}; this version reads format {FORMAT}.")
     student = training.student
     weights = _read(folder, WEIGHTS_FILE if training.average is None else TRAINED_FILE)
     for name, value in student.clip.model.state_dict().items():

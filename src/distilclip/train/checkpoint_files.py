@@ -10,12 +10,14 @@ from typing import Any
 from distilclip import digests, files, stage_folder
 from distilclip.data.reader import Reader
 from distilclip.data.tensors import read_header
-from distilclip.errors import InputError
+from distilclip.errors import InputError, OtherVersionError, other_version
 from distilclip.messages import warn
 from distilclip.sets.specs import VALIDATED
 from distilclip.train.settings import HELD_OUT, MEASURES, Checkpoints
 
 STATE_FILE = "state.json"
+FORMAT = 2
+"""Version of the files of a checkpoint."""
 
 
 def folder_name(step: int) -> str:
@@ -24,9 +26,14 @@ def folder_name(step: int) -> str:
 
 
 def read_state(folder: str) -> dict[str, Any]:
-    """Read the state.json of a checkpoint; `InputError` where it is not as it was written."""
+    """Read the state.json of a checkpoint.
+
+    Raises `InputError` where it is not as it was written, `OtherVersionError` where another version wrote it.
+    """
     path = files.join(folder, STATE_FILE)
     state = stage_folder.read_json(path)
+    if state.get("format", FORMAT) != FORMAT:
+        raise other_version(path, state["format"], known=FORMAT)
     if not digests.is_unchanged(state):
         raise InputError(digests.describe_change(path, _remedy(folder)))
     return state
@@ -36,9 +43,13 @@ def find_damage(folder: str) -> list[str]:
     """Say which files of a complete checkpoint are not as they were written; empty where all are.
 
     A checkpoint of an older version has no digests: of its files of tensors, only the length is compared.
+
+    Raises `OtherVersionError` for one of another format: whether it is damaged cannot be said.
     """
     try:
         state = read_state(folder)
+    except OtherVersionError:
+        raise
     except InputError as error:
         return [str(error)]
     found = []
