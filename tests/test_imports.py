@@ -40,7 +40,7 @@ LEVELS = [
         "row_weights",
     },
     {"losses", "vectors", "measures", "data", "corpus", "plan"},
-    {"grouping", "clustering", "sets", "models"},
+    {"grouping", "clustering", "scoring", "sets", "models"},
     {"train", "evaluate", "export", "report"},
     {"integrity"},
     {"configs"},

@@ -13,6 +13,7 @@ STAGES = {
     "corpus": "write the synthetic corpus: image-text pairs with known duplicates, and labelled sets",
     "embed": "embed image-text pairs once with the teacher, into a store",
     "balance": "group semantically similar images exactly; keep one of each group",
+    "select": "score every pair (caption fit, nearness to a target, a column of yours); keep the best",
     "cluster": "spherical k-means of the kept images: centers and labels",
     "train": "train a student with contrastive, feature, relational, instance and cluster terms",
     "evaluate": "zero-shot, linear probe and retrieval of any number of models, in one table",

@@ -68,15 +68,20 @@ def read_row_weights(path: str, places: RowPlaces, *, column: str = "weight") ->
         read = functools.partial(_read_shard, path, places, column)
         with ThreadPoolExecutor(16) as pool:  # each shard of a remote folder takes a few requests
             weights = np.concatenate(list(pool.map(read, range(len(places.num_rows)))))
-    elif path.endswith((".npy", ".parquet")):
-        weights = _look_up(path, places, column)
     else:
-        raise InputError(
-            f"row_weights: {path} is no folder, no .parquet and no .npy. Give one of these; docs/formats.md says more."
-        )
+        weights = _check_weights(read_row_values(path, places, column=column), places, path)
     if not weights.any():
         raise InputError(f"{path}: all weights are 0, so there is nothing to train on. Give some rows more.")
     return weights
+
+
+def read_row_values(path: str, places: RowPlaces, *, column: str) -> Float64[np.ndarray, " n"]:
+    """Read a number of each of n rows from one Parquet file or a .npy, as `read_row_weights`; NaN where it has none."""
+    if not path.endswith((".npy", ".parquet")):
+        raise InputError(f"{path} is no folder, no .parquet and no .npy. Give one of these; docs/formats.md says more.")
+    table = _read_array(path) if path.endswith(".npy") else _read_table(path, column)
+    found = _find(table, places, path)
+    return np.append(table["weight"].to_numpy(), np.nan)[found]  # -1, not found, is the NaN at the end
 
 
 def _read_shard(folder: str, places: RowPlaces, column: str, shard: int) -> Float64[np.ndarray, " m"]:
@@ -85,14 +90,11 @@ def _read_shard(folder: str, places: RowPlaces, column: str, shard: int) -> Floa
         return np.empty(0)
     if not files.exists(path):
         raise InputError(f"{path} is missing: a folder of weights has such a file for every shard that is trained on.")
-    return _look_up(path, own, column)
+    return _check_weights(read_row_values(path, own, column=column), own, path)
 
 
-def _look_up(path: str, places: RowPlaces, column: str) -> Float64[np.ndarray, " n"]:
-    """Return the weights of the rows from one file."""
-    table = _read_array(path) if path.endswith(".npy") else _read_table(path, column)
-    found = _find(table, places, path)
-    weights = np.append(table["weight"].to_numpy(), np.nan)[found]  # -1, not found, is the NaN at the end
+def _check_weights(weights: Float64[np.ndarray, " n"], places: RowPlaces, path: str) -> Float64[np.ndarray, " n"]:
+    """Return the weights, once each is one."""
     wrong = ~((weights >= 0) & (weights < np.inf))
     if wrong.any():
         at = int(np.argmax(wrong))

@@ -79,6 +79,10 @@ def read_finished(path: str, *, stage: str | None = None) -> StageRecord | None:
     return record if record is not None and record.result and stage in (None, record.stage) else None
 
 
+STANDS_FOR = {"select": "balance"}
+"""Stages whose folders say which rows are kept as others' do, so that they can stand in their place."""
+
+
 def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any]:
     """Return the result of a finished stage folder; `InputError` names the stage that is missing or unfinished.
 
@@ -87,7 +91,7 @@ def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any
     record = read_record(str(path))
     if record is None:
         raise InputError(f"{path} is no {stage} folder: run `distilclip {stage} --out {path}` first.")
-    if record.stage != stage:
+    if stage not in (record.stage, STANDS_FOR.get(record.stage)):
         raise InputError(f"{path} was written by `distilclip {record.stage}`; a {stage} folder is needed here.")
     if not record.result:
         again = f"--out {path}` with the right values" if _holds_nothing(path) else f"{path}/config.json` to finish it"

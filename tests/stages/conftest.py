@@ -20,10 +20,11 @@ def write_store(
     shards: int = 3,
     dim: int = 16,
     same_file: Sequence[tuple[int, int]] = (),
+    text_noise: float = 0.0,
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """A finished store of images of which a third are near-copies across shards; its rows, and which are valid.
 
-    Of each pair in `same_file`, the second row's image file is that of the first.
+    Of each pair in `same_file`, the second row's image file is that of the first. Texts are the images with noise.
     """
     random = np.random.default_rng(0)
     n = rows * shards
@@ -36,6 +37,9 @@ def write_store(
     digests = random.integers(1, 255, (n, 32)).astype(np.uint8)
     for first, second in same_file:
         digests[second] = digests[first]
+    text = x if text_noise == 0 else x + text_noise * random.standard_normal(x.shape) * random.random((n, 1))
+    text = (text / np.maximum(np.linalg.norm(text, axis=1, keepdims=True), 1e-6)).astype(np.float16)
+    text[~valid] = 0
     lines = []
     for shard in range(shards):
         here = slice(shard * rows, (shard + 1) * rows)
@@ -52,7 +56,7 @@ def write_store(
             shard,
             table,
             image=x[here],
-            text=x[here],
+            text=text[here],
             source=SourceFile(uri=f"{shard}.tar", num_bytes=1, sha256="s", truncated=False),
             teacher=TEACHER,
         )

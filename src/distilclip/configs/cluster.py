@@ -19,7 +19,7 @@ class Config:
     """folder to write: centers.safetensors, labels, result.json"""
     fit: FitOptions
     groups: str | None = None
-    """folder of `balance`: cluster kept images only (default: every valid image)"""
+    """folder of `balance` or `select`: cluster kept images only (default: every valid image)"""
     device: str = changeable("auto")
     """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
     execution: Engine = field(default_factory=Engine)

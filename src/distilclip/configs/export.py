@@ -25,7 +25,7 @@ class RowOptions:
     store: str | None = None
     """folder of `embed` to export from"""
     groups: str | None = None
-    """folder of `balance`: export only the rows that it keeps (default: every valid row)"""
+    """folder of `balance` or `select`: export only the rows that it keeps (default: every valid row)"""
     subset: str | None = None
     """DataComp subset file: export only the samples whose uid it lists"""
     uid: Literal["json", "md5"] = "json"

@@ -50,7 +50,7 @@ class Config:
     other_stores: tuple[str, ...] = ()
     """stores of further teachers of the same pairs; FOLDER=0.5 gives one half the weight of the first"""
     groups: str | None = None
-    """folder of `balance`: train on kept rows only"""
+    """folder of `balance` or `select`: train on kept rows only"""
     clusters: str | None = None
     """folder of `cluster`: centers and labels for the cluster term"""
     live_teacher: str | None = None

@@ -11,6 +11,8 @@ docs/log.md says what it finds among photographs and re-encoded, resized and rec
 
 from __future__ import annotations
 
+from typing import Any
+
 import open_clip
 import torch
 from jaxtyping import Float, Int
@@ -40,11 +42,16 @@ _TO_LUMINANCE = ((0.299, 0.587, 0.114), (-0.1687, -0.3313, 0.5), (0.5, -0.4187, 
 class PerceptualTowers(nn.Module):
     """Two towers without parameters: pictures by their low frequencies, and one embedding for all texts."""
 
+    basis: Tensor
+    to_luminance: Tensor
+    luminance_weights: Tensor
+    colour_weights: Tensor
+
     def __init__(self) -> None:
         super().__init__()
-        self.visual = nn.Module()
-        self.visual.preprocess_cfg = PREPROCESSING
-        self.visual.image_size = (SIZE, SIZE)
+        visual: Any = nn.Module()
+        visual.preprocess_cfg, visual.image_size = PREPROCESSING, (SIZE, SIZE)
+        self.visual = visual
         self.context_length = open_clip.tokenizer.DEFAULT_CONTEXT_LENGTH
         # One row for each frequency [frequencies, SIZE] of the orthonormal cosine transform (DCT-II).
         frequency, place = torch.arange(LUMINANCE)[:, None], torch.arange(SIZE)[None]

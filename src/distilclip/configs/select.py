@@ -1,0 +1,60 @@
+"""State the options of `distilclip select`. Imports neither torch nor numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distilclip.engine import Engine
+from distilclip.errors import InputError
+from distilclip.options import changeable, check_at_least
+
+ScoreName = Literal["clip-score", "neg-clip-loss", "norm-sim", "column"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Flags of `distilclip select`."""
+
+    store: str
+    """folder that `embed` wrote"""
+    out: str
+    """folder to write: the score of every pair and which pairs are kept; later stages read it as --groups"""
+    score: ScoreName
+    """clip-score: how well the caption fits the picture (cosine); neg-clip-loss: that, less what the pair has in common
+    with random others; norm-sim: the picture's largest similarity to one of --targets; column: one of --values"""
+    top: float | None = None
+    """keep this share of the pairs, those with the highest scores"""
+    at_least: float | None = None
+    """keep the pairs with this score or a higher one"""
+    groups: str | None = None
+    """folder of `balance` or of another `select`: score and keep only pairs that it keeps (default: all valid ones)"""
+    targets: tuple[str, ...] = ()
+    """stores of pictures that the data is wanted for, for norm-sim; of the same teacher"""
+    values: str | None = None
+    """scores of your own, for column: a .parquet with rows named by shard and row or by key, a .npy, or a folder"""
+    column: str = "score"
+    """column of --values that holds the score"""
+    num_others: int = 4096
+    """number of random pairs that neg-clip-loss compares every pair with"""
+    seed: int = 0
+    """random seed that draws these"""
+    device: str = changeable("auto")
+    """auto (CUDA, then MPS, then CPU) or a torch device; on Ray, cuda gives each worker a GPU of its own"""
+    execution: Engine = field(default_factory=Engine)
+
+    def __post_init__(self) -> None:
+        if (self.top is None) == (self.at_least is None):
+            raise InputError("select needs either --top (a share, such as 0.3) or --at-least (a score).")
+        if self.top is not None and not 0 < self.top <= 1:
+            raise InputError(f"top is {self.top!r}; it is a share above 0 and at most 1.")
+        for name, score in (("targets", "norm-sim"), ("values", "column")):
+            if bool(getattr(self, name)) != (self.score == score):
+                verb = "needs" if self.score == score else "has no use for"
+                raise InputError(f"--score {self.score} {verb} --{name}.")
+        check_at_least(self, 2, "num_others")
+
+    def inputs(self) -> list[tuple[str, str]]:
+        """Return the finished folders that this stage reads, each with its stage."""
+        groups = [(self.groups, "balance")] if self.groups else []
+        return [(self.store, "embed"), *groups, *((path, "embed") for path in self.targets)]

@@ -1,0 +1,1 @@
+"""Score pairs by their embeddings, to keep the best of them."""
