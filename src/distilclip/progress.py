@@ -22,7 +22,7 @@ SUMMARIES = {
     "corpus": "{num_pairs:,} pairs, {removable_ratio:.1%} of them copies of others",
     "embed": "{num_valid:,} of {num_rows:,} pairs embedded, {num_invalid:,} could not be used",
     "balance": "kept {num_kept:,} of {num_valid:,} images ({removed_ratio:.1%} removed)",
-    "select": "kept {num_kept:,} of {num_scored:,} pairs, those with a {score} of {threshold:.4g} or more",
+    "select": "kept {num_kept:,} of {num_scored:,} pairs, those with a {score} {side} {threshold:.4g}",
     "cluster": "{num_labelled:,} images in {num_centers:,} clusters",
     "train": "{num_samples_seen:,} samples seen, {num_parameters:,} parameters",
     "evaluate": "measured {models} models on {sets} sets",

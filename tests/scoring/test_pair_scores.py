@@ -53,9 +53,12 @@ def test_a_share_keeps_the_best_and_all_that_are_equal_to_the_last() -> None:
     assert (scores >= np.float32(cut.threshold)).sum() == 300
     assert cut_share(np.zeros(10, np.float32), share=0.1).num_kept == 10
     assert cut_share(scores, share=1.0).num_kept == 1000
-    assert cut_value(scores, threshold=0.0).num_kept == (scores >= 0).sum()
+    assert cut_value(scores, threshold=0.0, side="at-least").num_kept == (scores >= 0).sum()
+    assert cut_value(scores, threshold=0.0, side="below").num_kept == (scores < 0).sum()
     with pytest.raises(InputError, match=r"No row has a score of 9 or more: the largest is 3\.\d+"):
-        cut_value(scores, threshold=9.0)
+        cut_value(scores, threshold=9.0, side="at-least")
+    with pytest.raises(InputError, match=r"No row has a score below -9: the smallest is -\d"):
+        cut_value(scores, threshold=-9.0, side="below")
     curve = share_curve(scores)
     assert [point["share"] for point in curve][-1] == 1.0
     assert [cut_share(scores, share=point["share"]).threshold for point in curve] == [p["threshold"] for p in curve]

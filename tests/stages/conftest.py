@@ -21,10 +21,12 @@ def write_store(
     dim: int = 16,
     same_file: Sequence[tuple[int, int]] = (),
     text_noise: float = 0.0,
+    images: np.ndarray | None = None,
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """A finished store of images of which a third are near-copies across shards; its rows, and which are valid.
 
     Of each pair in `same_file`, the second row's image file is that of the first. Texts are the images with noise.
+    With `images`, these are its rows, all valid.
     """
     random = np.random.default_rng(0)
     n = rows * shards
@@ -34,6 +36,8 @@ def write_store(
     x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
     valid = random.random(n) < 0.9
     x[~valid] = 0
+    if images is not None:
+        x, valid = images.astype(np.float16), np.ones(n, bool)
     digests = random.integers(1, 255, (n, 32)).astype(np.uint8)
     for first, second in same_file:
         digests[second] = digests[first]

@@ -97,6 +97,25 @@ def test_targets_and_own_values_are_scores(store: tuple[str, np.ndarray], tmp_pa
         main(Config(store=path, out=str(tmp_path / "none"), top=0.5, **options))
 
 
+def test_every_copy_of_a_picture_of_an_evaluation_set_is_found_and_removed(tmp_path: Path) -> None:
+    """Ten training pictures are put into the evaluation set, five of them a little changed."""
+    path, x, valid = write_store(tmp_path / "store", text_noise=1.0)
+    taken = np.flatnonzero(valid)[3::11][:10]
+    planted = x[taken].astype(np.float64)
+    planted[::2] += 0.02 * np.random.default_rng(1).normal(size=planted[::2].shape)
+    planted /= np.linalg.norm(planted, axis=1, keepdims=True)
+    targets, _, _ = write_store(tmp_path / "targets", rows=10, shards=1, images=planted)
+    out = str(tmp_path / "clean")
+    options: dict[str, Any] = {"score": "norm-sim", "targets": (targets,), "below": 0.99, "device": "cpu"}
+    result = main(Config(store=path, out=out, **options))
+    stored = planted.astype(np.float16).astype(np.float64)
+    near = (x.astype(np.float64) @ stored.T).max(axis=1) >= 0.99
+    assert near[taken].all()
+    np.testing.assert_array_equal(kept(out), ~near[valid])
+    assert result["num_scored"] - result["num_kept"] == (near & valid).sum()
+    assert cli.main(["verify", out]) == 0
+
+
 def test_engines_and_kills_change_no_byte(store: tuple[str, np.ndarray], tmp_path: Path) -> None:
     path, _ = store
     options: dict[str, Any] = {"store": path, "score": "neg-clip-loss", "num_others": 30, "top": 0.5, "device": "cpu"}
@@ -132,7 +151,7 @@ def test_verify_finds_what_does_not_fit_and_select_makes_it_again(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"score": "clip-score"}, "either --top .* or --at-least"),
+        ({"score": "clip-score"}, "one of --top .*, --at-least and --below"),
         ({"score": "clip-score", "top": 1.5}, "a share above 0 and at most 1"),
         ({"score": "norm-sim", "top": 0.5}, "--score norm-sim needs --targets"),
         ({"score": "clip-score", "top": 0.5, "values": "x.npy"}, "--score clip-score has no use for --values"),

@@ -27,6 +27,8 @@ class Config:
     """keep this share of the pairs, those with the highest scores"""
     at_least: float | None = None
     """keep the pairs with this score or a higher one"""
+    below: float | None = None
+    """keep the pairs with a lower score than this: with norm-sim, what is no copy of a picture of --targets"""
     groups: str | None = None
     """folder of `balance` or of another `select`: score and keep only pairs that it keeps (default: all valid ones)"""
     targets: tuple[str, ...] = ()
@@ -44,8 +46,8 @@ class Config:
     execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
-        if (self.top is None) == (self.at_least is None):
-            raise InputError("select needs either --top (a share, such as 0.3) or --at-least (a score).")
+        if sum(value is not None for value in (self.top, self.at_least, self.below)) != 1:
+            raise InputError("select needs one of --top (a share, such as 0.3), --at-least and --below (scores).")
         if self.top is not None and not 0 < self.top <= 1:
             raise InputError(f"top is {self.top!r}; it is a share above 0 and at most 1.")
         for name, score in (("targets", "norm-sim"), ("values", "column")):

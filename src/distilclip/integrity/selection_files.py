@@ -9,6 +9,7 @@ import numpy as np
 
 from distilclip.data.side_files import groups_name, read_groups, read_scores, scores_name
 from distilclip.integrity.findings import Findings, list_parts, read_or_report
+from distilclip.scoring.cut import on_side
 
 
 def check_selection(found: Findings) -> None:
@@ -27,10 +28,12 @@ def check_selection(found: Findings) -> None:
         groups = read_or_report(found, partial(read_groups, found.path, shard), both[1], remove=both[1:])
         if scores is None or groups is None:
             continue
-        chosen = scores.row[scores.score >= np.float32(found.result.get("threshold", -np.inf))]
-        if found.result and not np.array_equal(chosen, groups.row[groups.keep]):
-            found.add_fault(f"{found.child(both[1])}: what it keeps is not what has the scores for it", remove=both[1:])
-            continue
+        if found.result:
+            kept = on_side(scores.score, threshold=found.result["threshold"], side=found.result["side"])
+            if not np.array_equal(scores.row[kept], groups.row[groups.keep]):
+                text = f"{found.child(both[1])}: what it keeps is not what has the scores for it"
+                found.add_fault(text, remove=both[1:])
+                continue
         num_scored, num_kept, num_whole = num_scored + len(scores.row), num_kept + int(groups.keep.sum()), num_whole + 1
     for name, count in (("num_scored", num_scored), ("num_kept", num_kept)):
         if not found.faults and found.result.get(name, count) != count:

@@ -36,7 +36,7 @@ from distilclip.engine import map_parts
 from distilclip.errors import InputError
 from distilclip.progress import progress
 from distilclip.row_weights import RowPlaces, read_row_values
-from distilclip.scoring.cut import cut_share, cut_value, share_curve
+from distilclip.scoring.cut import Cut, cut_share, cut_value, on_side, share_curve
 from distilclip.scoring.pair_scores import clip_score, neg_clip_loss, norm_similarity
 
 NUM_EXAMPLES = 12  # pairs on either side of the cut, in the result
@@ -59,26 +59,33 @@ def main(config: Config) -> dict[str, Any]:
     scores = np.concatenate([table.score for table in tables])
     if not len(scores):
         raise InputError(f"{config.store}: no pair is valid and kept, so there is nothing to select from.")
-    if config.top is not None:
-        cut = cut_share(scores, share=config.top)
-    else:
-        assert config.at_least is not None
-        cut = cut_value(scores, threshold=config.at_least)
+    cut = _cut(config, scores)
     for shard, table in enumerate(tables):
-        _write_kept(folder.path, store, shard, config.groups, table.row[table.score >= np.float32(cut.threshold)])
+        kept = table.row[on_side(table.score, threshold=cut.threshold, side=cut.side)]
+        _write_kept(folder.path, store, shard, config.groups, kept)
     names = [name(shard) for shard in shards for name in (groups_name, scores_name)]
     return folder.finish(
         {
             "score": config.score,
             "threshold": cut.threshold,
+            "side": cut.side,
             "num_scored": len(scores),
             "num_kept": cut.num_kept,
             "removed_ratio": 1 - cut.num_kept / len(scores),
             "curve": share_curve(scores),
-            "borderline": _borderline(tables, cut.threshold),
+            "borderline": _borderline(tables, cut),
             "digests": digests.digest_files(folder.path, names),
         }
     )
+
+
+def _cut(config: Config, scores: Float32[np.ndarray, " n"]) -> Cut:
+    if config.top is not None:
+        return cut_share(scores, share=config.top)
+    if config.at_least is not None:
+        return cut_value(scores, threshold=config.at_least, side="at-least")
+    assert config.below is not None
+    return cut_value(scores, threshold=config.below, side="below")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,15 +193,13 @@ def _write_kept(folder: str, store: Store, shard: int, groups: str | None, kept:
     write_groups(folder, shard, table)
 
 
-def _borderline(tables: list[Scores], threshold: float) -> dict[str, Any]:
+def _borderline(tables: list[Scores], cut: Cut) -> dict[str, Any]:
     """List the pairs nearest to the cut on either side: what to look at before trusting it."""
     ids = np.concatenate([sample_id(shard, table.row) for shard, table in enumerate(tables)])
     scores = np.concatenate([table.score for table in tables])
+    kept = on_side(scores, threshold=cut.threshold, side=cut.side)
     found = {}
-    for name, rows in (
-        ("kept", np.flatnonzero(scores >= np.float32(threshold))),
-        ("removed", np.flatnonzero(scores < np.float32(threshold))),
-    ):
-        nearest = rows[np.argsort(np.abs(scores[rows] - threshold), kind="stable")[:NUM_EXAMPLES]]
+    for name, rows in (("kept", np.flatnonzero(kept)), ("removed", np.flatnonzero(~kept))):
+        nearest = rows[np.argsort(np.abs(scores[rows] - cut.threshold), kind="stable")[:NUM_EXAMPLES]]
         found[name] = [{"id": int(ids[at]), "score": float(scores[at])} for at in nearest]
     return found
