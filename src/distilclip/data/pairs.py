@@ -75,8 +75,11 @@ class Index:
     def read(cls, store: Store, shard: int) -> Index:
         """Read the index of a shard."""
         table = store.columns(shard, "key", "offset", "size", "valid", "image_sha256")
-        numbers = (table[name].to_numpy() for name in ("offset", "size", "valid"))
-        return cls(table["key"].combine_chunks(), *numbers, digest_beginnings(table["image_sha256"]))
+        return cls(
+            key=table["key"].combine_chunks(),
+            **{name: table[name].to_numpy() for name in ("offset", "size", "valid")},
+            image_digest=digest_beginnings(table["image_sha256"]),
+        )
 
 
 def digest_beginnings(image_sha256: pa.ChunkedArray) -> UInt64[np.ndarray, " n"]:
