@@ -10,6 +10,7 @@ import pytest
 from jaxtyping import Float
 
 from distilclip.errors import InputError
+from distilclip.grouping import cover
 from distilclip.grouping.balance import balance
 from distilclip.grouping.cover import cells, choose_cover
 from distilclip.grouping.representatives import choose_in_batches
@@ -83,6 +84,18 @@ def test_where_one_row_is_near_all_others_cover_and_union_find_agree() -> None:
     plain, cover = (balance(x, threshold=0.3, metric="cosine", rule=rule) for rule in ("union-find", "cover"))
     np.testing.assert_array_equal(plain.representative, cover.representative)
     np.testing.assert_array_equal(plain.group, cover.group)
+
+
+def test_a_large_group_shared_among_threads_is_covered_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = clouds(num=700, seed=7)
+    points, group = Points.of(x, metric="euclidean"), np.zeros(len(x), int)
+    alone = choose_cover(points, group, near=Tolerance(0.6, "euclidean"))
+    monkeypatch.setattr(cover, "LARGE", 2)
+    for block in (1, 100, 700):
+        monkeypatch.setattr(cover, "BLOCK", block)
+        shared = choose_cover(points, group, near=Tolerance(0.6, "euclidean"))
+        np.testing.assert_array_equal(shared[0], alone[0])
+        np.testing.assert_array_equal(shared[1], alone[1])
 
 
 def test_batches_of_groups_choose_the_same_rows() -> None:

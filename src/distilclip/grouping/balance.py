@@ -59,7 +59,8 @@ if TYPE_CHECKING:
 
 NUM_CURVE_POINTS = 100
 NUM_COVERS = 20  # points of the curve where each is computed anew
-SEARCH_STEPS = 12  # halvings of the interval in which the threshold for a share is sought
+SEARCH_STEPS = 12  # halvings of the interval in which the threshold for a share of a cover is sought, at most
+NEAR_ENOUGH = 0.0005  # to a share of the rows: then the search ends
 
 # Of a way to choose, and of every row's group (its smallest row, -1 for none): the representative and the squared
 # distance to it. It reads the rows.
@@ -253,7 +254,7 @@ def balance(
             row that stands for it.
         top_k: list length of `topk`.
         target_removed: choose the threshold that removes this share of the valid rows (by the rule `cover`: to within
-            the 4,096th part of `max_threshold`).
+            0.0005, or the 4,096th part of `max_threshold`).
         max_threshold: search this far, for the curve, `Balance.at` and `target_removed`; default `threshold`.
         valid: rows to use; the others belong to no group. Default all.
         memory_gb: working memory of the search beyond the rows; default 1.
@@ -357,6 +358,8 @@ def _threshold_for(rule: Rule, forest: Forest, valid: Bool[np.ndarray, " n"], re
     for _ in range(SEARCH_STEPS):
         middle = (low + high) / 2
         shares[middle] = removed(middle)
+        if abs(shares[middle] - wanted) <= NEAR_ENOUGH:
+            return middle
         low, high = (middle, high) if shares[middle] < wanted else (low, middle)
     return min(shares, key=lambda threshold: (abs(shares[threshold] - wanted), threshold))
 

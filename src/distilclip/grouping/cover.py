@@ -18,6 +18,7 @@ and 2.8, and then 0, which is not near 1.9.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import no_type_check
 
 import numpy as np
@@ -32,6 +33,7 @@ from distilclip.vectors.tolerance import Tolerance
 
 ROUNDING = 1e-9  # of distances to a mean, far above what float64 can be wrong
 DIMS_AT_ONCE = 16  # dimensions after which a sum that is already too large ends
+LARGE, BLOCK = 4096, 2048  # members from which on a group is shared among threads, and how many are looked at at a time
 
 
 def choose_cover(
@@ -49,11 +51,15 @@ def choose_cover(
     """
     chosen, squared = represent_themselves(group)
     order, bounds, several = several_members(group)
-    values, limit = kernel_view(points.values), near.largest_squared
+    values, scale, limit = kernel_view(points.values), points.scale, near.largest_squared
+    is_large = np.diff(bounds)[several] >= LARGE
+    small = several[~is_large]
     in_threads(
-        lambda start, stop: _cover(values, points.scale, order, bounds, several[start:stop], limit, chosen, squared),
-        len(several),
+        lambda start, stop: _cover(values, scale, order, bounds, small[start:stop], limit, chosen, squared), len(small)
     )
+    for g in several[is_large]:
+        members, far = _by_distance(values, scale, order[bounds[g] : bounds[g + 1]])
+        _cover_large(values, scale, members, far, limit, chosen, squared)
     return chosen, squared
 
 
@@ -65,43 +71,100 @@ def cells(representative: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     return np.where(representative >= 0, smallest[representative], -1)
 
 
+def _cover_large(
+    values: np.ndarray,
+    scale: np.ndarray,
+    members: Int[np.ndarray, " m"],
+    far: Float[np.ndarray, " m"],
+    limit: float,
+    chosen: Int[np.ndarray, " n"],
+    squared: Float[np.ndarray, " n"],
+) -> None:
+    """Cover one group as `_cover` does, with its rows shared among threads."""
+    kept = np.empty(0, np.int64)
+    for start in range(0, len(members), BLOCK):
+        block = slice(start, min(start + BLOCK, len(members)))
+        is_near = np.zeros(block.stop - start, np.bool_)
+        in_threads(partial(_mark_near, values, scale, members, far, kept, limit, is_near, start), len(is_near))
+        fresh = _keep_rest(values, scale, members, far, start + np.flatnonzero(~is_near), limit)
+        kept = np.concatenate([kept, fresh])
+    in_threads(partial(_assign, values, scale, members, far, kept, limit, chosen, squared), len(members))
+
+
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
 def _cover(values, scale, order, bounds, groups, limit, chosen, squared):
-    reach = np.sqrt(limit) * (1 + ROUNDING) + ROUNDING
     for g in groups:
-        # 1. The members [m] by their distance to the mean; ties of rounding go to the smaller row.
-        members = order[bounds[g] : bounds[g + 1]]
-        from_mean = squared_to_mean(values, scale, members)
-        from_mean = np.maximum(from_mean, from_mean.min() + TIE)
-        by_distance = np.argsort(from_mean, kind="mergesort")
-        members, far = members[by_distance], np.sqrt(from_mean[by_distance])
-        # 2. Each is kept unless a kept one is near. Those kept so far are at[:num], their `far` ascends.
-        at, num, low = np.empty(len(members), np.int64), 0, 0
-        for a in range(len(members)):
-            while low < num and far[at[low]] < far[a] - reach:
-                low += 1
-            is_near = False
-            for k in range(num - 1, low - 1, -1):
-                if _squared_within(values, scale, members[a], members[at[k]], limit) <= limit:
-                    is_near = True
-                    break
-            if not is_near:
-                at[num] = a
-                num += 1
-        # 3. Each belongs to the nearest kept one, the smaller row of two.
-        low = 0
-        for a in range(len(members)):
-            while low < num and far[at[low]] < far[a] - reach:
-                low += 1
-            i, best = members[a], np.inf
-            for k in range(low, num):
-                if far[at[k]] > far[a] + reach:
-                    break
-                j = members[at[k]]
-                total = 0.0 if i == j else _squared_within(values, scale, i, j, min(limit, best))
-                if total <= limit and (total < best or (total == best and j < chosen[i])):
-                    best, chosen[i], squared[i] = total, j, total
+        members, far = _by_distance(values, scale, order[bounds[g] : bounds[g + 1]])
+        kept = _keep_rest(values, scale, members, far, np.arange(len(members)), limit)
+        _assign(values, scale, members, far, kept, limit, chosen, squared, 0, len(members))
+
+
+@njit(nogil=True, cache=True, fastmath=SUM)
+@no_type_check
+def _by_distance(values, scale, members):
+    # The members by their distance to the mean, and that distance; ties of rounding go to the smaller row.
+    from_mean = squared_to_mean(values, scale, members)
+    from_mean = np.maximum(from_mean, from_mean.min() + TIE)
+    by_distance = np.argsort(from_mean, kind="mergesort")
+    return members[by_distance], np.sqrt(from_mean[by_distance])
+
+
+# In the kernels below, `kept` and `places` are places in `members`, ascending, so that `far` ascends along them.
+
+
+@njit(nogil=True, cache=True, fastmath=SUM)
+@no_type_check
+def _mark_near(values, scale, members, far, kept, limit, is_near, offset, start, stop):
+    # Whether a kept member is near, for the members from offset + start to before offset + stop.
+    distances, reach = far[kept], _reach(limit)
+    for a in range(offset + start, offset + stop):
+        low = np.searchsorted(distances, far[a] - reach)
+        for k in range(len(kept) - 1, low - 1, -1):
+            if _squared_within(values, scale, members[a], members[kept[k]], limit) <= limit:
+                is_near[a - offset] = True
+                break
+
+
+@njit(nogil=True, cache=True, fastmath=SUM)
+@no_type_check
+def _keep_rest(values, scale, members, far, places, limit):
+    # Of some places, those that are kept: each that is near to none of them kept before.
+    kept, num, low, reach = np.empty(len(places), np.int64), 0, 0, _reach(limit)
+    for a in places:
+        while low < num and far[kept[low]] < far[a] - reach:
+            low += 1
+        is_near = False
+        for k in range(num - 1, low - 1, -1):
+            if _squared_within(values, scale, members[a], members[kept[k]], limit) <= limit:
+                is_near = True
+                break
+        if not is_near:
+            kept[num] = a
+            num += 1
+    return kept[:num].copy()
+
+
+@njit(nogil=True, cache=True, fastmath=SUM)
+@no_type_check
+def _assign(values, scale, members, far, kept, limit, chosen, squared, start, stop):
+    # Of each member, the nearest kept one, the smaller row of two.
+    distances, reach = far[kept], _reach(limit)
+    for a in range(start, stop):
+        i, best = members[a], np.inf
+        for k in range(np.searchsorted(distances, far[a] - reach), len(kept)):
+            if distances[k] > far[a] + reach:
+                break
+            j = members[kept[k]]
+            total = 0.0 if i == j else _squared_within(values, scale, i, j, min(limit, best))
+            if total <= limit and (total < best or (total == best and j < chosen[i])):
+                best, chosen[i], squared[i] = total, j, total
+
+
+@njit(nogil=True, cache=True)
+@no_type_check
+def _reach(limit):
+    return np.sqrt(limit) * (1 + ROUNDING) + ROUNDING
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
