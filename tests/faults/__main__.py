@@ -29,6 +29,11 @@ DRILLS = (
     "hostile_files",
     "private_words",
     "numbers",
+    "elasticity",
+    "ray_kills",
+    "format_versions",
+    "long_training",
+    "large_store",
 )
 """The modules of this folder that have a function `drill`, in the order of the page."""
 

@@ -24,7 +24,7 @@ from tests.faults.stage_cases import World
 
 MOST_GROWTH = 0.5
 """Megabytes in 1,000 steps that count as flat: a million steps stay below half a gigabyte."""
-BATCH = 8
+ROWS, BATCH = 96, 8  # loader processes are a third of an epoch ahead
 
 
 def drill(folder: Path, *, size: Size) -> list[Outcome]:
@@ -44,7 +44,7 @@ def restart_loaders(folder: Path, *, num_epochs: int, num_kills: bool) -> Outcom
 
     started = time.monotonic()
     workers._CHECK_SECONDS = 1  # else it takes ten seconds to find that one was killed
-    source = PairSource(data=write_pairs(folder, 48))
+    source = PairSource(data=write_pairs(folder, ROWS))
     stream = open_stream(source, Presentation(sizes=[32], tokenize=_tokenize, seed=0), batch_size=BATCH)
     problems, step, ended = [], 0, Counter[str]()
     for epoch in range(num_epochs):
@@ -65,12 +65,12 @@ def restart_loaders(folder: Path, *, num_epochs: int, num_kills: bool) -> Outcom
         for batch in stream.batches(start=step, stop=stop, num_workers=1):
             step += 1
             seen.update(batch.ids.tolist())
-        if len(seen) != 48 or set(seen.values()) != {1}:
-            problems.append(f"epoch {epoch} ({how}): {48 - len(seen)} pairs lost, {seen.total() - len(seen)} doubled")
+        if len(seen) != ROWS or set(seen.values()) != {1}:
+            problems.append(f"epoch {epoch} ({how}): {ROWS - len(seen)} pairs lost, {seen.total() - len(seen)} doubled")
     return outcome(
         "Loader processes that are begun anew in every epoch, left in the middle of it or killed there lose and double "
         "no sample.",
-        f"{num_epochs} epochs of 48 pairs, each counted; {ended['left']} were left and {ended['killed']} killed in the "
+        f"{num_epochs} epochs of {ROWS} pairs, each counted; {ended['left']} were left and {ended['killed']} killed in the "
         "middle, and gone on with from the next step.",
         [(num_epochs, problems)],
         started,
