@@ -19,7 +19,7 @@ and 2.8, and then 0, which is not near 1.9.
 from __future__ import annotations
 
 from functools import partial
-from typing import no_type_check
+from typing import NamedTuple, no_type_check
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -59,7 +59,7 @@ def choose_cover(
     )
     for g in several[is_large]:
         members, far = _by_distance(values, scale, order[bounds[g] : bounds[g + 1]])
-        _cover_large(values, scale, members, far, limit, chosen, squared)
+        _cover_large(Ordered(values, scale, members, far, limit), chosen, squared)
     return chosen, squared
 
 
@@ -71,24 +71,24 @@ def cells(representative: Int[np.ndarray, " n"]) -> Int[np.ndarray, " n"]:
     return np.where(representative >= 0, smallest[representative], -1)
 
 
-def _cover_large(
-    values: np.ndarray,
-    scale: np.ndarray,
-    members: Int[np.ndarray, " m"],
-    far: Float[np.ndarray, " m"],
-    limit: float,
-    chosen: Int[np.ndarray, " n"],
-    squared: Float[np.ndarray, " n"],
-) -> None:
+class Ordered(NamedTuple):
+    """The members of a group in the order of their distances to its mean, `far`, and what compares them."""
+
+    values: np.ndarray  # [n, dim], of all rows
+    scale: Float[np.ndarray, " n"]
+    members: Int[np.ndarray, " m"]
+    far: Float[np.ndarray, " m"]
+    limit: float  # the largest squared distance that is near
+
+
+def _cover_large(group: Ordered, chosen: Int[np.ndarray, " n"], squared: Float[np.ndarray, " n"]) -> None:
     """Cover one group as `_cover` does, with its rows shared among threads."""
     kept = np.empty(0, np.int64)
-    for start in range(0, len(members), BLOCK):
-        block = slice(start, min(start + BLOCK, len(members)))
-        is_near = np.zeros(block.stop - start, np.bool_)
-        in_threads(partial(_mark_near, values, scale, members, far, kept, limit, is_near, start), len(is_near))
-        fresh = _keep_rest(values, scale, members, far, start + np.flatnonzero(~is_near), limit)
-        kept = np.concatenate([kept, fresh])
-    in_threads(partial(_assign, values, scale, members, far, kept, limit, chosen, squared), len(members))
+    for start in range(0, len(group.members), BLOCK):
+        is_near = np.zeros(min(BLOCK, len(group.members) - start), np.bool_)
+        in_threads(partial(_mark_near, group, kept, is_near, start), len(is_near))
+        kept = np.concatenate([kept, _keep_rest(group, start + np.flatnonzero(~is_near))])
+    in_threads(partial(_assign, group, kept, chosen, squared), len(group.members))
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
@@ -96,8 +96,9 @@ def _cover_large(
 def _cover(values, scale, order, bounds, groups, limit, chosen, squared):
     for g in groups:
         members, far = _by_distance(values, scale, order[bounds[g] : bounds[g + 1]])
-        kept = _keep_rest(values, scale, members, far, np.arange(len(members)), limit)
-        _assign(values, scale, members, far, kept, limit, chosen, squared, 0, len(members))
+        group = Ordered(values, scale, members, far, limit)
+        kept = _keep_rest(group, np.arange(len(members)))
+        _assign(group, kept, chosen, squared, 0, len(members))
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
@@ -110,33 +111,34 @@ def _by_distance(values, scale, members):
     return members[by_distance], np.sqrt(from_mean[by_distance])
 
 
-# In the kernels below, `kept` and `places` are places in `members`, ascending, so that `far` ascends along them.
+# In the kernels below, `kept` and `places` are places in `group.members`, ascending, so that `far` ascends along them.
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
-def _mark_near(values, scale, members, far, kept, limit, is_near, offset, start, stop):
+def _mark_near(group, kept, is_near, offset, start, stop):
     # Whether a kept member is near, for the members from offset + start to before offset + stop.
-    distances, reach = far[kept], _reach(limit)
+    distances, reach = group.far[kept], _reach(group.limit)
     for a in range(offset + start, offset + stop):
-        low = np.searchsorted(distances, far[a] - reach)
+        low = np.searchsorted(distances, group.far[a] - reach)
         for k in range(len(kept) - 1, low - 1, -1):
-            if _squared_within(values, scale, members[a], members[kept[k]], limit) <= limit:
+            if _squared_within(group, group.members[a], group.members[kept[k]], group.limit) <= group.limit:
                 is_near[a - offset] = True
                 break
 
 
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
-def _keep_rest(values, scale, members, far, places, limit):
+def _keep_rest(group, places):
     # Of some places, those that are kept: each that is near to none of them kept before.
-    kept, num, low, reach = np.empty(len(places), np.int64), 0, 0, _reach(limit)
+    far, reach = group.far, _reach(group.limit)
+    kept, num, low = np.empty(len(places), np.int64), 0, 0
     for a in places:
         while low < num and far[kept[low]] < far[a] - reach:
             low += 1
         is_near = False
         for k in range(num - 1, low - 1, -1):
-            if _squared_within(values, scale, members[a], members[kept[k]], limit) <= limit:
+            if _squared_within(group, group.members[a], group.members[kept[k]], group.limit) <= group.limit:
                 is_near = True
                 break
         if not is_near:
@@ -147,17 +149,17 @@ def _keep_rest(values, scale, members, far, places, limit):
 
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
-def _assign(values, scale, members, far, kept, limit, chosen, squared, start, stop):
+def _assign(group, kept, chosen, squared, start, stop):
     # Of each member, the nearest kept one, the smaller row of two.
-    distances, reach = far[kept], _reach(limit)
+    distances, reach = group.far[kept], _reach(group.limit)
     for a in range(start, stop):
-        i, best = members[a], np.inf
-        for k in range(np.searchsorted(distances, far[a] - reach), len(kept)):
-            if distances[k] > far[a] + reach:
+        i, best = group.members[a], np.inf
+        for k in range(np.searchsorted(distances, group.far[a] - reach), len(kept)):
+            if distances[k] > group.far[a] + reach:
                 break
-            j = members[kept[k]]
-            total = 0.0 if i == j else _squared_within(values, scale, i, j, min(limit, best))
-            if total <= limit and (total < best or (total == best and j < chosen[i])):
+            j = group.members[kept[k]]
+            total = 0.0 if i == j else _squared_within(group, i, j, min(group.limit, best))
+            if total <= group.limit and (total < best or (total == best and j < chosen[i])):
                 best, chosen[i], squared[i] = total, j, total
 
 
@@ -169,9 +171,9 @@ def _reach(limit):
 
 @njit(nogil=True, cache=True, fastmath=SUM)
 @no_type_check
-def _squared_within(values, scale, i, j, limit):
+def _squared_within(group, i, j, limit):
     # The squared distance of two rows, or a part of it that is above the limit.
-    total = 0.0
+    values, scale, total = group.values, group.scale, 0.0
     for start in range(0, values.shape[1], DIMS_AT_ONCE):
         for k in range(start, min(start + DIMS_AT_ONCE, values.shape[1])):
             difference = scale[i] * stored(values[i, k]) - scale[j] * stored(values[j, k])
