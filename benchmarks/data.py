@@ -10,6 +10,7 @@ reads all and drops, before it decodes, through its own filter for samples witho
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import tarfile
 import tempfile
@@ -97,7 +98,10 @@ def make_inputs(num_images: int, dropped: float) -> Inputs:
     kept: set[str] = set()
     lines = []
     for shard, uri in enumerate(tars):
-        entries = open_shard(uri).index()
+        opened = open_shard(uri)
+        entries = opened.index()
+        pictures = (opened.read(entry.offset, entry.size).image or b"" for entry in entries)
+        image_sha256 = np.array([list(hashlib.sha256(picture).digest()) for picture in pictures], np.uint8)
         n = len(entries)
         image = random.standard_normal((n, DIM), np.float32)
         image = (image / np.linalg.norm(image, axis=1, keepdims=True)).astype(np.float16)
@@ -107,7 +111,7 @@ def make_inputs(num_images: int, dropped: float) -> Inputs:
             size=np.array([entry.size for entry in entries], np.uint32),
             valid=np.ones(n, bool),
             error=[""] * n,
-            image_sha256=np.ones((n, 32), np.uint8),
+            image_sha256=image_sha256,
         )
         source = SourceFile(uri=uri, num_bytes=files.size(uri), sha256="")
         write_shard(store, shard, rows, image=image, text=image, source=source, teacher=TEACHER)

@@ -206,14 +206,16 @@ def build(config_type: type[C], values: dict[str, Any], *, stage: str) -> C:
 def read_recipe(path: str) -> dict[str, Any]:
     """Read a recipe file's tables; a config.json is a recipe with one stage."""
     path = find_recipe(path)
-    content = files.read_bytes(path).decode()
     try:
+        content = files.read_bytes(path).decode()
         if path.endswith(".json"):
             values = json.loads(content)
             return {values.pop("stage"): values}
         return tomllib.loads(content)
-    except (json.JSONDecodeError, tomllib.TOMLDecodeError, KeyError) as error:
-        raise InputError(f"The recipe {path} cannot be read: {error!r}.") from error
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"The recipe {path} cannot be read: {error!r:.200}.") from error
 
 
 def field_names(config_type: Any) -> set[str]:

@@ -57,7 +57,7 @@ class Failure:
 def explain(error: BaseException) -> Failure | None:
     """Return what an error means for the user; None for a defect of distilclip, whose traceback is needed."""
     if isinstance(error, InputError):
-        return Failure(BAD_INPUT, str(error))
+        return Failure(BAD_INPUT, " ".join(line.strip() for line in str(error).splitlines()))
     if isinstance(error, ProcessError):
         return Failure(error.code, str(error))
     modules = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}

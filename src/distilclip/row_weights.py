@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -110,8 +111,10 @@ def _read_array(path: str) -> pa.Table:
     try:
         with files.open_read(path) as file:
             values = np.load(file, allow_pickle=False)
-    except ValueError as error:
+    except (ValueError, EOFError, MemoryError, zipfile.BadZipFile) as error:
         raise InputError(f"{path} is no .npy file of numbers ({error}). Write it with `numpy.save`.") from error
+    if not isinstance(values, np.ndarray):
+        raise InputError(f"{path} holds several arrays, as `numpy.savez` writes. Write one with `numpy.save`.")
     if values.ndim != 1 or values.dtype.kind not in "fiub":
         raise InputError(f"{path} holds {values.dtype} of shape {values.shape}; weights are one number for each row.")
     return pa.table({"weight": pa.array(values.astype(np.float64))})

@@ -397,11 +397,14 @@ def _read_object(path: str) -> dict[str, Any]:
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """Read a JSON object; `InputError` names a file that is not valid JSON."""
+    """Read a JSON object; `InputError` names a file that is not valid JSON, or no object."""
     try:
-        return json.loads(files.read_bytes(path))
-    except json.JSONDecodeError as error:
+        value = json.loads(files.read_bytes(path))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not valid JSON ({error}). Remove its folder and run the stage again.") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds no JSON object. Remove its folder and run the stage again.")
+    return value
 
 
 def write_json(path: str, value: Any) -> None:

@@ -26,7 +26,8 @@ from distilclip.evaluate.cache import FeatureCache
 from distilclip.export.uids import read_subset
 from distilclip.models.clip import create_clip, load_clip
 from distilclip.models.initial import initialise
-from distilclip.sets.archives import list_cifar10
+from distilclip.row_weights import read_row_weights
+from distilclip.sets.open import load_set
 from distilclip.train.checkpoint import Progress, load_checkpoint, save_checkpoint
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 from tests.faults import fuzz_stores
@@ -177,8 +178,8 @@ def _file(name: str, use: Callable[[str], object]) -> Reader:
 
 
 def _cifar(folder: Path, content: bytes) -> object:
-    base = folder / "cifar-10-batches-py"
-    base.mkdir()
+    base = folder / "cifar10" / "cifar-10-batches-py"
+    base.mkdir(parents=True)
     for name in (
         "data_batch_1",
         "data_batch_2",
@@ -189,7 +190,7 @@ def _cifar(folder: Path, content: bytes) -> object:
         "batches.meta",
     ):
         (base / name).write_bytes(content)
-    return list_cifar10(str(folder))
+    return load_set("cifar10", data_root=str(folder))
 
 
 _STORE_FILES = ("manifest.parquet", "000000.rows.parquet", "000000.safetensors", *fuzz_stores.SIDES, "weights.npy")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,23 +36,35 @@ def read_columns(path: str, schema: pa.Schema) -> pa.Table:
     wrong = [f"{f.name} ({f.type})" for f in schema if f.name not in found.names or found.field(f.name).type != f.type]
     if wrong:
         raise InputError(f"{path} lacks the columns {', '.join(wrong)}; it has {', '.join(found.names)}.")
-    return file.read(columns=schema.names)
+    with refuse_damage(path):
+        return file.read(columns=schema.names)
 
 
 def read_column_metadata(path: str) -> dict[str, str]:
     """Read the string metadata of a table that `write_columns` wrote; only the footer is read."""
     metadata = _open(path).schema_arrow.metadata or {}
-    return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
+    with refuse_damage(path):
+        return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
+
+
+@contextlib.contextmanager
+def refuse_damage(path: str, *, remedy: str = "Remove it and run its stage again.") -> Iterator[None]:
+    """Turn what pyarrow raises on damaged bytes, or who looks for values among them, into `InputError`."""
+    try:
+        yield
+    except (pa.ArrowException, LookupError, ValueError, TypeError, OSError) as error:
+        if isinstance(error, InputError | MemoryError) or (isinstance(error, OSError) and error.errno is not None):
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise InputError(f"{path} is no complete Parquet file ({said}). {remedy}") from error
 
 
 def _open(path: str) -> pq.ParquetFile:
     if not files.exists(path):
         raise InputError(f"{path} is missing.")
-    try:
+    with refuse_damage(path):
         file = pq.ParquetFile(files.open_read(path))
-    except pa.ArrowInvalid as error:
-        raise InputError(f"{path} is no complete Parquet file ({error}). Remove it and run its stage again.") from error
-    version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY.encode(), b"none").decode()
+        version = (file.schema_arrow.metadata or {}).get(_VERSION_KEY.encode(), b"none").decode()
     if version != FORMAT_VERSION:
         raise other_version(path, version, known=FORMAT_VERSION)
     return file

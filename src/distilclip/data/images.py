@@ -11,8 +11,28 @@ import pyarrow as pa
 from jaxtyping import Bool, Float16, Int, UInt8, UInt64
 
 from distilclip.data.store import Store, sample_id, split_id
+from distilclip.errors import InputError
 
 DIGEST_BYTES = 16  # of the SHA-256 of an image file, kept in memory; enough to tell 2^60 images apart
+
+
+_BLOCK = 65_536  # rows
+
+
+def check_points(embeddings: Float16[np.ndarray, "n dim"], valid: Bool[np.ndarray, " n"], *, where: str) -> None:
+    """Raise `InputError` naming the first valid row that is not finite, or that is zero and so has no direction.
+
+    The bits are looked at, in blocks: it takes less time than the digest of the file.
+    """
+    for start in range(0, len(embeddings), _BLOCK):
+        bits = np.asarray(embeddings[start : start + _BLOCK]).view(np.uint16)
+        wrong = ((bits & 0x7C00) == 0x7C00).any(1) | ~(bits & 0x7FFF).any(1)
+        wrong &= valid[start : start + _BLOCK]
+        if wrong.any():
+            raise InputError(
+                f"{where}, row {start + int(np.argmax(wrong))}: not a finite unit vector. Embed the data again, into a "
+                "new folder."
+            )
 
 
 @dataclass(frozen=True)
@@ -31,7 +51,7 @@ class ImageMatrix:
 
     def read(self, start: int, stop: int) -> Float16[np.ndarray, "n dim"]:
         """Read the rows from `start` to before `stop`."""
-        pieces = [self.store.image(shard)[within] for shard, within in self._cut(start, stop)]
+        pieces = [self._image(shard)[within] for shard, within in self._cut(start, stop)]
         if len(pieces) == 1:
             return pieces[0]
         rows = np.empty((stop - start, self.store.dim), np.float16)
@@ -49,7 +69,7 @@ class ImageMatrix:
         for shard, (first, last) in enumerate(itertools.pairwise(bounds)):
             if first < last:
                 here = order[first:last]
-                taken[here] = self.store.image(shard)[rows[here] - self.starts[shard]]
+                taken[here] = self._image(shard)[rows[here] - self.starts[shard]]
         return taken
 
     def valid(self, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " n"]:
@@ -76,6 +96,19 @@ class ImageMatrix:
         """Return the rows of sample ids."""
         shard, row = split_id(ids)
         return self.starts[shard.astype(np.int64)] + row.astype(np.int64)
+
+    @cached_property
+    def _checked(self) -> set[int]:
+        return set()
+
+    def _image(self, shard: int) -> Float16[np.ndarray, "n dim"]:
+        """Return the embeddings of a shard, which are looked at when they are first read."""
+        image = self.store.image(shard)
+        if shard not in self._checked:
+            valid = self._column(shard, "valid").to_numpy()
+            check_points(image, valid, where=f"{self.store.payload_path(shard)}, shard {shard}")
+            self._checked.add(shard)
+        return image
 
     def _cut(self, start: int, stop: int) -> list[tuple[int, slice]]:
         """Return the shards that hold the rows of a range, and which of their rows these are."""

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Float16, Integer, UInt8, UInt32, UInt64
 
 from distilclip import digests, files
 from distilclip.csv_rows import CsvColumns
-from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, write_columns
+from distilclip.data.columns import FORMAT_VERSION, read_column_metadata, read_columns, refuse_damage, write_columns
 from distilclip.data.reader import Reader
 from distilclip.data.shards import key_digest
 from distilclip.data.tensors import Header, read_header, read_tensors, write_tensors
@@ -174,12 +174,13 @@ class Store:
         if not files.exists(manifest):
             raise InputError(f"{path} is no finished store (no manifest.parquet): run `distilclip embed --out {path}`.")
         digests.check_file(path, "manifest.parquet", remedy=digests.repair_with(path, "embed"))
-        table = read_columns(manifest, MANIFEST_SCHEMA).to_pydict()
-        shards = [StoreShard(*values) for values in zip(*table.values(), strict=True)]
-        metadata = read_column_metadata(manifest)
-        views = Views.from_json(metadata["views"]) if "views" in metadata else None
-        csv_columns = CsvColumns(**json.loads(metadata["csv_columns"])) if "csv_columns" in metadata else None
-        return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata), views, csv_columns)
+        with refuse_damage(manifest):
+            table = read_columns(manifest, MANIFEST_SCHEMA).to_pydict()
+            shards = [StoreShard(*values) for values in zip(*table.values(), strict=True)]
+            metadata = read_column_metadata(manifest)
+            views = Views.from_json(metadata["views"]) if "views" in metadata else None
+            csv_columns = CsvColumns(**json.loads(metadata["csv_columns"])) if "csv_columns" in metadata else None
+            return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata), views, csv_columns)
 
     @property
     def num_shards(self) -> int:
@@ -234,7 +235,8 @@ class Store:
 
     def rows(self, shard: int) -> Rows:
         """Return the row table of a shard."""
-        return Rows.of_table(self.columns(shard, *ROWS_SCHEMA.names))
+        with refuse_damage(self._path(shard, "rows.parquet")):
+            return Rows.of_table(self.columns(shard, *ROWS_SCHEMA.names))
 
     def columns(self, shard: int, *names: str) -> pa.Table:
         """Return some columns of the row table of a shard, in Arrow. `rows` takes ten times as long."""
@@ -333,15 +335,16 @@ def finished_shard(folder: str, shard: int) -> StoreShard | None:
     if not files.exists(path):
         return None
     metadata = read_column_metadata(path)
-    return StoreShard(
-        index=shard,
-        uri=metadata["uri"],
-        num_bytes=int(metadata["num_bytes"]),
-        num_rows=int(metadata["num_rows"]),
-        key_digest=metadata["key_digest"],
-        sha256=metadata["sha256"],
-        status=metadata["status"],
-    )
+    with refuse_damage(path):
+        return StoreShard(
+            index=shard,
+            uri=metadata["uri"],
+            num_bytes=int(metadata["num_bytes"]),
+            num_rows=int(metadata["num_rows"]),
+            key_digest=metadata["key_digest"],
+            sha256=metadata["sha256"],
+            status=metadata["status"],
+        )
 
 
 def store_files(num_shards: int, *, views: Views | None = None) -> list[str]:
@@ -373,7 +376,9 @@ def write_manifest(
 
 def read_shard_rows(folder: str, shard: int) -> Rows:
     """Read the row table of a finished shard, whether or not its store is finished."""
-    return Rows.of_table(read_columns(files.join(folder, f"{stem(shard)}.rows.parquet"), ROWS_SCHEMA))
+    path = files.join(folder, f"{stem(shard)}.rows.parquet")
+    with refuse_damage(path):
+        return Rows.of_table(read_columns(path, ROWS_SCHEMA))
 
 
 def check_unchanged(folder: str, line: StoreShard, uri: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import codecs
+import contextlib
 import errno
 import hashlib
 import io
@@ -23,6 +24,7 @@ from jaxtyping import UInt64
 
 from distilclip import files
 from distilclip.csv_rows import CsvColumns, CsvLayout, CsvRecord, find_layout, read_records
+from distilclip.data.columns import refuse_damage
 from distilclip.data.reader import Reader
 from distilclip.data.samples import (
     IMAGE_EXTENSIONS,
@@ -33,6 +35,7 @@ from distilclip.data.samples import (
     decode_meta,
     decode_text,
     first_caption,
+    judge_memory,
 )
 from distilclip.errors import InputError
 from distilclip.messages import say
@@ -41,6 +44,7 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
 LABEL_COLUMNS = ("label", "cls")
 KEY_COLUMNS = ("__key__", "key")
+_FETCH_AGAIN = "Fetch it again."
 CACHE_BYTES = 256 << 20
 """Row groups that a process keeps, of all its Parquet shards together."""
 
@@ -95,9 +99,10 @@ class ParquetShard:
         self.uri = uri
         self.truncated = False
         self._token = object()
+        self._damaged: dict[int, str] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"uri": self.uri, "truncated": False, "_token": object()}
+        return {"uri": self.uri, "truncated": False, "_token": object(), "_damaged": {}}
 
     def close(self) -> None:
         """Close the file and drop what was kept of it."""
@@ -112,9 +117,12 @@ class ParquetShard:
         if num_rows == 0:
             raise InputError(f"{self.uri} has no rows: remove it from the data.")
         column = self._find_column(KEY_COLUMNS)
-        keys: list[Any] = [None] * num_rows
-        if column is not None:
-            keys = self._file.read(columns=[column], use_threads=False).column(column).to_pylist()
+        with refuse_damage(self.uri, remedy=_FETCH_AGAIN):
+            if num_rows != int(self._row_group_ends[-1]):
+                raise ValueError(f"{num_rows} rows, and {self._row_group_ends[-1]} in its row groups")
+            keys: list[Any] = [None] * num_rows
+            if column is not None:
+                keys = self._file.read(columns=[column], use_threads=False).column(column).to_pylist()
         assert self._image_column  # found or complained about
         return [Entry(_key(key, row), row, 0) for row, key in enumerate(keys)]
 
@@ -122,20 +130,22 @@ class ParquetShard:
         """Do nothing: a row group is read when the first of its rows is."""
 
     def read(self, offset: int, size: int) -> Sample:
-        """Return the sample in row `offset`. Raises `BadSample` where its caption is none."""
+        """Return the sample in row `offset`. Raises `BadSample` where it, or its caption, cannot be understood."""
         ends = self._row_group_ends
         if not 0 <= offset < ends[-1]:
             raise InputError(f"{self.uri} has no row {offset}: the file is not the one that was indexed.")
         group = int(np.searchsorted(ends, offset, side="right"))
-        table = self._row_group(group)
-        row = table.slice(offset - int(ends[group]) + table.num_rows, 1).to_pylist()[0]
-        image = row.pop(self._image_column)
+        with judge_memory(f"{self.uri}: row {offset}"):
+            table = self._row_group(group)
+            row = _values_of(table.slice(offset - int(ends[group]) + table.num_rows, 1))
+        image = row.pop(self._image_column, None)
         key = _key(row.get(self._find_column(KEY_COLUMNS)), offset)
         where = f"{self.uri}: {key}"
         caption = first_caption(row.get(self._find_column(CAPTION_COLUMNS)), row.get("captions"), where=where)
         label = row.get(self._find_column(LABEL_COLUMNS))
         if isinstance(image, dict):
             path = image.get("path")
+            path = path if isinstance(path, str) else None
             image = _read_image(path, self.uri, where=where) if image["bytes"] is None and path else image["bytes"]
         return Sample(
             key=key,
@@ -162,10 +172,8 @@ class ParquetShard:
 
     @cached_property
     def _file(self) -> pq.ParquetFile:
-        try:
+        with refuse_damage(self.uri, remedy=_FETCH_AGAIN):
             return pq.ParquetFile(files.open_read(self.uri))
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{self.uri} is no complete Parquet file ({error}): fetch it again.") from error
 
     @cached_property
     def _image_column(self) -> str:
@@ -194,12 +202,21 @@ class ParquetShard:
         return next((name for name in names if name in self._file.schema_arrow.names), None)
 
     def _row_group(self, group: int) -> pa.Table:
+        """Return a row group; `BadSample` where it cannot be decoded, which is tried only once."""
+        if group in self._damaged:
+            raise BadSample("damaged row group", detail=self._damaged[group], where=f"{self.uri}: row group {group}")
         kept = _row_groups(os.getpid())
         table = kept.get(self._token, group)
         if table is None:
             columns = [f.name for f in self._file.schema_arrow if not _holds_images(f.type)]
-            # One thread: this runs in loader workers, of which there is one per core already.
-            table = self._file.read_row_group(group, columns=[*columns, self._image_column], use_threads=False)
+            try:
+                # One thread: this runs in loader workers, of which there is one per core already.
+                table = self._file.read_row_group(group, columns=[*columns, self._image_column], use_threads=False)
+            except (pa.ArrowException, OSError) as error:
+                if isinstance(error, OSError) and error.errno is not None:
+                    raise
+                self._damaged[group] = " ".join(str(error).split())[:200]
+                return self._row_group(group)
             kept.add(self._token, group, table)
         return table
 
@@ -389,8 +406,21 @@ def is_picture(name: str) -> bool:
 
 def _holds_images(type_: pa.DataType) -> bool:
     if pa.types.is_struct(type_):
-        return type_.get_field_index("bytes") >= 0
+        place = type_.get_field_index("bytes")
+        return place >= 0 and _holds_images(type_.field(place).type)
     return pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
+
+
+def _values_of(row: pa.Table) -> dict[str, Any]:
+    """Return the values of a table of one row by column, without those that Python cannot hold."""
+    try:
+        return row.to_pylist()[0]
+    except (ValueError, TypeError, pa.ArrowException):
+        found = {}
+        for name in row.column_names:
+            with contextlib.suppress(ValueError, TypeError, pa.ArrowException):
+                found[name] = row.column(name).to_pylist()[0]
+        return found
 
 
 def _key(value: object, row: int) -> str:

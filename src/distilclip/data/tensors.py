@@ -114,19 +114,26 @@ def read_header(reader: Reader) -> Header:
         InputError: the file is no safetensors file, or holds a dtype that no distilclip file has.
     """
     header, start = _read_header(reader)
-    places = {}
-    for name, spec in header.items():
-        if name == "__metadata__":
-            continue
-        if spec["dtype"] not in _DTYPES:
-            raise InputError(f"{reader.path}: {name} has dtype {spec['dtype']}, which no distilclip file has.")
-        first, last = spec["data_offsets"]
-        dtype, shape = _DTYPES[spec["dtype"]], tuple(spec["shape"])
-        if math.prod(shape) * dtype.itemsize != last - first:
-            raise InputError(f"{reader.path}: the shape {shape} of {name} disagrees with its {last - first} bytes.")
-        places[name] = TensorPlace(dtype, shape, start + first, last - first)
+    places = {name: _place(reader.path, name, spec, start) for name, spec in header.items() if name != "__metadata__"}
     end = max((place.start + place.num_bytes for place in places.values()), default=start)
     return Header(header.get("__metadata__", {}), places, end)
+
+
+def _place(path: str, name: str, spec: Any, start: int) -> TensorPlace:
+    """Return where a tensor lies by what the header says of it; the data begin at `start`."""
+    try:
+        kind, shape, (first, last) = spec["dtype"], tuple(spec["shape"]), spec["data_offsets"]
+        is_sound = all(type(number) is int and number >= 0 for number in (*shape, first, last))
+    except (KeyError, TypeError, ValueError):
+        is_sound = False
+    if not is_sound:
+        raise InputError(f"{path} does not say where {name} lies: its header is damaged. Write it again.")
+    if not isinstance(kind, str) or kind not in _DTYPES:
+        raise InputError(f"{path}: {name} has dtype {kind}, which no distilclip file has.")
+    dtype = _DTYPES[kind]
+    if math.prod(shape) * dtype.itemsize != last - first:
+        raise InputError(f"{path}: the shape {shape} of {name} disagrees with its {last - first} bytes.")
+    return TensorPlace(dtype, shape, start + first, last - first)
 
 
 def _read_header(reader: Reader) -> tuple[dict[str, Any], int]:
@@ -139,7 +146,10 @@ def _read_header(reader: Reader) -> tuple[dict[str, Any], int]:
         if 8 + length > len(head):
             head += reader.read(len(head), 8 + length - len(head))
         header = json.loads(head[8 : 8 + length])
-    except ValueError as error:
+        metadata = header.get("__metadata__", {})
+        if not all(isinstance(text, str) for item in metadata.items() for text in item):
+            raise ValueError("metadata that are no text")
+    except (ValueError, AttributeError, RecursionError) as error:
         raise InputError(f"{reader.path} is no safetensors file ({error}). Write it again.") from error
     return header, 8 + length
 

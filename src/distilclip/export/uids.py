@@ -77,7 +77,10 @@ def read_subset(path: str) -> np.ndarray:
     with files.local_copy(path) as local:
         with open(local, "rb") as file:
             is_npy = file.read(6) == b"\x93NUMPY"
-        subset: Any = np.load(local, mmap_mode="r") if is_npy else np.memmap(local, UID, mode="r")
+        try:
+            subset: Any = np.load(local, mmap_mode="r") if is_npy else np.memmap(local, UID, mode="r")
+        except (ValueError, EOFError) as error:
+            raise InputError(f"{path} is no subset file ({error}): write it with numpy's `save`.") from error
         if files.is_url(path):
             subset = np.array(subset)
     if subset.dtype != UID or subset.ndim != 1:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -255,6 +256,11 @@ def _build(source: str, name: str, config: dict[str, Any], *, load_weights: bool
         model, _, preprocess = open_clip.create_model_and_transforms(
             source, load_weights=load_weights, pretrained_text=False
         )
+    except pickle.UnpicklingError as error:
+        raise InputError(
+            f"The weights of {name!r} are not loaded: they are damaged or hold more than tensors. Save them as "
+            "safetensors."
+        ) from error
     except (RuntimeError, KeyError, TypeError, ValueError, AssertionError, AttributeError) as error:
         raise InputError(f"open_clip cannot build the model {name!r}: {_explain_failure(error, config)}") from error
     finally:
@@ -334,7 +340,19 @@ def _model_folder(spec: str) -> str | None:
 
 
 def _read_model_cfg(folder: str) -> dict[str, Any]:
-    return json.loads(files.read_bytes(files.join(folder, CONFIG_FILE)))["model_cfg"]
+    path = files.join(folder, CONFIG_FILE)
+    try:
+        config = json.loads(files.read_bytes(path))["model_cfg"]
+        towers = config["vision_cfg"], config["text_cfg"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{path} describes no open_clip model ({error!r:.100}). Restore it, or export again."
+        ) from error
+    if not all(isinstance(tower, dict) for tower in towers):
+        raise InputError(
+            f"{path} describes no open_clip model (its towers are no tables). Restore it, or export again."
+        )
+    return config
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Sequence
 
 import timm
@@ -73,8 +74,10 @@ def _load_timm(student: Clip, path: str) -> set[str]:
         raise InputError(f"The weights file {path!r} does not exist.")
     try:
         state = timm.models.load_state_dict(path, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise InputError(f"{path} holds more than tensors and is not loaded. Save it as safetensors.") from error
+    except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(
+            f"{path} holds more than tensors, or is damaged, and is not loaded. Save it as safetensors."
+        ) from error
     heads = getattr(trunk, "pretrained_cfg", {}).get("classifier") or ()
     heads = (heads,) if isinstance(heads, str) else heads
     state = {name: value for name, value in state.items() if not name.startswith(tuple(heads))} if heads else state

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+import zipfile
 from collections import defaultdict
 from typing import Any
 
 import open_clip
 from torch import Tensor, nn
 
-from distilclip import files
+from distilclip import files, stage_folder
 from distilclip.errors import InputError, did_you_mean
 from distilclip.models import torchscript
 from distilclip.models.architectures import model_config
@@ -84,7 +85,9 @@ def load_weights(model: nn.Module, path: str, *, name: str) -> None:
                 model.load_state_dict(_read_archive(local))
             else:
                 open_clip.factory.load_checkpoint(model, local, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except InputError:
+        raise
+    except (pickle.UnpicklingError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InputError(
             f"{path} is not loaded: it is damaged or holds more than tensors ({_last_line(error)}). Save the weights "
             "as safetensors."
@@ -108,7 +111,7 @@ def _preprocessing_of(architecture: str, path: str) -> dict[str, Any]:
     folder = path.rpartition("/")[0] or "."
     beside = files.join(folder, CONFIG_FILE)
     if files.exists(beside):
-        return json.loads(files.read_bytes(beside)).get("preprocess_cfg", {})
+        return stage_folder.read_json(beside).get("preprocess_cfg", {})
     described = "; ".join(f"{way} ({', '.join(tags)})" for way, tags in ways.items())
     raise InputError(
         f"Published weights of {architecture} differ in how images are prepared, and nothing says which {path} are. "
