@@ -58,7 +58,7 @@ class Killed:
 def kill_workers(world: World, name: str) -> Killed:
     """Run a stage on a cluster of two nodes, and kill what computes for it."""
     os.environ["RAY_TMPDIR"] = "/tmp"  # a socket's path may have 107 characters
-    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # half a minute is too short on a busy machine
+    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112 - half a minute is too short when the machine is busy
     import ray.cluster_utils
 
     case = stage_cases.cases(world)[name]
