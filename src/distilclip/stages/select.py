@@ -117,11 +117,9 @@ class Scorer:
         if config.score == "column":
             return partial(_own_values, config, store)
         ids = _draw_pairs(store, config)
-        shard_of, row_of = (part.astype(np.int64) for part in split_id(ids))
-        others = tuple(
-            np.stack([read(int(s))[int(r)] for s, r in zip(shard_of, row_of, strict=True)])
-            for read in (store.image, store.text)
-        )
+        shard_of, row_of = split_id(ids)
+        places = [(shard, row_of[shard_of == shard]) for shard in np.unique(shard_of).tolist()]
+        others = [np.concatenate([read(shard)[rows] for shard, rows in places]) for read in (store.image, store.text)]
 
         def against_others(shard: int, rows: np.ndarray) -> np.ndarray:
             own = sample_id(shard, rows.astype(np.uint32))
