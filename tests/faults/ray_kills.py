@@ -21,7 +21,7 @@ from tests.faults.long_training import children_of
 from tests.faults.outcome import Outcome, Size
 from tests.faults.stage_cases import World
 
-SECONDS = 240
+SECONDS = 900
 """A stage that takes longer hangs."""
 MORE = {"embed": (), "balance": ("--block-rows", "40"), "cluster": ()}
 """Flags that make more parts."""

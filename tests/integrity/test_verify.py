@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from distilclip import cli, digests
@@ -259,6 +260,38 @@ def test_groups_that_break_a_rule_are_found_without_digests(run: Run, change: An
     found = [text for text in faults(run) if "groups/000000.parquet" in text]
     assert found
     assert any(said in text for text in found)
+
+
+def write_version(path: Path) -> None:
+    """Write a file as a later version would, and leave out the digests that tell of it."""
+    if path.suffix == ".parquet":
+        table = pq.read_table(path)
+        pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"distilclip.format": b"2"}), path)
+    elif path.suffix == ".json":
+        state = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+        path.write_text(json.dumps(digests.seal({**state, "format": 3})))
+    else:
+        content = path.read_bytes()
+        assert content.count(b'"format":"1"') == 1
+        path.write_bytes(content.replace(b'"format":"1"', b'"format":"2"'))
+
+
+@pytest.mark.parametrize("name", [n for n in FILES if n.endswith((".parquet", "/centers.safetensors", "state.json"))])
+def test_nothing_that_another_version_wrote_is_removed(run: Run, name: str) -> None:
+    stage = name.split("/")[0]
+    write_version(run.folder / name)
+    for inputs in run.folder.glob("*/inputs.json") if stage != "train" else ():
+        inputs.unlink()  # it names the digest of result.json
+    forget_digests(run.folder / stage / "result.json")
+    before = contents(run.folder)
+    told = next(found.faults for found in check_folders(str(run.folder)) if found.path.endswith(stage))
+    assert any(str(run.folder / name) in f.text and "has format version" in f.text for f in told)
+    assert cli.main(["verify", str(run.folder / stage), "--repair"]) == 1
+    assert contents(run.folder) == before
+    if name.endswith("state.json"):
+        (run.folder / "train/result.json").unlink()
+        with pytest.raises(InputError, match="has format version 3; this distilclip reads version 2"):
+            run.again()
 
 
 def test_a_finished_folder_from_other_inputs_is_a_fault(run: Run) -> None:
