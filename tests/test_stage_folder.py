@@ -155,6 +155,17 @@ def test_environment_names_versions_and_command() -> None:
     assert environment["command"]
 
 
+def test_the_command_in_env_json_has_neither_folders_nor_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/zaphod")
+    words = ["/home/zaphod/.venv/bin/distilclip", "--data=/data/secret/{0..9}.tar", "weights:/home/zaphod/w.pt"]
+    words += ["s3://bucket/a.tar", "https://me:password@host/a?signature=1", "runs/x", "../y", "1/2", "/home/zaphod"]
+    monkeypatch.setattr("sys.argv", words)
+    assert stage_folder.environment()["command"] == [
+        *(".../distilclip", "--data=.../{0..9}.tar", "weights:.../w.pt"),
+        *("s3://bucket/a.tar", "https://host/a", "runs/x", "../y", "1/2", "~"),
+    ]
+
+
 def test_memory_filesystem_folder() -> None:
     out = "memory://test-run/balance"
     folder = stage_folder.open_folder(out, stage="balance", config=Config(out=out))

@@ -233,6 +233,14 @@ def test_contradictory_flags_are_refused(values: dict[str, Any], message: str, t
         config(Path("unused"), tiny_clip_json, **values)
 
 
+def test_a_state_that_is_not_finite_is_never_saved(prepared: Prepared, tiny_clip_json: str, tmp_path: Path) -> None:
+    """A rate that no float32 holds makes weights infinite in one step, whose loss was finite."""
+    options = {"learning_rate": 1e39, "warmup_steps": 0, "checkpoint_every": 1}
+    with pytest.raises(InputError, match=r"Step 1: the state after 1 steps is not finite \(.*there is no checkpoint"):
+        train.main(config(tmp_path / "student", tiny_clip_json, store=prepared.store, **options))
+    assert not (tmp_path / "student" / "checkpoints").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_terms_named(
     prepared: Prepared, tiny_clip_json: str, tmp_path: Path
 ) -> None:
