@@ -165,6 +165,7 @@ def test_training_makes_one_request_for_a_sample(
         tars.append(f"memory://training/{Path(path).name}")
         files.write_bytes(tars[-1], Path(path).read_bytes())
     write_store("memory://training/store", tars)
+    requests.clear()  # those that made the store
     presentation = Presentation(sizes=[32], tokenize=tokenize, seed=0)
     stream = open_stream(PairSource(stores=["memory://training/store"]), presentation, batch_size=8)
     first = next(iter(stream.batches(stop=1)))

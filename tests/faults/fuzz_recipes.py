@@ -17,12 +17,19 @@ from tests.faults.fuzz_runner import Door, Lost, command, damaged
 RECIPE: dict[str, Any] = {
     "out": "runs/fuzz",
     "corpus": {"num_pairs": 60, "shard_size": 30, "image_size": 32},
-    "embed": {"data": ["@corpus/train/*.tar"], "model": "@train"},
+    "embed": {"data": ["@corpus/train/*.tar"], "model": "@train/first"},
     "balance": {"store": "@embed", "metric": "cosine", "threshold": 0.01},
     "cluster": {"store": "@embed", "groups": "@balance", "num_centers": 5},
     "train": {
-        "first": {"data": ["@corpus/train/*.tar"], "student": "ViT-B-32", "batch_size": 16, "num_steps": 2},
-        "second": {"store": "@embed", "clusters": "@cluster", "objective": "clip-cid", "student": "ViT-B-32"},
+        "first": {"data": ["@corpus/train/*.tar"], "student": "ViT-B-32", "num_steps": 2, "warmup_steps": 1},
+        "second": {
+            "store": "@embed",
+            "clusters": "@cluster",
+            "objective": "clip-cid",
+            "student": "ViT-B-32",
+            "num_steps": 2,
+            "warmup_steps": 1,
+        },
     },
     "evaluate": {"models": ["@train/second"], "sets": ["folder:pictures"]},
     "report": {"folders": ["@"]},

@@ -386,10 +386,11 @@ def check_unchanged(folder: str, line: StoreShard, uri: str) -> None:
 
     `uri` is where the file of the shard lies now. One that has been moved is not read whole for this.
     """
-    if uri.endswith("/") or files.absolute(uri) != files.absolute(line.uri):
+    is_moved = files.absolute(uri) != files.absolute(line.uri)
+    if is_moved or uri.endswith("/") or files.is_url(uri) or files.is_url(folder):
         return
     written, embedded = files.modified(uri), files.modified(files.join(folder, f"{stem(line.index)}.rows.parquet"))
-    if files.is_url(uri) or written is None or embedded is None or written <= embedded:
+    if written is None or embedded is None or written <= embedded:
         return
     expected = read_payload_metadata(folder, line.index).get("tar_digest", "")
     if expected and not digests.is_same(uri, expected):
