@@ -232,7 +232,7 @@ def files_of_pictures(numbers: Int[np.ndarray, " n"]) -> UInt8[np.ndarray, "n si
 
 def make_tar(numbers: Int[np.ndarray, " n"], caption: int) -> bytes:
     """Return a tar with a picture and a caption of so many bytes for each number."""
-    words = (b"a picture of a number, " * (caption // 20 + 1))[: caption - DIGITS]
+    words = (b"a picture of a number, " * (caption // 23 + 1))[: caption - DIGITS]
     texts = np.tile(np.frombuffer(words + bytes(DIGITS), np.uint8), (len(numbers), 1))
     texts[:, -DIGITS:] = _digits(numbers)
     members = []

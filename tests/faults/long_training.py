@@ -70,8 +70,8 @@ def restart_loaders(folder: Path, *, num_epochs: int, num_kills: bool) -> Outcom
     return outcome(
         "Loader processes that are begun anew in every epoch, left in the middle of it or killed there lose and double "
         "no sample.",
-        f"{num_epochs} epochs of {ROWS} pairs, each counted; {ended['left']} were left and {ended['killed']} killed in the "
-        "middle, and gone on with from the next step.",
+        f"{num_epochs} epochs of {ROWS} pairs, each counted; {ended['left']} were left and {ended['killed']} killed in "
+        "the middle, and gone on with from the next step.",
         [(num_epochs, problems)],
         started,
     )

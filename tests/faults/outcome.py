@@ -65,7 +65,7 @@ def page(drills: Mapping[str, Sequence[Outcome]], *, missing: Sequence[str] = ()
     lines = [
         "# Faults, brought about on purpose",
         "",
-        "`make torture` writes this page. `make test` runs a small part of every drill.",
+        "`make torture` writes this page. `make test` and `make test-slow` run a small part of every drill.",
         "",
         f"Machine: {machine()}. {num_survived:,} of {num_cases:,} faults were survived as promised, in "
         f"{sum(o.seconds for _, o in rows) / 60:.0f} minutes.",

@@ -11,6 +11,7 @@ from tests.faults.children import run_in_fresh_process
 from tests.faults.long_training import fit_slope
 
 
+@pytest.mark.slow
 def test_loaders_that_are_begun_anew_lose_and_double_nothing(tmp_path: Path) -> None:
     for outcome in run_in_fresh_process("long_training", tmp_path, size="small"):
         assert outcome.num_cases == 4

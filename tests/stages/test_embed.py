@@ -213,7 +213,8 @@ def test_the_bytes_do_not_depend_on_workers(
 
 
 @pytest.mark.xdist_group("ray")
-@pytest.mark.parametrize("engine", ["processes", pytest.param("ray", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["processes", "ray"])
 def test_the_bytes_do_not_depend_on_the_engine(
     tmp_path: Path, whole: tuple[Path, list[str]], tiny_clip_folder: str, engine: str
 ) -> None:

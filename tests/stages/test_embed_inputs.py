@@ -95,6 +95,7 @@ def test_pictures_with_texts_embed_like_a_tar_and_are_trained_on(tmp_path: Path,
         trained_captions(store, tiny_clip_folder)
 
 
+@pytest.mark.slow
 def test_the_columns_of_a_csv_reach_workers_store_and_training(tmp_path: Path, tiny_clip_folder: str) -> None:
     rows = []
     for row, content in enumerate(PICTURES):

@@ -182,6 +182,7 @@ def kill_in(step: Path, *args: Any) -> bool:
     return not (step / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_a_second_run_computes_nothing(recipe: str, tmp_path: Path) -> None:
     out = tmp_path / "run"
     first = run(recipe, out)

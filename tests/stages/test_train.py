@@ -147,12 +147,13 @@ def test_samples_that_fail_while_training_are_counted(prepared: Prepared, tiny_c
     start = content.index(b"\xff\xd8\xff")
     content[start + 3 : start + 400] = bytes(397)  # the tar's size and index stay as they are
     path.write_bytes(content)
-    out = tmp_path / "student"
-    result = train.main(config(out, tiny_clip_json, store=prepared.store, num_steps=3, batch_size=24))
+    # Without a store: with one, a picture that changed since it was embedded is an error (test_changed_sources).
+    out, data = tmp_path / "student", tuple(prepared.tars)
+    result = train.main(config(out, tiny_clip_json, data=data, num_steps=3, batch_size=24))
     assert result["num_unusable"] == 3  # once an epoch
     assert sum(result["reasons"].values()) == 3
     with pytest.raises(InputError, match="00000"):
-        train.main(config(tmp_path / "strict", tiny_clip_json, store=prepared.store, num_steps=3, max_bad_ratio=0.0))
+        train.main(config(tmp_path / "strict", tiny_clip_json, data=data, num_steps=3, max_bad_ratio=0.0))
 
 
 def test_a_student_with_batch_norm_refuses_micro_batches(

@@ -92,6 +92,7 @@ def test_it_changes_nothing_that_is_learned(
     assert lines[0] == lines[1]
 
 
+@pytest.mark.slow
 def test_several_processes_measure_what_one_does(
     prepared: Prepared, held_out: str, sets: tuple[str, str], tiny_clip_json: str, tmp_path: Path
 ) -> None:
@@ -145,6 +146,7 @@ def test_the_best_by_a_validation_is_kept_and_named(
     assert len(list((out / "checkpoints").iterdir())) == len({best, 8})
 
 
+@pytest.mark.slow
 def test_it_stops_when_nothing_gets_better_also_when_killed_in_between(
     prepared: Prepared, pair_tars: Callable[..., list[str]], tiny_clip_json: str, tmp_path: Path
 ) -> None:

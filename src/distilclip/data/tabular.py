@@ -137,7 +137,7 @@ class ParquetShard:
         group = int(np.searchsorted(ends, offset, side="right"))
         with judge_memory(f"{self.uri}: row {offset}"):
             table = self._row_group(group)
-            row = _values_of(table.slice(offset - int(ends[group]) + table.num_rows, 1))
+            row: Any = _values_of(table.slice(offset - int(ends[group]) + table.num_rows, 1))
         image = row.pop(self._image_column, None)
         key = _key(row.get(self._find_column(KEY_COLUMNS)), offset)
         where = f"{self.uri}: {key}"
@@ -407,7 +407,10 @@ def is_picture(name: str) -> bool:
 def _holds_images(type_: pa.DataType) -> bool:
     if pa.types.is_struct(type_):
         place = type_.get_field_index("bytes")
-        return place >= 0 and _holds_images(type_.field(place).type)
+        bytes_type = type_.field(place).type if place >= 0 else None
+        return bytes_type is not None and (
+            pa.types.is_null(bytes_type) or _holds_images(bytes_type)
+        )  # null: paths only
     return pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
 
 

@@ -23,8 +23,9 @@ That is below the threshold 0.2; a chain of 1 link joins them, the largest 0.174
 A chain can join what is far apart. The rule `cover` keeps more of such a group: every row that is removed is nearer
 than the threshold to the row that stands for it (`cover`).
 
->>> x = np.array([[0.0], [1.0], [2.0], [3.0], [4.0]])
->>> [int(balance(x, threshold=1.5, metric="euclidean", rule=rule).keep.sum()) for rule in ("union-find", "cover")]
+>>> angles = np.deg2rad([0, 10, 20, 30, 40])
+>>> x = np.column_stack([np.cos(angles), np.sin(angles)])
+>>> [int(balance(x, threshold=0.2, metric="euclidean", rule=rule).keep.sum()) for rule in ("union-find", "cover")]
 [1, 3]
 """
 

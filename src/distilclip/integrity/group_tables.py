@@ -12,7 +12,6 @@ from distilclip import files
 from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import FOREST_FILE, Groups, groups_name, read_forest, read_groups
 from distilclip.data.store import Store, sample_id
-from distilclip.grouping.forest import Forest
 from distilclip.integrity.findings import Findings, input_of, list_parts, read_or_report
 from distilclip.vectors.tolerance import Tolerance
 
@@ -142,6 +141,8 @@ def _check_forest(
     elif ids is not None and group is not None and "threshold" in found.result:
         below = forest.distance < np.float32(found.result["threshold"])
         ends = [np.minimum(np.searchsorted(ids, side[below]), len(ids) - 1) for side in (forest.left, forest.right)]
+        from distilclip.grouping.forest import Forest  # numba: only where there is a forest to check
+
         joined = Forest(left=ends[0], right=ends[1], distance=forest.distance[below], num_rows=len(ids)).groups()
         if found.result.get("rule") == "cover":  # a group is a part of what the edges join
             fits = np.array_equal(joined, joined[np.minimum(np.searchsorted(ids, group), len(ids) - 1)])
