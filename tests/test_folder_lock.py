@@ -141,6 +141,7 @@ def test_finished_folders_are_read_by_many_and_not_written(tmp_path: Path) -> No
     assert open_again(str(out)).finished
 
 
+@pytest.mark.slow
 def test_many_processes_at_once_and_one_works(tmp_path: Path) -> None:
     """Also where a dead process's lock is in their way."""
     code = """

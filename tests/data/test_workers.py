@@ -156,6 +156,7 @@ def test_results_arrive_where_shared_memory_is_too_small() -> None:
     assert errors.count("--shm-size") == errors.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_loader_process_that_is_killed_is_one_sentence() -> None:
     written, errors = start(KILLED).communicate(timeout=120)
     assert "A loader process was killed" in written, errors

@@ -112,6 +112,7 @@ def test_files_state_their_opset_and_name_no_path_of_this_machine(onnx_folder: s
         assert str(Path(__file__).parents[2]).encode() not in path.read_bytes()
 
 
+@pytest.mark.slow
 def test_a_second_export_gives_the_same_bytes(onnx_folder: str, tiny_clip: Clip, tmp_path: Path) -> None:
     found = write_onnx(tiny_clip, str(tmp_path))
     assert found["opset"] == OPSET

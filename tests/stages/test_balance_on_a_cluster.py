@@ -40,6 +40,7 @@ def test_blocks_change_nothing(tmp_path: Path, block_rows: int) -> None:
     assert run(store, tmp_path / "parts", block_rows=block_rows) == run(store, tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_processes_change_nothing(tmp_path: Path) -> None:
     store, _, _ = write_store(tmp_path / "store")
     shared = run(store, tmp_path / "shared", execution=Engine(engine="processes", engine_workers=2))

@@ -62,6 +62,7 @@ def test_an_unregistered_loss_is_refused(prepared: Prepared, tiny_clip_json: str
         config(tmp_path / "out", tiny_clip_json, store=prepared.store, terms={"farthest": 5.0})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 def test_a_registered_loss_is_trained_on_logged_reported_and_the_same_on_two_ranks(
     prepared: Prepared, tiny_clip_json: str, tmp_path: Path

@@ -150,6 +150,7 @@ def test_signals_save_and_the_run_goes_on_from_there(
     assert state["log"]["num_steps"] == state["step"] % 10
 
 
+@pytest.mark.slow
 def test_a_checkpoint_between_two_lines_changes_no_line(
     cid: dict[str, Any], tiny_clip_json: str, tmp_path: Path
 ) -> None:
