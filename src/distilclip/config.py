@@ -210,7 +210,10 @@ def read_recipe(path: str) -> dict[str, Any]:
         content = files.read_bytes(path).decode()
         if path.endswith(".json"):
             values = json.loads(content)
-            return {values.pop("stage"): values}
+            stage = values.pop("stage")
+            if not isinstance(stage, str):
+                raise ValueError(f"its stage is {stage!r}")
+            return {stage: values}
         return tomllib.loads(content)
     except InputError:
         raise

@@ -19,6 +19,7 @@ from distilclip.data.store import finished_shard
 from distilclip.data.tensors import read_tensors
 from distilclip.errors import InputError
 from distilclip.export.uids import read_subset
+from distilclip.integrity.folders import check_folders
 from distilclip.row_weights import RowPlaces, read_row_weights
 from tests.conftest import encoded, picture
 
@@ -99,11 +100,12 @@ def test_a_row_table_without_its_words_is_one_error(tmp_path: Path) -> None:
         finished_shard(str(tmp_path), 0)
 
 
-@pytest.mark.parametrize("name", ["config.json", "recipe.toml", "list.json", "deep.json"])
+@pytest.mark.parametrize("name", ["config.json", "recipe.toml", "list.json", "deep.json", "stage.json"])
 def test_a_file_of_settings_that_is_none_is_one_error(tmp_path: Path, name: str) -> None:
-    contents = {"list.json": b"[1]", "deep.json": b"[" * 100_000}
+    contents = {"list.json": b"[1]", "deep.json": b"[" * 100_000, "stage.json": b'{"stage": true}'}
     (tmp_path / name).write_bytes(contents.get(name, b"\x80\x04\x95"))
-    readers = [config.read_recipe] if name.endswith("toml") else [config.read_recipe, stage_folder.read_json]
+    readers = [config.read_recipe]
+    readers += [] if name in ("recipe.toml", "stage.json") else [stage_folder.read_json]
     for read in readers:
         with pytest.raises(InputError, match=name) as found:
             read(str(tmp_path / name))
@@ -130,3 +132,10 @@ def test_arrays_that_are_none_are_one_error(tmp_path: Path) -> None:
         read_subset.cache_clear()
         with pytest.raises(InputError, match=r"b\.npy"):
             read_subset(str(tmp_path / "b.npy"))
+
+
+def test_verify_names_a_record_that_is_no_object(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"stage": "embed"}))
+    (tmp_path / "inputs.json").write_text("[1]")
+    (found,) = check_folders(str(tmp_path))
+    assert any("inputs.json is no valid JSON (a list and no object)" in fault.text for fault in found.faults)

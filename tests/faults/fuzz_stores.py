@@ -191,7 +191,8 @@ def read_damaged(case: Damage, folder: Path) -> bool:
     )
     found = read_everything(here)
     read_row_weights(str(here / "weights.npy"), places)
-    if case.has_digests and json.loads((here / "result.json").read_text()).get("digests") and found != expected:
+    names = list(template(folder))
+    if case.has_digests and names[case.file % len(names)] != "result.json" and found != expected:
         raise Lost(f"another {next(name for name in expected if found.get(name) != expected[name])} than was written")
     return True
 

@@ -97,17 +97,20 @@ class Findings:
 def open_findings(path: str) -> Findings | None:
     """Read the small files of a stage's folder and begin its findings; None where no stage has written."""
     found = Findings(path=path, stage="")
-    contents = {}
+    contents: dict[str, dict[str, Any]] = {}
     for name in ("config.json", "env.json", "inputs.json", RESULT, "extended.json"):
         if not files.exists(found.child(name)):
             continue
         try:
-            contents[name] = json.loads(files.read_bytes(found.child(name)))
-        except ValueError as error:  # also bytes that are no UTF-8
+            value = json.loads(files.read_bytes(found.child(name)))
+            if not isinstance(value, dict):
+                raise ValueError(f"a {type(value).__name__} and no object")
+            contents[name] = value
+        except (ValueError, RecursionError) as error:  # also bytes that are no UTF-8
             again = () if name != RESULT else (RESULT,)
             advice = "" if again else " Restore it, or remove the folder and make it again."
             found.add_fault(f"{found.child(name)} is no valid JSON ({error}).{advice}", remove=again)
-    stage = next((c["stage"] for c in contents.values() if isinstance(c, dict) and isinstance(c.get("stage"), str)), "")
+    stage = next((c["stage"] for c in contents.values() if isinstance(c.get("stage"), str)), "")
     if not stage:
         return found if found.faults else None
     found.stage = stage
