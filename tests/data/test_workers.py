@@ -110,6 +110,46 @@ except InputError as error:
 SMALL_MEMORY = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=6m tmpfs /dev/shm && exec "$@"', "sh"]
 
 
+# A loader process that is killed while its results wait: their memory is handed over by that process.
+KILLED_LATER = """
+import multiprocessing, time, torch
+from torch.utils.data import Dataset
+from distilclip.data.workers import map_tasks
+from distilclip.errors import InputError
+
+class Quick(Dataset):
+    def __getitem__(self, task):
+        return torch.full((8,), task)
+
+for attempt in range(30):  # it depends on the moment what is met first
+    results = map_tasks(Quick(), range(100), num_workers=2)
+    next(results)
+    time.sleep(0.01 * (attempt % 3))
+    for process in multiprocessing.active_children():
+        process.kill()
+    try:
+        list(results)
+    except InputError as error:
+        assert "A loader process was killed" in str(error)
+print("all were told")
+"""
+
+# A fault of its own in a loader process, which is no sign that it was killed.
+FAULTY = """
+from torch.utils.data import Dataset
+from distilclip.data.workers import map_tasks
+
+class Faulty(Dataset):
+    def __getitem__(self, task):
+        raise {fault}("the words of the fault")
+
+try:
+    list(map_tasks(Faulty(), range(6), num_workers=1))
+except {fault} as error:
+    print(str(error).splitlines()[-1])
+"""
+
+
 def can_mount() -> bool:
     return subprocess.run([*SMALL_MEMORY, "true"], capture_output=True, check=False).returncode == 0
 
@@ -165,6 +205,17 @@ def test_a_loader_process_that_is_killed_is_one_sentence() -> None:
 
 
 @pytest.mark.slow
+def test_a_loader_process_that_is_killed_before_its_results_are_taken_is_one_sentence() -> None:
+    written, errors = start(KILLED_LATER).communicate(timeout=60)
+    assert "all were told" in written, errors
+
+
+@pytest.mark.parametrize("fault", ["RuntimeError", "OSError"])
+def test_what_a_loader_process_raises_is_not_called_a_kill(fault: str) -> None:
+    written, errors = start(FAULTY.format(fault=fault)).communicate(timeout=60)
+    assert "the words of the fault" in written, errors
+
+
 def test_results_may_be_late_but_not_for_ever() -> None:
     written, errors = start(HUNG).communicate(timeout=120)
     first, second, sentence = written.splitlines()

@@ -120,10 +120,10 @@ def commands(world: World, maker: str) -> list[tuple[Sequence[str], int]]:
         "train": (),
     }
     found: list[tuple[Sequence[str], int]] = [(cases[name].argv, wrong_input) for name in named[maker]]
-    if maker == "balance":  # a finished one that is cut again at another threshold reads its forest
-        again = [*cases["balance"].argv[:-1], str(at / "groups")]
-        again[again.index("--threshold") + 1] = "0.005"
-        found.append((again, wrong_input))
+    if maker == "balance":  # a balance at another threshold, cut from its forest
+        argv = [*cases["balance"].argv, "--from-folder", str(at / "groups")]
+        argv[argv.index("--threshold") + 1] = "0.005"
+        found.append((argv, wrong_input))
     if maker == "train":  # a finished one that goes on reads its checkpoint
         again = [*cases["train"].argv[:-1], str(at / "student")]
         again[again.index("--num-steps") + 1] = "6"

@@ -289,6 +289,9 @@ def test_nothing_that_another_version_wrote_is_removed(run: Run, name: str) -> N
     assert cli.main(["verify", str(run.folder / stage), "--repair"]) == 1
     assert contents(run.folder) == before
     if name.endswith("state.json"):
+        words = ["train", str(run.folder / "train/config.json"), "--num-steps", "6"]
+        assert cli.main(words) == 2
+        assert contents(run.folder) == before, "a finished training stays finished"
         (run.folder / "train/result.json").unlink()
         with pytest.raises(InputError, match="has format version 3; this distilclip reads version 2"):
             run.again()

@@ -86,12 +86,13 @@ def _wait(arriving: Iterator[Any]) -> Any:
     for waited in itertools.count(_CHECK_SECONDS, _CHECK_SECONDS):
         try:
             return next(arriving, _END)
-        except RuntimeError as error:
+        except (RuntimeError, OSError, EOFError) as error:
             words = str(error)
-            if "DataLoader worker" in words:
+            if _tells_of_a_kill(error, words):
+                detail = words.splitlines()[0].rstrip(".") if words else "it ended before its results were taken"
                 raise InputError(
-                    f"A loader process was killed ({words.splitlines()[0].rstrip('.')}), most likely because memory "
-                    "ran out. Lower --num-workers or --batch-size, or allow the job more memory."
+                    f"A loader process was killed ({detail}), most likely because memory ran out. Lower --num-workers "
+                    "or --batch-size, or allow the job more memory."
                 ) from error
             if "DataLoader timed out" not in words:
                 raise
@@ -103,6 +104,16 @@ def _wait(arriving: Iterator[Any]) -> Any:
             if waited == 60:
                 say(f"The loader processes have given nothing for {waited} s: the storage is slow, or does not answer.")
     raise AssertionError("a count has no end")
+
+
+def _tells_of_a_kill(error: Exception, words: str) -> bool:
+    """Return whether waiting failed because a loader process is dead, not because of what it raised itself.
+
+    The memory of a result is handed over by the process that made it: where that is gone, its socket does not answer.
+    """
+    if isinstance(error, RuntimeError):
+        return "DataLoader worker (pid" in words
+    return "in DataLoader worker process" not in words
 
 
 def default_workers() -> int:

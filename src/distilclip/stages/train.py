@@ -31,7 +31,12 @@ from distilclip.models.patch_dropout import set_patch_dropout
 from distilclip.models.teacher import Teacher, live_teacher, stored_teachers
 from distilclip.stages._validation import open_validator
 from distilclip.train.checkpoint import Progress, Training, count_unusable, load_checkpoint
-from distilclip.train.checkpoint_files import best_checkpoint, folder_name, last_whole_checkpoint
+from distilclip.train.checkpoint_files import (
+    best_checkpoint,
+    folder_name,
+    last_whole_checkpoint,
+    refuse_other_version,
+)
 from distilclip.train.class_head import ClassHead
 from distilclip.train.gradient_scale import GradientScale
 from distilclip.train.loop import TrainingPlan, fit
@@ -55,9 +60,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     require_packages(config.track)
     if config.precision == "fp16" and device.type != "cuda":
         raise InputError(f"precision fp16 is for CUDA GPUs, and this runs on {device.type}. Use bf16 or fp32.")
-    folder = distributed.on_first(
-        lambda: stage_folder.open_folder(config.out, stage="train", config=config, inputs=config.inputs())
-    )
+    folder = distributed.on_first(lambda: _open_folder(config))
     if distributed.on_first(lambda: folder.finished):
         return folder.result()
     method = objective(config.objective, config.terms)
@@ -90,6 +93,12 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
     unusable = count_unusable(stream.policy)
     facts |= {"num_rows": stream.num_rows, "num_steps": num_steps, **mixture}
     return distributed.on_first(lambda: _finish(config, folder, method, facts, unusable))
+
+
+def _open_folder(config: Config) -> stage_folder.Folder:
+    if stage_folder.is_outgrown(config.out, config):  # before the folder is opened to be gone on with
+        refuse_other_version(config.out)
+    return stage_folder.open_folder(config.out, stage="train", config=config, inputs=config.inputs())
 
 
 def _fit(

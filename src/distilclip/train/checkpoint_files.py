@@ -31,12 +31,28 @@ def read_state(folder: str) -> dict[str, Any]:
     Raises `InputError` where it is not as it was written, `OtherVersionError` where another version wrote it.
     """
     path = files.join(folder, STATE_FILE)
-    state = stage_folder.read_json(path)
-    if state.get("format", FORMAT) != FORMAT:
-        raise other_version(path, state["format"], known=FORMAT)
+    state = _read_own_version(path)
     if not digests.is_unchanged(state):
         raise InputError(digests.describe_change(path, _remedy(folder)))
     return state
+
+
+def _read_own_version(path: str) -> dict[str, Any]:
+    state = stage_folder.read_json(path)
+    if state.get("format", FORMAT) != FORMAT:
+        raise other_version(path, state["format"], known=FORMAT)
+    return state
+
+
+def refuse_other_version(train_folder: str) -> None:
+    """Raise `OtherVersionError` where the last checkpoint of a folder is of a version that cannot be gone on from."""
+    for step in complete_checkpoints(train_folder)[-1:]:
+        try:
+            _read_own_version(files.join(train_folder, folder_name(step), STATE_FILE))
+        except OtherVersionError:
+            raise
+        except InputError:
+            return  # damaged: training goes on from the one before
 
 
 def find_damage(folder: str) -> list[str]:
