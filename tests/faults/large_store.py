@@ -1,7 +1,7 @@
 """Take a made-up store of a million rows through every stage, and five thousand tars through embed, and measure memory.
 
 The tars are real: each row has a picture and a caption of its own in its tar, but there are only 16 different pictures.
-The embeddings are made up: random points, of which every fourth is near an earlier one.
+The embeddings are made up: points around 2,000 centers, of which every fourth is near an earlier one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt8
+from jaxtyping import Float, Int, UInt8
 
 from tests.conftest import TINY_CLIP, encoded, picture
 from tests.faults.crash_points import outcome
@@ -55,7 +55,18 @@ def run_stages(folder: Path, *, shards: int, rows: int, stages: Sequence[str]) -
     train = ("--batch-size", 32, "--num-steps", 200, "--warmup-steps", 10, "--num-workers", 1, "--precision", "fp32")
     train = (*train, "--clusters", folder / "clusters", "--objective", "clip-cid", "--student", json.dumps(TINY_CLIP))
     argv = {
-        "balance": ("--store", store, "--metric", "sqeuclidean", "--threshold", 0.07, "--out", folder / "groups"),
+        "balance": (
+            "--store",
+            store,
+            "--metric",
+            "sqeuclidean",
+            "--threshold",
+            0.07,
+            "--max-threshold",
+            0.1,
+            "--out",
+            folder / "groups",
+        ),
         "cluster": (*kept, "--num-centers", 2000, "--num-iterations", 3, "--out", folder / "clusters"),
         "train": (*kept, *train, "--out", folder / "student"),
         "verify": (folder,),
@@ -174,13 +185,14 @@ def write_store(folder: Path, *, shards: int, rows: int) -> str:
     config = Config(data=(str(folder / "pairs"),), model="made-up", out=store)
     opened = stage_folder.open_folder(store, stage="embed", config=config)
     lines: list[StoreShard] = []
+    scenes = _directions(random, 2000)
     pool = np.empty((0, DIM))
     for shard in range(shards):
         numbers = np.arange(shard * rows, (shard + 1) * rows)
         content = make_tar(numbers, 32)
         uri = folder / "pairs" / f"{shard:06d}.tar"
         uri.write_bytes(content)
-        points = random.standard_normal((rows, DIM))
+        points = scenes[random.integers(0, len(scenes), rows)] + 0.6 * _directions(random, rows)
         pool = points / np.linalg.norm(points, axis=1, keepdims=True) if shard == 0 else pool
         near = numbers % 4 == 3
         points[near] = pool[numbers[near] // 4 % rows] + 0.01 * random.standard_normal((near.sum(), DIM))
@@ -205,6 +217,11 @@ def write_store(folder: Path, *, shards: int, rows: int) -> str:
     found = digests.digest_files(store, store_files(shards))
     opened.finish({"num_rows": shards * rows, "num_valid": shards * rows, "digests": found})
     return store
+
+
+def _directions(random: np.random.Generator, num: int) -> Float[np.ndarray, "n dim"]:
+    points = random.standard_normal((num, DIM))
+    return points / np.linalg.norm(points, axis=1, keepdims=True)
 
 
 def pictures() -> np.ndarray:
