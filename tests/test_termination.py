@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from threading import Thread
 
@@ -13,36 +14,36 @@ from distilclip import files, folder_lock, termination
 from tests.ranks import server
 
 
-def exit_code_of(work: Callable[[str], None], place: Path) -> int | None:
-    """The exit code of a process that gets SIGTERM in the middle of a function."""
-    process = server().Process(target=work, args=(str(place),))
+def exit_code_of(work: Callable[[str, Event], None], place: Path) -> int | None:
+    """The exit code of a process that gets SIGTERM in the middle of a function, which says when it is there."""
+    is_at_work = server().Event()
+    process = server().Process(target=work, args=(str(place), is_at_work))
     process.start()
-    deadline = time.monotonic() + 60
-    while not (place / "lock.json").exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    assert is_at_work.wait(60)
     os.kill(process.pid or 0, signal.SIGTERM)
     os.kill(process.pid or 0, signal.SIGTERM)  # torchrun passes on what the scheduler sent to all
     process.join(20)
     return process.exitcode
 
 
-def write_for_ever(place: str) -> None:
+def write_for_ever(place: str, is_at_work: Event) -> None:
     try:
         with termination.ending_in_order(), folder_lock.held_for_block(), files.atomic_write(f"{place}/table") as file:
             folder_lock.hold(place)
             while True:
                 file.write(b"1")
+                is_at_work.set()
     except termination.Terminated:
         termination.end_by_signal()
 
 
-def hang(place: str) -> None:
+def hang(place: str, is_at_work: Event) -> None:
     termination.SECONDS = 0.3
     with termination.ending_in_order():
         folder_lock.hold(place)
         while True:
             try:
+                is_at_work.set()
                 time.sleep(60)
             except BaseException:  # as a callback of a library swallows it
                 continue
