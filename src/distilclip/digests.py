@@ -89,14 +89,16 @@ def forget() -> None:
     _checked.clear()
 
 
-def is_same(path: str, sha256: str) -> bool:
+def is_same(path: str, digest: str) -> bool:
     """Return whether a file has this digest, reading it once in a process as long as it is not written again.
+
+    `digest` is a SHA-256 or an XXH3, in hex (`files.has_digest`).
 
     Raises no error for a missing file: it is left to who reads it.
     """
     try:
-        key = (files.absolute(path), sha256, *_version(path))
-        if key not in _checked and files.sha256(path) == sha256:
+        key = (files.absolute(path), digest, *_version(path))
+        if key not in _checked and files.has_digest(path, digest):
             _checked.add(key)
     except FileNotFoundError:
         return True
@@ -106,7 +108,7 @@ def is_same(path: str, sha256: str) -> bool:
 class BackgroundCheck:
     """Checks files against their digests in a thread, where work reads single rows of them and not the whole files.
 
-    `wanted` are paths, each with its SHA-256 and the remedy. The first ones, up to `at_once` bytes, are checked here.
+    `wanted` are paths, each with its digest and the remedy. The first ones, up to `at_once` bytes, are checked here.
     """
 
     def __init__(self, wanted: Sequence[tuple[str, str, str]], *, at_once: int = AT_ONCE_BYTES) -> None:
@@ -128,22 +130,22 @@ class BackgroundCheck:
         self._thread.join()
 
     def _check_all(self, wanted: Sequence[tuple[str, str, str]]) -> None:
-        for path, sha256, remedy in wanted:
+        for path, digest, remedy in wanted:
             try:
-                self._check(path, sha256, remedy)
+                self._check(path, digest, remedy)
             except OSError:  # who reads the rows says so, with more right
                 return
             if self._found:
                 return
 
-    def _check(self, path: str, sha256: str, remedy: str) -> None:
-        if not is_same(path, sha256):
+    def _check(self, path: str, digest: str, remedy: str) -> None:
+        if not is_same(path, digest):
             self._found = describe_change(path, remedy)
 
 
 def describe_change(path: str, remedy: str = "", *, what: str = "") -> str:
     """Return what is said of a file that has not the bytes that were written: a sentence with a remedy, or a clause."""
-    said = f"{path} is not the file that was written (its SHA-256 differs{what})"
+    said = f"{path} is not the file that was written (its digest differs{what})"
     return f"{said}. {remedy}" if remedy else said
 
 

@@ -125,12 +125,12 @@ def test_a_copy_with_another_digest_is_an_error(copies: Path) -> None:
     path = "memory://reader/damaged"
     files.write_bytes(path, CONTENT)
     whole, damaged = (hashlib.sha256(content).hexdigest() for content in (CONTENT, CONTENT[1:]))
-    reader = Reader(path, copied=True, sha256=whole)
+    reader = Reader(path, copied=True, digest=whole)
     read_until(lambda: reader.read(20, 5), lambda: reader.path != path)
     (copy,) = copies.iterdir()
     copy.unlink()
     reader_module._Copier.of_process.cache_clear()
-    reader = Reader(path, copied=True, sha256=damaged)
+    reader = Reader(path, copied=True, digest=damaged)
     with pytest.raises(InputError, match="damaged is not the file that was written"):
         read_until(lambda: reader.read(20, 5), lambda: False)
     assert list(copies.iterdir()) == []

@@ -217,3 +217,22 @@ def test_a_store_is_read_while_its_folder_is_read_only(tmp_path: Path) -> None:
     assert store.image(0).shape == (3, 8)
     with pytest.raises(ValueError, match="read-only"):
         store.image(0)[0, 0] = 1
+
+
+def test_a_changed_payload_is_refused_with_and_without_its_quick_digest(tmp_path: Path) -> None:
+    store = write_store(str(tmp_path))
+    assert files.has_digest(store.payload_path(0), store.shards[0].xxh3 or "")
+    manifest = tmp_path / "manifest.parquet"
+    table = pq.read_table(manifest)
+    payload = Path(store.payload_path(0))
+    content = bytearray(payload.read_bytes())
+    content[-1] ^= 1
+    payload.write_bytes(content)
+    with pytest.raises(InputError, match=r"000000\.safetensors .*digest differs; shard 0"):
+        Store.open(str(tmp_path)).text(0)
+    pq.write_table(table.drop_columns("xxh3"), manifest)  # as an older version wrote it
+    older = Store.open(str(tmp_path))
+    assert older.shards[0].xxh3 is None
+    assert older.image(1).shape == (3, 8)
+    with pytest.raises(InputError, match=r"000000\.safetensors .*digest differs; shard 0"):
+        older.text(0)

@@ -19,11 +19,14 @@ ARRAYS = {
 
 def test_the_safetensors_package_reads_what_is_written(tmp_path: Path) -> None:
     path = str(tmp_path / "a.safetensors")
-    digest = write_tensors(path, ARRAYS, {"b": "2", "a": "ß"})
+    digest, quick = write_tensors(path, ARRAYS, {"b": "2", "a": "ß"})
     loaded = load_file(path)
     for name, array in ARRAYS.items():
         assert np.array_equal(loaded[name], array)
     assert digest == files.sha256(path)
+    assert files.has_digest(path, digest)
+    assert files.has_digest(path, quick)
+    assert not files.has_digest(path, quick[::-1])
     assert read_metadata(path) == {"a": "ß", "b": "2"}
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from distilclip import digests
-from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
+from distilclip.data.tensors import FileDigests, read_metadata, read_tensors, write_tensors
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 from tests.faults.children import differences, run_child, run_stage, snapshot
 from tests.faults.outcome import Outcome, Size
@@ -209,8 +209,7 @@ def disturb_store(world: World, kind: str, stage: str) -> str:
         arrays["image"][row, 0] = values[kind]
     else:
         arrays["image"][row] *= {"zeros": 0, "twice as long": 2}[kind]
-    sha256 = write_tensors(str(payload), arrays, read_metadata(str(payload)))
-    _put_digest(store, sha256)
+    _put_digests(store, write_tensors(str(payload), arrays, read_metadata(str(payload))))
     argv = {
         "train": [*world.train_argv(out), "--store", str(store), "--objective", "clip-kd"],
         "balance": ["balance", "--store", str(store), "--out", str(out), "--metric", "cosine", "--threshold", "0.1"],
@@ -224,14 +223,15 @@ def disturb_store(world: World, kind: str, stage: str) -> str:
     return "" if ended.code == 2 and is_named else f"{kind} in {stage}: {ended.code}, {ended.said[-300:]!r}"
 
 
-def _put_digest(store: Path, sha256: str) -> None:
-    """Let the manifest and result.json of a store of one shard say that this is the digest of its payload."""
+def _put_digests(store: Path, found: FileDigests) -> None:
+    """Let the manifest and result.json of a store of one shard say that these are the digests of its payload."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     table = pq.read_table(store / "manifest.parquet")
-    place = table.schema.get_field_index("sha256")
-    table = table.set_column(place, table.schema.field(place), pa.array([sha256]))
+    for name, digest in found._asdict().items():
+        place = table.schema.get_field_index(name)
+        table = table.set_column(place, table.schema.field(place), pa.array([digest]))
     pq.write_table(table, store / "manifest.parquet")
     result = json.loads((store / "result.json").read_text())
     result["digests"] = digests.digest_files(str(store), list(result["digests"]))

@@ -25,14 +25,18 @@ def write_columns(
         pq.write_table(table.replace_schema_metadata(pairs), file, compression="zstd", version="2.6")
 
 
-def read_columns(path: str, schema: pa.Schema) -> pa.Table:
-    """Read the columns of `schema`, in that order.
+def read_columns(path: str, schema: pa.Schema, *, optional: str = "") -> pa.Table:
+    """Read the columns of `schema`, in that order; the one named `optional` may be missing, and is null then.
 
     Raises:
         InputError: the file is missing, damaged, of another format version, or lacks a column.
     """
     file = _open(path)
     found = file.schema_arrow
+    if optional and optional not in found.names:
+        at = schema.get_field_index(optional)
+        table = read_columns(path, schema.remove(at))
+        return table.add_column(at, schema.field(at), pa.nulls(len(table), schema.field(at).type))
     wrong = [f"{f.name} ({f.type})" for f in schema if f.name not in found.names or found.field(f.name).type != f.type]
     if wrong:
         raise InputError(f"{path} lacks the columns {', '.join(wrong)}; it has {', '.join(found.names)}.")

@@ -24,7 +24,7 @@ class Embeddings:
 
     def __init__(self, store: Store) -> None:
         self.store = store
-        known = {path: sha256 for path, sha256, _ in store.list_embeddings()} if files.is_url(store.path) else {}
+        known = {path: digest for path, digest, _ in store.list_embeddings()} if files.is_url(store.path) else {}
         self._payloads = _Rows(store.payload_path, store.check_payload, known)
         self._views = _Rows(store.views_path, store.check_views, known)
 
@@ -80,9 +80,9 @@ class _Rows:
     """
 
     def __init__(
-        self, path_of: Callable[[int], str], check: Callable[[int, Header], None], sha256: Mapping[str, str]
+        self, path_of: Callable[[int], str], check: Callable[[int, Header], None], digests: Mapping[str, str]
     ) -> None:
-        self.path_of, self.check, self.sha256 = path_of, check, sha256
+        self.path_of, self.check, self.digests = path_of, check, digests
         self._open: OpenFiles[int, Reader] = OpenFiles(self._reader, limit=MAX_OPEN_FILES)
         self._headers: dict[int, Header] = {}
 
@@ -128,7 +128,7 @@ class _Rows:
 
     def _reader(self, shard: int) -> Reader:
         path = self.path_of(shard)
-        return Reader(path, copied=True, sha256=self.sha256.get(path))
+        return Reader(path, copied=True, digest=self.digests.get(path))
 
 
 _EMBED_AGAIN = "Embed the data again, into a new folder."

@@ -36,11 +36,11 @@ class Reader:
 
     `sequential=True` suits a forward pass over a remote file: bytes are fetched ahead in large blocks, where otherwise
     each read is one request of exactly its range. `copied=True` suits many small reads of a remote file: it is copied
-    to this machine's disk meanwhile, and then read there (see `_request_copy`), which compares it with `sha256`.
+    to this machine's disk meanwhile, and then read there (see `_request_copy`), which compares it with `digest`.
     """
 
-    def __init__(self, path: str, *, sequential: bool = False, copied: bool = False, sha256: str | None = None) -> None:
-        self.path, self.sequential, self.sha256 = path, sequential, sha256
+    def __init__(self, path: str, *, sequential: bool = False, copied: bool = False, digest: str | None = None) -> None:
+        self.path, self.sequential, self.digest = path, sequential, digest
         self._remote = files.is_url(path)
         self._file: Any = None
         self._ahead: dict[tuple[int, int], Future[bytes]] = {}
@@ -97,7 +97,7 @@ class Reader:
         if self._reads_to_copy:
             self._reads_to_copy -= 1
             return
-        self._copy = self._copy or _request_copy(self.path, self.sha256)
+        self._copy = self._copy or _request_copy(self.path, self.digest)
         if self._copy.fault:
             raise InputError(self._copy.fault)
         if self._copy.done:
@@ -159,13 +159,13 @@ class _CopyRequest:
     """
 
     uri: str
-    sha256: str | None
+    digest: str | None
     fault: str = ""
     done: bool = False
     path: str | None = None
 
 
-def _request_copy(uri: str, sha256: str | None) -> _CopyRequest:
+def _request_copy(uri: str, digest: str | None) -> _CopyRequest:
     """Ask for a copy of a remote file, which a thread of this process makes, unless another process has made it.
 
     Training reads two small rows of embeddings for each picture: without copies, two of three requests to the storage.
@@ -175,7 +175,7 @@ def _request_copy(uri: str, sha256: str | None) -> _CopyRequest:
     temporary folder. They are named by what the storage says of the file (its address and ETag, or the like), so that
     a file that has changed is another one. Removing the folder does no harm.
     """
-    return _Copier.of_process(os.getpid()).request(uri, sha256)
+    return _Copier.of_process(os.getpid()).request(uri, digest)
 
 
 class _Copier:
@@ -190,10 +190,10 @@ class _Copier:
     def of_process(process: int) -> _Copier:
         return _Copier()  # threads do not survive a fork
 
-    def request(self, uri: str, sha256: str | None) -> _CopyRequest:
+    def request(self, uri: str, digest: str | None) -> _CopyRequest:
         with self._lock:
             if uri not in self._requests:
-                self._requests[uri] = _CopyRequest(uri, sha256)
+                self._requests[uri] = _CopyRequest(uri, digest)
                 self._todo.put(self._requests[uri])
             return self._requests[uri]
 
@@ -202,7 +202,7 @@ class _Copier:
         while True:
             request = self._todo.get()
             try:
-                request.path = None if folder is None else _copy(request.uri, folder, request.sha256)
+                request.path = None if folder is None else _copy(request.uri, folder, request.digest)
             except InputError as error:
                 request.fault = str(error)
             except Exception as error:  # of any storage's library; the file is then read where it lies
@@ -220,10 +220,10 @@ def _open_folder() -> str | None:
     return folder if os.stat(folder).st_uid == os.getuid() else None
 
 
-def _copy(uri: str, folder: str, sha256: str | None) -> str | None:
+def _copy(uri: str, folder: str, digest: str | None) -> str | None:
     """Return the path of a copy, made now or before; None where the disk has no room.
 
-    Raises `InputError`, and leaves no copy, where the file has another digest than `sha256`.
+    Raises `InputError`, and leaves no copy, where the file has another digest than `digest`.
     """
     system, inner = files.filesystem(uri)
     path = os.path.join(folder, hashlib.sha256(f"{uri} {system.ukey(inner)}".encode()).hexdigest())
@@ -242,7 +242,7 @@ def _copy(uri: str, folder: str, sha256: str | None) -> str | None:
         with files.open_read(uri) as source:
             shutil.copyfileobj(source, part, 1 << 22)
         part.flush()
-        if sha256 is not None and files.sha256(part.name) != sha256:
+        if digest is not None and not files.has_digest(part.name, digest):
             os.remove(part.name)
             remedy = "`distilclip verify` on its folder says what else is damaged, and repairs it with --repair."
             raise InputError(digests.describe_change(uri, remedy))

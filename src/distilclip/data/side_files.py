@@ -190,7 +190,7 @@ def read_edges(path: str) -> ForestEdges:
 def write_centers(folder: str, centers: Float32[np.ndarray, "k dim"], metadata: Mapping[str, str] | None = None) -> str:
     """Write unit centers into a cluster folder; return the SHA-256 of the file."""
     path = files.join(folder, CENTERS_FILE)
-    return write_tensors(path, {"centers": centers}, {"format": FORMAT_VERSION, **(metadata or {})})
+    return write_tensors(path, {"centers": centers}, {"format": FORMAT_VERSION, **(metadata or {})}).sha256
 
 
 def read_centers(folder: str) -> Float32[np.ndarray, "k dim"]:

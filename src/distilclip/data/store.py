@@ -105,6 +105,7 @@ MANIFEST_SCHEMA = pa.schema(
         ("key_digest", pa.string()),
         ("sha256", pa.string()),
         ("status", pa.string()),
+        ("xxh3", pa.string()),
     ]
 )
 TEACHER_KEYS = ("name", "digest", "preprocessing", "tokenizer", "precision", "scale")
@@ -141,7 +142,10 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class StoreShard:
-    """One line of the manifest. `num_bytes` is the size of the source file, `sha256` the digest of the embeddings."""
+    """One line of the manifest. `num_bytes` is the size of the source file.
+
+    `sha256` and `xxh3` are digests of the embeddings; a store of an older version has no `xxh3`.
+    """
 
     index: int
     uri: str
@@ -150,6 +154,12 @@ class StoreShard:
     key_digest: str
     sha256: str
     status: str
+    xxh3: str | None = None
+
+    @property
+    def quick_digest(self) -> str:
+        """The digest that readers compare."""
+        return self.xxh3 or self.sha256
 
 
 @dataclass(frozen=True)
@@ -175,7 +185,7 @@ class Store:
             raise InputError(f"{path} is no finished store (no manifest.parquet): run `distilclip embed --out {path}`.")
         digests.check_file(path, "manifest.parquet", remedy=digests.repair_with(path, "embed"))
         with refuse_damage(manifest):
-            table = read_columns(manifest, MANIFEST_SCHEMA).to_pydict()
+            table = read_columns(manifest, MANIFEST_SCHEMA, optional="xxh3").to_pydict()
             shards = [StoreShard(*values) for values in zip(*table.values(), strict=True)]
             metadata = read_column_metadata(manifest)
             views = Views.from_json(metadata["views"]) if "views" in metadata else None
@@ -250,9 +260,9 @@ class Store:
         return table
 
     def list_embeddings(self) -> list[tuple[str, str, str]]:
-        """Return the files of embeddings that have a digest: path, SHA-256 and what repairs it."""
+        """Return the files of embeddings that have a digest: path, digest (`files.has_digest`) and what repairs it."""
         remedy, known = digests.repair_with(self.path, "embed"), digests.read_digests(self.path)
-        found = [(self.payload_path(line.index), line.sha256, remedy) for line in self.shards]
+        found = [(self.payload_path(line.index), line.quick_digest, remedy) for line in self.shards]
         views = [(files.join(self.path, name), known[name], remedy) for name in known if name.startswith("views/")]
         return found + views
 
@@ -296,7 +306,7 @@ class Store:
             self.check_payload(shard, read_header(reader))
         arrays = read_tensors(path)
         line = self.shards[shard]
-        if not digests.is_same(path, line.sha256):
+        if not digests.is_same(path, line.quick_digest):
             where = f"; shard {shard}, rows 0 to {line.num_rows - 1}"
             raise InputError(digests.describe_change(path, digests.repair_with(self.path, "embed"), what=where))
         return {name: arrays[name] for name in ("image", "text")}
@@ -318,13 +328,22 @@ def write_shard(
     described = _teacher_metadata(teacher)
     if views is not None:
         write_views(folder, shard, views, described)
-    sha256 = write_tensors(
+    written = write_tensors(
         files.join(folder, f"{stem(shard)}.safetensors"),
         {"image": image, "text": text},
         {"format": FORMAT_VERSION, "uri": source.uri, "tar_digest": source.sha256, **described},
     )
     status = "truncated" if source.truncated else "complete"
-    line = StoreShard(shard, source.uri, source.num_bytes, len(rows), key_digest(rows.key), sha256, status)
+    line = StoreShard(
+        index=shard,
+        uri=source.uri,
+        num_bytes=source.num_bytes,
+        num_rows=len(rows),
+        key_digest=key_digest(rows.key),
+        sha256=written.sha256,
+        status=status,
+        xxh3=written.xxh3,
+    )
     metadata = {name: str(value) for name, value in vars(line).items() if name != "index"}
     write_columns(files.join(folder, f"{stem(shard)}.rows.parquet"), ROWS_SCHEMA, rows.columns(), metadata)
 
@@ -344,6 +363,7 @@ def finished_shard(folder: str, shard: int) -> StoreShard | None:
             key_digest=metadata["key_digest"],
             sha256=metadata["sha256"],
             status=metadata["status"],
+            xxh3=metadata.get("xxh3"),
         )
 
 

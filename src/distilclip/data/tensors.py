@@ -7,9 +7,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import xxhash
 
 from distilclip import files
 from distilclip.data.reader import Reader
@@ -28,8 +29,15 @@ _MAX_HEADER = 100_000_000  # the format's own limit
 HEADER_BYTES = 4096  # of the first read; the headers of a store's files are shorter
 
 
-def write_tensors(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """Write arrays in the given order with string metadata; return the SHA-256 of the file, as 64 hex digits.
+class FileDigests(NamedTuple):
+    """The digests of a file that was written, in hex: SHA-256, and the quicker XXH3 of 128 bits."""
+
+    sha256: str
+    xxh3: str
+
+
+def write_tensors(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> FileDigests:
+    """Write arrays in the given order with string metadata; return the digests of the file.
 
     The `safetensors` package writes metadata in another order in every run, so its files have no stable digest.
     """
@@ -44,13 +52,14 @@ def write_tensors(path: str, arrays: Mapping[str, np.ndarray], metadata: Mapping
         offset += array.nbytes
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * ((56 - len(encoded)) % 64)  # 8 bytes of length before it: the data begins at a multiple of 64
-    digest = hashlib.sha256()
+    digest, quick = hashlib.sha256(), xxhash.xxh3_128()
     pieces: list[Any] = [len(encoded).to_bytes(8, "little"), encoded, *(_flat(a) for a in arrays.values())]
     with files.atomic_write(path) as file:
         for piece in pieces:
             digest.update(piece)
+            quick.update(piece)
             file.write(piece)
-    return digest.hexdigest()
+    return FileDigests(digest.hexdigest(), quick.hexdigest())
 
 
 def read_metadata(path: str) -> dict[str, str]:

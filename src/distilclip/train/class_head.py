@@ -111,7 +111,7 @@ class ClassHead:
         arrays = {name: value.cpu().numpy() for name, value in self._tensors().items()}
         metadata = {"first": str(self.first), "stop": str(self.stop), "num_classes": str(self.num_classes)}
         name = f"{self.first:09d}-{self.stop:09d}.safetensors"
-        return {name: write_tensors(files.join(folder, name), arrays, metadata)}
+        return {name: write_tensors(files.join(folder, name), arrays, metadata).sha256}
 
     def load(self, folder: str) -> None:
         """Read this range, whatever ranges wrote it; of local files only the wanted rows are read.
