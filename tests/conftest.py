@@ -21,6 +21,14 @@ TINY_CLIP = {
 }
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Send the tests of a file to one worker of xdist, so that what they share is made once."""
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
 @pytest.fixture(scope="session")
 def tiny_clip_json() -> str:
     """An open_clip model config of two layers, 16 wide, 32 pixels."""

@@ -23,8 +23,6 @@ from distilclip.export.tokenizer_json import build_tokenizer, find_differences
 from distilclip.models.clip import Clip, create_clip
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 
-pytestmark = pytest.mark.xdist_group("onnx")  # one export for all of them
-
 SIZES = ((40, 32), (32, 40), (32, 32), (33, 97), (501, 333), (16, 20), (64, 48))
 
 

@@ -20,8 +20,6 @@ from distilclip.models.clip import load_clip
 from distilclip.stages.search import Config, contact_sheet, main
 from tests.conftest import encoded, picture, write_tar
 
-pytestmark = pytest.mark.xdist_group("search")  # one export for all of them
-
 pytest.importorskip("onnxruntime")
 
 
