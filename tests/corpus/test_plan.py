@@ -228,6 +228,8 @@ def test_distribution_is_long_tailed_and_duplicates_are_as_frequent_as_in_laion(
     assert summary.largest_group > 20
     assert 0.04 < summary.captions["wrong"] / summary.num_pairs < 0.06
     assert 0.005 < summary.captions["empty"] / summary.num_pairs < 0.015
+    noisy = plan_corpus(**{**SMALL, "num_pairs": 12_000}, wrong_captions=0.3).summary
+    assert 0.28 < noisy.captions["wrong"] / noisy.num_pairs < 0.32
     rng = np.random.default_rng(0)
     drawn = Counter(map(tuple, Prior.draw_ranking(rng).draw(rng, 50_000).tolist()))
     frequency = sorted(drawn.values(), reverse=True)

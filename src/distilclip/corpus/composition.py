@@ -48,7 +48,7 @@ PROBED_SETS = ("shape", "colour", "sketch")  # the classes of the fourth are nev
 
 # Pairs of one group: P(n) ~ n^-2.55 up to 64, 1.7 on average: 41 % of the pairs repeat another (LAION-400M: 43.7 %).
 _GROUP_EXPONENT, _LARGEST_GROUP = 2.55, 64
-_WRONG, _EMPTY = 0.05, 0.01
+WRONG, _EMPTY = 0.05, 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +79,19 @@ class Corpus:
 
 
 def plan_corpus(
-    *, num_pairs: int, seed: int, image_size: int = 64, shard_size: int = 1000, num_eval: int = 1000
+    *,
+    num_pairs: int,
+    seed: int,
+    image_size: int = 64,
+    shard_size: int = 1000,
+    num_eval: int = 1000,
+    wrong_captions: float = WRONG,
 ) -> Corpus:
     """Decide everything about a corpus but its pixels and words.
 
     `image_size` is the side in pixels, `shard_size` the pairs per tar, `num_eval` the pictures of each evaluation set
-    (as many again to fit its probe). Raises `InputError` for sizes that make no corpus.
+    (as many again to fit its probe), `wrong_captions` the share of the pairs whose caption describes another picture.
+    Raises `InputError` for sizes that make no corpus.
     """
     for name, value, least in (
         ("num_pairs", num_pairs, 1),
@@ -99,7 +106,7 @@ def plan_corpus(
     prior = Prior.draw_ranking(rng)
     sizes = _group_sizes(rng, num_pairs)
     scenes = draw_distinct(lambda rows: draw_scenes(rng, len(rows), prior), len(sizes), np.empty(0, np.int64))
-    group, copy, kind = _pairs(rng, sizes)
+    group, copy, kind = _pairs(rng, sizes, wrong_captions)
     train = [
         TrainShard(
             path=f"train/{number:05d}.tar",
@@ -160,14 +167,14 @@ def _group_sizes(rng: np.random.Generator, num_pairs: int) -> Int[np.ndarray, " 
 
 
 def _pairs(
-    rng: np.random.Generator, sizes: Int[np.ndarray, " g"]
+    rng: np.random.Generator, sizes: Int[np.ndarray, " g"], wrong: float
 ) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """Draw group, copy and caption kind of every pair: one original per group, copies of either kind, in any order."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     copy = rng.integers(1, len(COPIES), size=len(group))
     copy[np.cumsum(sizes) - sizes] = COPIES.index("original")
     order = rng.permutation(len(group))
-    kind = rng.choice(len(CAPTION_KINDS), size=len(group), p=[1 - _WRONG - _EMPTY, _WRONG, _EMPTY])
+    kind = rng.choice(len(CAPTION_KINDS), size=len(group), p=[1 - wrong - _EMPTY, wrong, _EMPTY])
     return group[order], copy[order], kind
 
 

@@ -19,6 +19,7 @@ def main(config: Config) -> dict[str, Any]:
         image_size=config.image_size,
         shard_size=config.shard_size,
         num_eval=config.num_eval,
+        wrong_captions=config.wrong_captions,
     )
     folder = stage_folder.open_folder(config.out, stage="corpus", config=config)
     if folder.finished:
