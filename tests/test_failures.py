@@ -14,6 +14,7 @@ import pytest
 import safetensors
 
 from distilclip import cli, distributed, failures, files
+from distilclip.errors import InputError
 from tests.ranks import run_ranks
 
 CORPUS = ["corpus", "--num-pairs", "16", "--num-eval", "4", "--image-size", "32", "--num-workers", "0", "--out"]
@@ -115,3 +116,18 @@ def test_the_loss_of_another_process_is_one_line() -> None:
     first, second = run_ranks(2, lose_the_other)
     assert second == "gone"
     assert first.startswith("3 Another process of this training has ended (")
+
+
+def test_what_the_machine_refuses_is_not_taken_for_a_damaged_input() -> None:
+    try:
+        try:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "/data/model/open_clip_config.json")
+        except OSError as error:
+            raise ValueError("no valid config") from error
+    except ValueError as error:
+        damaged = InputError("open_clip cannot build the model.")
+        damaged.__cause__ = error
+    found = failures.explain(damaged)
+    assert found is not None
+    assert found.code == failures.SYSTEM
+    assert found.text.startswith("/data/model/open_clip_config.json: the device cannot read")

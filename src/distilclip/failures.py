@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 from dataclasses import dataclass
 
 from distilclip.errors import InputError
@@ -44,6 +45,7 @@ _REASONS = {
     errno.ELOOP: (BAD_INPUT, "its symbolic links lead in a circle. Give the real path."),
     errno.ENAMETOOLONG: (BAD_INPUT, "the name is too long for this file system. Choose a shorter path."),
 }
+_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Failure:
 def explain(error: BaseException) -> Failure | None:
     """Return what an error means for the user; None for a defect of distilclip, whose traceback is needed."""
     if isinstance(error, InputError):
+        if (refusal := _find_refusal(error)) is not None:
+            return _explain_system(refusal, str(refusal))
         return Failure(BAD_INPUT, " ".join(line.strip() for line in str(error).splitlines()))
     if isinstance(error, ProcessError):
         return Failure(error.code, str(error))
@@ -96,6 +100,16 @@ def explain(error: BaseException) -> Failure | None:
 _RENEW = "Restore it, or remove its folder and make it again. --log-level debug shows where."
 
 
+def _find_refusal(error: BaseException) -> OSError | None:
+    """Return what the machine refused, where a reader took it for damage of its input."""
+    cause = error.__cause__ or error.__context__
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _MACHINE:
+            return cause
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
 def _place(error: BaseException) -> str:
     """Return the notes that whoever read the file left on the error."""
     notes = getattr(error, "__notes__", [])
@@ -122,7 +136,7 @@ def _explain_system(error: OSError, said: str) -> Failure:
         path = said
     if isinstance(error, ConnectionError | TimeoutError) or number is None:
         return Failure(SYSTEM, f"{type(error).__name__}: {said}. Check the network and the storage, {AGAIN}")
-    return _explain_number(number, path or "A file", said)
+    return _explain_number(number, path or f"A file, here or in {tempfile.gettempdir()}", said)
 
 
 def _explain_number(number: int, path: str, said: str) -> Failure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from tests.faults.stage_cases import StageCase, World
 
 KINDS = frozenset({"open", "write", *CHANGES})
 """Operations after which the disk holds something else. What a killed process wrote is not lost, so fsync is none."""
-BOOKS = {"env.json", "inputs.json", "lock.json", "metrics.jsonl", "cache.json"}
+BOOKS = {"env.json", "inputs.json", "lock.json", "metrics.jsonl", "cache.json", "fit.json"}
 """Files that every run writes."""
 
 
@@ -123,5 +124,9 @@ def committed(operations: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def parts_of(paths: Sequence[str]) -> set[str]:
-    """What is made as one: files of one stem are (000001.safetensors and 000001.rows.parquet)."""
-    return {str(Path(path).parent / Path(path).name.partition(".")[0]) for path in paths}
+    """What is made as one: files of one stem are (000001.safetensors and 000001.rows.parquet), and so is what `cluster`
+    makes before its first round, and the labels of a round, of which one process makes one part."""
+    parts = {str(Path(path).parent / Path(path).name.partition(".")[0]) for path in paths}
+    return {
+        re.sub(r"rounds/(rows|projection|sketches-\d+|labels-\d+|\d+/sums-.*)$", "rounds/one", part) for part in parts
+    }

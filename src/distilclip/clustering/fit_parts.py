@@ -83,8 +83,9 @@ class Rounds:
 
     def begin(self, number: int, centers: Float32[np.ndarray, "k dim"], objectives: Sequence[float]) -> None:
         """Write the centers of a round and the objectives of the rounds before, whose files are removed."""
-        described = {"objectives": json.dumps(list(objectives))}
-        write_tensors(self._path("centers", number), {"centers": centers}, described)
+        if not files.exists(self._path("centers", number)):  # else a run goes on in this round
+            described = {"objectives": json.dumps(list(objectives))}
+            write_tensors(self._path("centers", number), {"centers": centers}, described)
         if number:
             files.remove_folder(files.join(self.folder, f"{number - 1:04d}"))
 

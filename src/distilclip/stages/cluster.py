@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -30,6 +31,8 @@ def main(config: Config) -> dict[str, Any]:
     """Cluster the images of a store; return the folder's result."""
     folder = stage_folder.open_folder(config.out, stage="cluster", config=config, inputs=config.inputs())
     if folder.finished:
+        with contextlib.suppress(OSError):  # of a run that was killed when it had written its result
+            files.remove_folder(folder.child(ROUNDS))
         return folder.result()
     images = ImageMatrix(Store.open(config.store))
     labelling = Labelling(
@@ -45,10 +48,11 @@ def main(config: Config) -> dict[str, Any]:
             _fit(config, folder, images, workers)
         _map(labelling.prepare, shards, workers, f"label {folder.path}")
     described = _describe_labels(labelling, shards, config.fit.num_centers)
-    files.remove_folder(folder.child(ROUNDS))
     fit = stage_folder.read_json(folder.child("fit.json"))
     found = digests.digest_files(folder.path, [CENTERS_FILE, "fit.json", *map(labels_name, shards)])
-    return folder.finish({"num_centers": config.fit.num_centers, **fit, **described, "digests": found})
+    result = folder.finish({"num_centers": config.fit.num_centers, **fit, **described, "digests": found})
+    files.remove_folder(folder.child(ROUNDS))  # last: without it, a run that goes on would label all rows again
+    return result
 
 
 def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix, workers: Workers) -> None:
