@@ -105,10 +105,9 @@ def prepare(out: Path, given: argparse.Namespace) -> list[str]:
         data = f"{clean}/train/*.tar" if given.data == "corpus" else f"{given.icons}/train-*.tar"
         train(place / "teacher", TEACHER, 600, 0, "--data", data)
     run("embed", "--data", pattern, "--model", teacher_of(out, given), "--out", place / "embed")
-    shared = ("--store", place / "embed", "--metric", "cosine", "--max-threshold", 0.5)
-    run("balance", *shared, "--target-removed", 1 - SHARE, "--out", place / "balance/half")
-    first = ("--store", place / "embed", "--metric", "cosine", "--target-removed", FIRST, "--max-threshold", 0.5)
-    run("balance", *first, "--from-folder", place / "balance/half", "--out", place / "balance/first")
+    half, shared = place / "balance/half", ("--store", place / "embed", "--metric", "cosine")
+    run("balance", *shared, "--target-removed", 1 - SHARE, "--max-threshold", 0.5, "--out", half)
+    run("balance", *shared, "--target-removed", FIRST, "--from-folder", half, "--out", place / "balance/first")
     run("cluster", "--store", place / "embed", "--num-centers", given.num_centers, "--out", place / "cluster")
     return sorted(glob.glob(pattern))
 
