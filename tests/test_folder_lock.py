@@ -226,3 +226,17 @@ def test_the_lock_of_a_process_killed_after_its_last_file_is_removed_with_the_ne
     assert first.stdin is not None
     first.stdout.close()
     first.stdin.close()
+
+
+def test_a_lock_that_another_process_is_writing_is_left_alone(tmp_path: Path) -> None:
+    """Who has taken the folder removes what killed processes left: not a lock that is being written just now."""
+    other = tmp_path / "lock.json.12345.0123abcd.tmp"
+    left = tmp_path / "table.12345.0123abcd.tmp"
+    other.touch()
+    left.touch()
+    files.remove_temporaries(str(tmp_path), keep="config.json", shared=folder_lock.NAME)
+    assert other.exists()
+    assert not left.exists()
+    folder_lock.hold(str(tmp_path))  # alone with the folder, it removes that, too
+    assert [path.name for path in tmp_path.iterdir()] == ["lock.json"]
+    folder_lock.release(str(tmp_path))

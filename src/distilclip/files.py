@@ -356,8 +356,11 @@ def modified(path: str) -> float | None:
         return None
 
 
-def remove_temporaries(folder: str, *, keep: str) -> None:
-    """Remove what killed processes left of `atomic_write` below a folder, except in folders that hold a file `keep`."""
+def remove_temporaries(folder: str, *, keep: str, shared: str) -> None:
+    """Remove what killed processes left of `atomic_write` below a folder, except in folders that hold a file `keep`.
+
+    Those of a file called `shared` stay: another process may be writing it.
+    """
     if is_url(folder):
         fs, inner = filesystem(folder)
         with explain_failure(folder):
@@ -371,8 +374,9 @@ def remove_temporaries(folder: str, *, keep: str) -> None:
         return
     for parent, folders, names in os.walk(folder):
         folders[:] = [f for f in folders if not os.path.exists(os.path.join(parent, f, keep))]
-        for name in filter(is_temporary, names):
-            os.remove(os.path.join(parent, name))
+        for name in names:
+            if is_temporary(name) and not name.startswith(f"{shared}."):
+                os.remove(os.path.join(parent, name))
 
 
 def remove(path: str) -> None:

@@ -66,6 +66,8 @@ def hold(path: str) -> None:
             if before is not None and (before == silent or _is_gone(before)):
                 files.write_bytes(lock, content)
                 taken = True
+            if taken and not files.is_url(place):  # here, where no other process is writing one
+                _remove_temporaries(place)
         if taken and _read(lock) == holder:  # where storage cannot create exclusively, the last to write has it
             break
         before = before or _read(lock)
@@ -222,6 +224,13 @@ def _one_at_a_time(folder: str) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _remove_temporaries(folder: str) -> None:
+    """Remove what processes that were killed while they wrote a lock left of it."""
+    for name in os.listdir(folder):
+        if name.startswith(f"{NAME}.") and files.is_temporary(name):
+            os.remove(os.path.join(folder, name))
 
 
 def _begin_beating() -> None:

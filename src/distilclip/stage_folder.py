@@ -146,7 +146,7 @@ def _begin(folder: Folder, values: dict[str, Any], config: Any, digests: Mapping
     config_path, inputs_path = folder.child("config.json"), folder.child("inputs.json")
     is_new = not files.exists(config_path)
     before = None if is_new else _check_same(folder, values, config, digests)
-    files.remove_temporaries(folder.path, keep="config.json")
+    files.remove_temporaries(folder.path, keep="config.json", shared=folder_lock.NAME)
     if before is not None:
         if _grown(before, values, config):
             _extend(folder, before, values, config)

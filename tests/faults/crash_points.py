@@ -19,6 +19,12 @@ KINDS = frozenset({"open", "write", *CHANGES})
 """Operations after which the disk holds something else. What a killed process wrote is not lost, so fsync is none."""
 BOOKS = {"env.json", "inputs.json", "lock.json", "metrics.jsonl", "cache.json", "fit.json"}
 """Files that every run writes."""
+AS_ONE = {
+    r"/rounds/(rows|projection|sketches-\d+|labels-\d+|\d+/sums-[\d-]*)$": "/rounds/part",
+    r"/(checkpoints/step-\d+)/.*": r"/\1",
+    r"/(clip_benchmark/.*|table)$": "/tables",
+}
+"""Files that are made together, and what they are counted as."""
 
 
 def drill(folder: Path, *, size: Size) -> list[Outcome]:
@@ -124,9 +130,9 @@ def committed(operations: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def parts_of(paths: Sequence[str]) -> set[str]:
-    """What is made as one: files of one stem are (000001.safetensors and 000001.rows.parquet), and so is what `cluster`
-    makes before its first round, and the labels of a round, of which one process makes one part."""
+    """What is made as one: files of one stem are (000001.safetensors and 000001.rows.parquet), and so are a checkpoint,
+    the tables of `evaluate`, and what `cluster` makes before its first round and in a round of one process."""
     parts = {str(Path(path).parent / Path(path).name.partition(".")[0]) for path in paths}
-    return {
-        re.sub(r"rounds/(rows|projection|sketches-\d+|labels-\d+|\d+/sums-.*)$", "rounds/one", part) for part in parts
-    }
+    for pattern, whole in AS_ONE.items():
+        parts = {re.sub(pattern, whole, part) for part in parts}
+    return parts
