@@ -82,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name in COMMANDS:
             print(importlib.import_module("distilclip.commands").COMMANDS[name](argv))
         elif name in STAGES:
-            return _run_stage(name, argv)
+            from distilclip import folder_lock, termination
+
+            with termination.ending_in_order(), folder_lock.held_for_block():
+                return _run_stage(name, argv)
         else:
             raise InputError(f"no stage {name!r}. {did_you_mean(name, [*STAGES, *COMMANDS])}")
     except (Exception, KeyboardInterrupt) as error:
@@ -119,7 +122,7 @@ def _explain(name: str, error: BaseException) -> int | None:
 
 
 def _run_stage(name: str, argv: list[str]) -> int:
-    from distilclip import config, failures, folder_lock, launch, messages, termination
+    from distilclip import config, failures, launch, messages
 
     options = importlib.import_module(f"distilclip.configs.{name}")
     messages.set_up_messages(**config.take_message_flags(argv))
@@ -134,8 +137,7 @@ def _run_stage(name: str, argv: list[str]) -> int:
     )
     if name not in ("run", "train") and not launch.work_alone(name):
         return 0
-    with termination.ending_in_order(), folder_lock.held_for_block():
-        result = importlib.import_module(f"distilclip.stages.{name}").main(values)
+    result = importlib.import_module(f"distilclip.stages.{name}").main(values)
     from distilclip.progress import summarise
 
     messages.say(summarise(result, seconds=time.perf_counter() - started, out=values.out))

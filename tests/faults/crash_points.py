@@ -23,6 +23,7 @@ AS_ONE = {
     r"/rounds/(rows|projection|sketches-\d+|labels-\d+|\d+/sums-[\d-]*)$": "/rounds/part",
     r"/(checkpoints/step-\d+)/.*": r"/\1",
     r"/(clip_benchmark/.*|table)$": "/tables",
+    r"/(figures/.*|index)$": "/page",
 }
 """Files that are made together, and what they are counted as."""
 
@@ -131,7 +132,8 @@ def committed(operations: Sequence[tuple[str, str]]) -> list[str]:
 
 def parts_of(paths: Sequence[str]) -> set[str]:
     """What is made as one: files of one stem are (000001.safetensors and 000001.rows.parquet), and so are a checkpoint,
-    the tables of `evaluate`, and what `cluster` makes before its first round and in a round of one process."""
+    the tables of `evaluate`, the page of `report`, and what `cluster` makes before its first round and in a round of
+    one process."""
     parts = {str(Path(path).parent / Path(path).name.partition(".")[0]) for path in paths}
     for pattern, whole in AS_ONE.items():
         parts = {re.sub(pattern, whole, part) for part in parts}
