@@ -74,9 +74,10 @@ def read_record(path: str) -> StageRecord | None:
 
 
 def read_finished(path: str, *, stage: str | None = None) -> StageRecord | None:
-    """Read a finished stage's folder; None where there is none, or where another stage than `stage` wrote it."""
+    """Read a finished stage's folder; None where there is none, or where none wrote it that can stand for `stage`."""
     record = read_record(path)
-    return record if record is not None and record.result and stage in (None, record.stage) else None
+    is_wanted = record is not None and stage in (None, record.stage, STANDS_FOR.get(record.stage))
+    return record if record is not None and record.result and is_wanted else None
 
 
 STANDS_FOR = {"select": "balance"}

@@ -32,9 +32,13 @@ class Config:
     rule: RuleName = "union-find"
     """union-find joins images by every pair below the threshold, over chains too, and keeps one of each group, as
     CLIP-CID does; topk joins each image with its --top-k nearest only, as the paper's text says; cover keeps as many
-    as it takes that every image removed is below the threshold from the image kept for it"""
+    as it takes that every image removed is below the threshold from the image kept for it; complete joins groups only
+    while all their images are below the threshold from each other, where chains join at most 10,000 images"""
     top_k: int | None = None
     """number of nearest images that each image is compared with by --rule topk"""
+    groups: str | None = None
+    """folder of `select` or of another `balance`: search, group and keep only images that it keeps (default: all valid
+    ones)"""
     from_folder: str | None = None
     """folder of an earlier balance of this store: cut its forest at another threshold, without a search"""
     memory_gb: float = changeable(1.0)
@@ -71,4 +75,4 @@ class Config:
 
     def inputs(self) -> list[tuple[str, str]]:
         """Return the finished folders that this stage reads, each with its stage."""
-        return [(self.store, "embed")]
+        return [(self.store, "embed")] + ([(self.groups, "balance")] if self.groups else [])

@@ -27,6 +27,9 @@ class Config:
     """open_clip architecture"""
     student: str = "ViT-B-32"
     """open_clip architecture"""
+    groups: str | None = None
+    """finished folder of `balance` or `select`: plan for the pairs of its store and for those that it keeps, in place of
+    --num-pairs, --bytes-per-pair and --removed-ratio"""
     removed_ratio: float = 0.437
     """share of the pairs that balance removes"""
     block_rows: int = 2_000_000

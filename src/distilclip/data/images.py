@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float16, Int, UInt8, UInt64
 
+from distilclip.data.side_files import kept_rows
 from distilclip.data.store import Store, sample_id, split_id
 from distilclip.errors import InputError
 
@@ -40,6 +41,8 @@ class ImageMatrix:
     """Reads ranges and rows in half precision; what lies in one shard of a local store stays a memory map."""
 
     store: Store
+    groups: str | None = None
+    """folder of `balance` or `select`: only rows that it keeps count as valid"""
 
     def __len__(self) -> int:
         return self.store.num_rows
@@ -73,9 +76,9 @@ class ImageMatrix:
         return taken
 
     def valid(self, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " n"]:
-        """Return which rows have an embedding."""
+        """Return which rows have an embedding and are kept by `groups`."""
         stop = len(self) if stop is None else stop
-        pieces = [self._column(shard, "valid").to_numpy()[within] for shard, within in self._cut(start, stop)]
+        pieces = [self._kept(shard)[within] for shard, within in self._cut(start, stop)]
         return np.concatenate([np.empty(0, bool), *pieces])
 
     def digests(self) -> UInt8[np.ndarray, "n 16"]:
@@ -117,6 +120,9 @@ class ImageMatrix:
             for shard, (first, last) in enumerate(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
             if first < stop and last > start
         ]
+
+    def _kept(self, shard: int) -> Bool[np.ndarray, " r"]:
+        return kept_rows(self.store, shard, self._column(shard, "valid").to_numpy(), self.groups)
 
     def _column(self, shard: int, name: str) -> pa.ChunkedArray:
         return self.store.columns(shard, name).column(name)

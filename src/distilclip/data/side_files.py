@@ -35,7 +35,7 @@ FOREST_FILE, CENTERS_FILE = "forest.parquet", "centers.safetensors"
 
 @dataclass(frozen=True)
 class Groups:
-    """The valid rows of one shard, ascending: each one's group, its representative, and whether it is kept.
+    """The rows of one shard that were grouped, ascending: each one's group, its representative, whether it is kept.
 
     `representative` is a sample id, `distance` that to it.
     """
@@ -113,9 +113,10 @@ def read_groups(folder: str, shard: int) -> Groups:
 
 
 def kept_rows(store: Store, shard: int, valid: Bool[np.ndarray, " r"], groups: str | None) -> Bool[np.ndarray, " r"]:
-    """Return which of the r rows of a shard are valid and kept by `groups`, a balance folder.
+    """Return which of the r rows of a shard are valid and kept by `groups`, a folder of `balance` or `select`.
 
-    Without `groups` all valid rows are kept. `valid` is that column of the shard's row table.
+    These are the rows to cluster, to train on and to export. Without `groups` all valid rows are kept. `valid` is that
+    column of the shard's row table. A row that `groups` does not list was not kept by what it was made from.
 
     Raises:
         InputError: the groups were made for another store.
@@ -123,9 +124,9 @@ def kept_rows(store: Store, shard: int, valid: Bool[np.ndarray, " r"], groups: s
     if groups is None:
         return valid
     table = read_groups(groups, shard)
-    if not np.array_equal(table.row, np.flatnonzero(valid)):
+    if not np.isin(table.row, np.flatnonzero(valid), assume_unique=True).all():
         raise InputError(
-            f"{groups}: the rows of shard {shard} are not the valid rows of the store {store.path}; these groups were "
+            f"{groups}: the rows of shard {shard} are no valid rows of the store {store.path}; these groups were "
             "made for another store. Run `distilclip balance` on this one."
         )
     keep = np.zeros(len(valid), bool)

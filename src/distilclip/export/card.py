@@ -196,13 +196,17 @@ def _data(records: Records) -> str:
         lines.append(("pairs embedded", f"{found['num_valid']:,} of {found['num_rows']:,}"))
     if records.balance is not None:
         found = records.balance.result
-        lines.append(
-            (
-                "semantic balance",
-                f"{found['num_kept']:,} of {found['num_valid']:,} images kept "
-                f"({found['metric']} distance under {found['threshold']:.4g})",
+        if records.balance.stage == "select":
+            score = f" by {found['score']}" if found["score"] else ""
+            lines.append(("selection", f"{found['num_kept']:,} of {found['num_scored']:,} pairs kept{score}"))
+        else:
+            lines.append(
+                (
+                    "semantic balance",
+                    f"{found['num_kept']:,} of {found['num_valid']:,} images kept "
+                    f"({found['metric']} distance under {found['threshold']:.4g})",
+                )
             )
-        )
     source = f"Source of the data, its licence, and consent: {FILL_IN}."
     return f"{_table(('', ''), lines)}\n\n{source}" if lines else f"Not recorded. {source}"
 

@@ -21,12 +21,13 @@ Row 0 is removed: row 1 of its group of 3 rows stands for it, at euclidean dista
 That is below the threshold 0.2; a chain of 1 link joins them, the largest 0.1743: 0 -0.1743- 1
 
 A chain can join what is far apart. The rule `cover` keeps more of such a group: every row that is removed is nearer
-than the threshold to the row that stands for it (`cover`).
+than the threshold to the row that stands for it (`cover`). The rule `complete` makes groups of which every two rows are
+nearer than the threshold (`complete_linkage`).
 
 >>> angles = np.deg2rad([0, 10, 20, 30, 40])
 >>> x = np.column_stack([np.cos(angles), np.sin(angles)])
->>> [int(balance(x, threshold=0.2, metric="euclidean", rule=rule).keep.sum()) for rule in ("union-find", "cover")]
-[1, 3]
+>>> [int(balance(x, threshold=0.2, metric="euclidean", rule=rule).keep.sum()) for rule in ("union-find", "cover", "complete")]
+[1, 3, 3]
 """
 
 from __future__ import annotations
@@ -45,10 +46,11 @@ from torch import Tensor
 
 from distilclip.errors import InputError
 from distilclip.grouping.cautions import Outcome, list_cautions
+from distilclip.grouping.complete_linkage import complete_forest
 from distilclip.grouping.cover import cells, choose_cover
 from distilclip.grouping.explanation import Explanation, explain_row
 from distilclip.grouping.forest import Curve, Forest, ForestBuilder, threshold_curve, threshold_for
-from distilclip.grouping.representatives import Choose, choose_representatives
+from distilclip.grouping.representatives import Represent, choose_representatives
 from distilclip.grouping.rule import Rule, RuleName
 from distilclip.grouping.search_forest import Finding, search_forest
 from distilclip.vectors.metric import Metric
@@ -62,10 +64,6 @@ NUM_CURVE_POINTS = 100
 NUM_COVERS = 20  # points of the curve where each is computed anew
 SEARCH_STEPS = 12  # halvings of the interval in which the threshold for a share of a cover is sought, at most
 NEAR_ENOUGH = 0.0005  # to a share of the rows: then the search ends
-
-# Of a way to choose, and of every row's group (its smallest row, -1 for none): the representative and the squared
-# distance to it. It reads the rows.
-Represent = Callable[[Choose, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +84,7 @@ class Balance:
     forest: Forest
     rule: RuleName = "union-find"
     saturated: float | None = None  # topk: share of rows whose list is full, where edges may be missing
+    _joins: Forest = field(repr=False)  # its edges below a threshold join the groups of it; by cover, what is covered
     _represent: Represent = field(repr=False)
 
     @property
@@ -122,7 +121,7 @@ class Balance:
         num_points = NUM_COVERS if self.rule == "cover" else NUM_CURVE_POINTS
         steps = self.max_threshold * np.arange(1, num_points + 1) / num_points
         if self.rule != "cover":
-            return threshold_curve(self.forest, thresholds=steps, num_valid=self.num_valid)
+            return threshold_curve(self._joins, thresholds=steps, num_valid=self.num_valid)
         sizes = [np.bincount(self.at(step).group[self.group >= 0]) for step in steps.tolist()]
         num_groups = np.array([np.count_nonzero(size) for size in sizes])
         return Curve(
@@ -152,7 +151,7 @@ class Balance:
             metric=self.metric,
             rule=self.rule,
         )
-        return list_cautions(outcome, forest=self.forest, curve=self.curve)
+        return list_cautions(outcome, forest=self._joins, curve=self.curve)
 
     def members(self, row: int) -> Int[np.ndarray, " m"]:
         """Return the rows of a row's group, ascending, the row itself among them.
@@ -169,7 +168,7 @@ class Balance:
         """
         row = self._checked(row)
         joined = self.forest.below(self.threshold)
-        if self.rule == "cover" and row != self.representative[row]:  # one link, which need not be in the forest
+        if self.rule in ("cover", "complete") and row != self.representative[row]:  # one link, which need not be in the forest
             ends = np.sort([[row], [self.representative[row]]], axis=0)
             joined = replace(joined, left=ends[0], right=ends[1], distance=self.distance[[row]].astype(np.float32))
         return explain_row(
@@ -223,7 +222,7 @@ class Balance:
         tolerance = Tolerance(threshold, self.metric)
         if threshold > self.max_threshold:
             raise InputError(f"threshold={threshold!r}: the search covers (0, {self.max_threshold!r}]. Search wider.")
-        cut = _cut(self.forest, tolerance, self.group >= 0, self._represent, self.rule)
+        cut = _cut(self._joins, tolerance, self.group >= 0, self._represent, self.rule)
         return replace(self, **cut, threshold=threshold)
 
 
@@ -252,11 +251,13 @@ def balance(
         rule: `union-find` joins rows by every pair, over chains too (single linkage), and keeps the row nearest to the
             mean of its group, as CLIP-CID does; `topk` joins only by each row's `top_k` nearest, as the paper's text
             says; `cover` keeps as many of a group as it takes that every row removed is below the threshold from the
-            row that stands for it.
+            row that stands for it; `complete` joins groups only while all their rows are below the threshold from each
+            other (complete linkage), where chains join at most 10,000 rows.
         top_k: list length of `topk`.
         target_removed: choose the threshold that removes this share of the valid rows (by the rule `cover`: to within
             0.0005, or the 4,096th part of `max_threshold`).
-        max_threshold: search this far, for the curve, `Balance.at` and `target_removed`; default `threshold`.
+        max_threshold: search this far, for the curve, `Balance.at` and `target_removed`; default `threshold`. The
+            rule `complete` may reach less far: `Balance.max_threshold` says how far.
         valid: rows to use; the others belong to no group. Default all.
         memory_gb: working memory of the search beyond the rows; default 1.
         device: where products are computed; default the CPU.
@@ -307,18 +308,28 @@ def balance_parts(
     if save is not None:
         save(Finding(forest=forest, saturated=saturated))
     # 2. The threshold, the groups below it, and their representatives.
+    joins, farthest = forest, rule.farthest
+    if rule.rule == "complete":
+        near = Tolerance(rule.farthest, rule.metric)
+        joins, farthest = complete_forest(forest, valid, needed=rule.threshold or 0.0, near=near, represent=represent)
     threshold = rule.threshold
     if threshold is None:
-        threshold = _threshold_for(rule, forest, valid, represent)
+        if farthest < rule.farthest and len(joins) < (rule.target_removed or 0) * int(valid.sum()):
+            raise InputError(
+                f"target_removed={rule.target_removed!r} is out of reach of rule=complete: it fits up to the threshold "
+                f"{farthest:.6g}, and removes {len(joins) / int(valid.sum()):.4f} there. Use rule=cover."
+            )
+        threshold = _threshold_for(rule, joins, valid, represent)
     tolerance = Tolerance(threshold, rule.metric)
     return Balance(
-        **_cut(forest, tolerance, valid, represent, rule.rule),
+        **_cut(joins, tolerance, valid, represent, rule.rule),
         threshold=tolerance.threshold,
         metric=rule.metric,
-        max_threshold=rule.farthest,
+        max_threshold=farthest,
         forest=forest,
         rule=rule.rule,
         saturated=saturated,
+        _joins=joins,
         _represent=represent,
     )
 

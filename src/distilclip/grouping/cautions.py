@@ -105,7 +105,7 @@ def _one_group_is_large(outcome: Outcome, curve: Curve) -> str:
     if place is not None and curve.largest_group[place] <= LARGEST_SHARE * outcome.num_valid:
         smaller = f"--threshold {curve.threshold[place]:.4g} (largest group {curve.largest_group[place]:,})"
     why = "links between near pictures have chained together what does not belong together."
-    if outcome.rule == "cover":
+    if outcome.rule in ("cover", "complete"):
         why = "so many lie below the threshold from one image that is kept; do they all show the same?"
     return (
         f"One group holds {outcome.largest_group:,} of {outcome.num_valid:,} images "

@@ -162,7 +162,7 @@ def threshold_curve(forest: Forest, *, thresholds: Float[np.ndarray, " t"], num_
     """Return groups, removed share and largest group at each threshold (ascending), in one pass over the forest."""
     # An edge of a forest always joins two groups, so the edges below a threshold [t] count the rows removed there.
     edges_below = np.searchsorted(forest.distance, thresholds.astype(np.float32), side="left")
-    largest = _largest_after_each_edge(forest.left, forest.right, np.arange(forest.num_rows))  # [e + 1]
+    largest = largest_groups(forest.left, forest.right, num_rows=forest.num_rows)  # [e + 1]
     return Curve(
         threshold=np.asarray(thresholds, np.float64),
         num_groups=num_valid - edges_below,
@@ -190,6 +190,13 @@ def threshold_for(forest: Forest, *, removed_ratio: float, num_valid: int) -> fl
     removed = np.append(first[1:], len(forest))
     best = int(np.abs(removed - wanted).argmin())
     return float(np.nextafter(values[best], np.float32(np.inf)))
+
+
+def largest_groups(
+    left: Int[np.ndarray, " e"], right: Int[np.ndarray, " e"], *, num_rows: int
+) -> Int[np.ndarray, " e1"]:
+    """Return the members of the largest group before any edge of a forest, and after each of them."""
+    return _largest_after_each_edge(left, right, np.arange(num_rows))
 
 
 def link_rows(forest: Forest) -> Links:

@@ -25,6 +25,10 @@ from distilclip.vectors.threads import in_threads
 # Chooses of some rows and the group of each the representative of every row, and the squared distance to it.
 Choose = Callable[[Points, np.ndarray], tuple[np.ndarray, np.ndarray]]
 
+# Of a way to choose, and of every row's group (its smallest row, -1 for none): the representative and the squared
+# distance to it. It reads the rows.
+Represent = Callable[[Choose, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
 # Two members of a pair are equally far from their mean; rounding must not choose between them, the smaller row must.
 TIE = 1e-12
 

@@ -9,9 +9,10 @@ from typing import Literal, get_args
 from distilclip.errors import InputError, did_you_mean
 from distilclip.vectors.metric import Metric, check_distance, check_metric
 
-RuleName = Literal["union-find", "topk", "cover"]
+RuleName = Literal["union-find", "topk", "cover", "complete"]
 """Join rows by every pair below the threshold and keep one of each group, as CLIP-CID's figures do; or join only by
-lists of each row's nearest, as its text says; or keep as many as it takes that one is near to every row removed."""
+lists of each row's nearest, as its text says; or keep as many as it takes that one is near to every row removed; or
+join groups only while all their rows are near each other."""
 
 
 @dataclass(frozen=True, kw_only=True)

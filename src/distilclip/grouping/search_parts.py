@@ -82,10 +82,12 @@ class StoreSearch:
     rule: Rule
     memory_gb: float
     device: str
+    groups: str | None = None
+    """folder whose kept rows are searched"""
 
     def prepare(self) -> Callable[[BlockPair], None]:
         """Read, in a worker, what all parts share, and return what computes a part."""
-        images = ImageMatrix(Store.open(self.store))
+        images = ImageMatrix(Store.open(self.store), self.groups)
         return partial(self._compute, images, self._is_copy(images))
 
     def _compute(self, images: ImageMatrix, copied: Bool[np.ndarray, " n"], pair: BlockPair) -> None:

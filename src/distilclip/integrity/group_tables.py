@@ -25,8 +25,12 @@ def check_groups(found: Findings) -> None:
     found.compare_digests()
     path = input_of(found, "store")
     store = None if path is None else Store.open(path)
+    groups_of = input_of(found, "groups")
+    searched = None
+    if store is not None and (groups_of is None) == (found.config.get("groups") is None):
+        searched = ImageMatrix(store, groups_of)
     shards = list(range(store.num_shards) if store else list_parts(found.child("groups"), ".parquet"))
-    parts = {shard: table for shard in shards if (table := _read_shard(found, store, shard)) is not None}
+    parts = {shard: table for shard in shards if (table := _read_shard(found, searched, shard)) is not None}
     is_whole = len(parts) == len(shards)
     if parts:
         ids = np.concatenate([sample_id(shard, table.row) for shard, table in parts.items()])
@@ -50,7 +54,7 @@ def check_groups(found: Findings) -> None:
     _check_forest(found, ids if parts and is_whole else None, groups.group if parts else None)
 
 
-def _read_shard(found: Findings, store: Store | None, shard: int) -> Groups | None:
+def _read_shard(found: Findings, searched: ImageMatrix | None, shard: int) -> Groups | None:
     name = groups_name(shard)
     if name in found.changed:
         found.add_fault(found.describe_change(name), remove=[name])
@@ -61,11 +65,12 @@ def _read_shard(found: Findings, store: Store | None, shard: int) -> Groups | No
     if table is None:
         return None
     ordered = bool((np.diff(table.row.astype(np.int64)) > 0).all())
-    if store is not None:
-        valid = store.columns(shard, "valid")["valid"].to_numpy()
+    if searched is not None:
+        valid = searched.valid(*searched.starts[shard : shard + 2].tolist())
         ordered = np.array_equal(table.row, np.flatnonzero(valid))
     if not ordered:
-        found.add_fault(f"{found.child(name)}: its rows are not the valid rows of the store's shard", remove=[name])
+        of = "valid rows of the store's shard" if searched is None or searched.groups is None else "rows of --groups"
+        found.add_fault(f"{found.child(name)}: its rows are not the {of}", remove=[name])
     return table if ordered else None
 
 
@@ -144,7 +149,7 @@ def _check_forest(
         from distilclip.grouping.forest import Forest  # numba: only where there is a forest to check
 
         joined = Forest(left=ends[0], right=ends[1], distance=forest.distance[below], num_rows=len(ids)).groups()
-        if found.result.get("rule") == "cover":  # a group is a part of what the edges join
+        if found.result.get("rule") in ("cover", "complete"):  # a group is a part of what the edges join
             fits = np.array_equal(joined, joined[np.minimum(np.searchsorted(ids, group), len(ids) - 1)])
         else:
             fits = np.array_equal(ids[joined], group)

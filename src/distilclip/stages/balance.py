@@ -53,7 +53,9 @@ def main(config: Config) -> dict[str, Any]:
     folder = stage_folder.open_folder(config.out, stage="balance", config=config, inputs=config.inputs())
     if folder.finished:
         return folder.result()
-    images = ImageMatrix(Store.open(config.store))
+    if config.groups is not None:
+        stage_folder.require(config.groups, stage="balance", store=config.store)
+    images = ImageMatrix(Store.open(config.store), config.groups)
     forest_path, search_path = folder.child("forest.parquet"), folder.child("search.json")
     source = config.from_folder or folder.path
     rule = config.grouping if config.from_folder is None else _rule_of_cut(config, config.from_folder)
@@ -97,14 +99,20 @@ def _rule_of_cut(config: Config, source: str) -> Rule:
     record = stage_folder.read_record(source)
     if record is None or record.stage != "balance" or not files.exists(files.join(source, "forest.parquet")):
         raise InputError(f"{source} is no balance folder whose search has ended: it has no forest.parquet.")
-    if stage_folder.read_json(files.join(source, "inputs.json"))["embed"] != stage_folder.result_digest(config.store):
+    made_from, before = stage_folder.read_json(files.join(source, "inputs.json")), record.config
+    if made_from["embed"] != stage_folder.result_digest(config.store):
         raise InputError(f"{source} was made from another store than {config.store}.")
-    before = record.config
+    if made_from.get("balance") != (stage_folder.result_digest(config.groups) if config.groups else None):
+        raise InputError(
+            f"{source} searched the rows of --groups {before.get('groups')}, not {config.groups}: give the same here."
+        )
     if before["metric"] != config.metric:
         raise InputError(f"{source} was searched with --metric {before['metric']}, not {config.metric}.")
     reach = before["max_threshold"] or before["threshold"]
-    if before["top_k"] is not None and config.rule == "cover":
-        raise InputError(f"{source} was searched with --rule topk: its lists know too few neighbours for a cover.")
+    if before["top_k"] is not None and config.rule != "union-find":
+        raise InputError(
+            f"{source} was searched with --rule topk: its lists know too few neighbours for --rule {config.rule}."
+        )
     if config.threshold is not None and config.threshold > reach:
         raise InputError(
             f"{source} was searched up to {before['metric']} {reach}, not {config.threshold}: a larger threshold needs "
@@ -132,7 +140,14 @@ def _with_ways_on(error: str, forest_path: str, path: str) -> str:
 
 def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Iterator[Finding]:
     """Yield the copies of image files, and then what each part of the search finds."""
-    search = StoreSearch(store=config.store, folder=path, rule=rule, memory_gb=config.memory_gb, device=config.device)
+    search = StoreSearch(
+        store=config.store,
+        folder=path,
+        rule=rule,
+        memory_gb=config.memory_gb,
+        device=config.device,
+        groups=config.groups,
+    )
     search.write_copies(images)
     copies = search.copies(images)
     if rule.target_removed is not None and len(images) >= FORECAST_FROM:
@@ -170,15 +185,15 @@ def _block_rows(config: Config, num_rows: int) -> int:
 def _forecast(config: Config, rule: Rule, images: ImageMatrix, pairs: list[BlockPair]) -> str:
     """Say what the search will need, measured on a sample of the rows."""
     device = resolve_device(config.device)
-    growth = calibrate(
-        images.take, np.flatnonzero(images.valid()), rule=rule, memory_gb=config.memory_gb, device=device
-    )
+    searched = np.flatnonzero(images.valid())
+    growth = calibrate(images.take, searched, rule=rule, memory_gb=config.memory_gb, device=device)
     num_workers = 1 if config.execution.engine == "local" else config.execution.engine_workers or os.cpu_count() or 1
-    counts = [pair.num_rows for pair in pairs]
+    share = len(searched) / max(len(images), 1)
+    counts = [[round(share * rows) for rows in pair.num_rows] for pair in pairs]
     seconds = sum(growth.within(*count) if len(count) == 1 else growth.across(*count) for count in counts)
-    num_read = sum(counts[0])
+    num_read = sum(pairs[0].num_rows)
     return (
-        f"balance: {len(images):,} rows of {images.store.dim}, in {len(pairs)} parts. "
+        f"balance: {len(searched):,} rows of {images.store.dim}, in {len(pairs)} parts. "
         f"Time: about {duration(seconds / num_workers)} (grows as n^{growth.exponent:.2f} here). "
         f"Memory of each worker: {num_read * images.store.dim * 2 / 1e9:.2f} GB of rows and "
         f"{num_read * ROW_BYTES / 1e9:.2f} GB to search them. "

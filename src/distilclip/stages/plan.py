@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from distilclip import stage_folder
+from distilclip import files, stage_folder
 from distilclip.configs.plan import Config
+from distilclip.data.side_files import kept_rows
+from distilclip.data.store import Store
 from distilclip.plan import costs
 from distilclip.plan.flops import cost_of
 from distilclip.plan.hardware import CONSTANTS, GPUS, constant
@@ -19,6 +21,8 @@ def main(config: Config) -> dict[str, Any]:
     data = costs.Data(
         num_pairs=config.num_pairs, bytes_per_pair=config.bytes_per_pair, removed_ratio=config.removed_ratio
     )
+    if config.groups is not None:
+        data = _count_pairs(config.groups)
     teacher, student = cost_of(config.teacher), cost_of(config.student)
     head = costs.HeadSize(
         num_centers=config.num_centers,
@@ -42,16 +46,35 @@ def main(config: Config) -> dict[str, Any]:
     result = {
         "gpu": machines.gpu.name,
         "num_gpus": config.num_gpus,
+        "num_pairs": data.num_pairs,
+        "num_kept": round(data.num_kept),
         "stages": [asdict(stage) | {"seconds": stage.seconds(machines)} for stage in stages],
         "constants": {name: asdict(value) for name, value in CONSTANTS.items()},
     }
-    print(_page(config, machines, stages))
+    print(_page(config, data, machines, stages))
     if config.out is not None:
         stage_folder.write_json(config.out, result)
     return result
 
 
-def _page(config: Config, machines: costs.Machines, stages: list[costs.StageCost]) -> str:
+def _count_pairs(groups: str) -> costs.Data:
+    """Count the pairs of the store that a folder of `balance` or `select` was made from, and those that it keeps."""
+    stage_folder.require(groups, stage="balance")
+    path = stage_folder.read_json(files.join(groups, "config.json"))["store"]
+    stage_folder.require(groups, stage="balance", store=path)
+    store, num_kept = Store.open(path), 0
+    for shard in range(store.num_shards):
+        valid = store.columns(shard, "valid")["valid"].to_numpy()
+        num_kept += int(kept_rows(store, shard, valid, groups).sum())
+    num_bytes = sum(shard.num_bytes for shard in store.shards)
+    return costs.Data(
+        num_pairs=store.num_rows,
+        bytes_per_pair=max(1, round(num_bytes / max(store.num_rows, 1))),
+        removed_ratio=1 - num_kept / max(store.num_rows, 1),
+    )
+
+
+def _page(config: Config, data: costs.Data, machines: costs.Machines, stages: list[costs.StageCost]) -> str:
     header = ["stage", "GPU-hours", "time", "GPU memory, without activations", "disk", "read", "decoding"]
     rows = [header + (["cost"] if machines.price is not None else [])]
     for stage in stages:
@@ -72,7 +95,7 @@ def _page(config: Config, machines: costs.Machines, stages: list[costs.StageCost
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        f"{config.num_pairs:,} pairs, teacher {config.teacher}, student {config.student}, "
+        f"{data.num_pairs:,} pairs, {data.num_kept:,.0f} of them kept, teacher {config.teacher}, student {config.student}, "
         f"{config.num_gpus} x {machines.gpu.name}",
         "",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
