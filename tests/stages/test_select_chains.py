@@ -102,19 +102,15 @@ def test_the_rows_to_train_on_are_the_same_for_every_stage_at_the_end_of_a_chain
     """select, select, balance, select, cluster: what is clustered, trained on, exported and planned for."""
     made = make(tmp_path)
     folders = {name: str(tmp_path / name) for name in ("one", "two", "three", "four", "clusters")}
-    device = ["--device", "cpu"]
     steps = [
-        ["select", "--out", folders["one"], "--score", "clip-score", "--top", "0.9", *device],
-        ["select", "--groups", folders["one"], "--out", folders["two"]]
-        + ["--score", "neg-clip-loss", "--num-others", "10", "--top", "0.9", *device],
-        ["balance", "--groups", folders["two"], "--out", folders["three"]]
-        + ["--metric", "euclidean", "--threshold", "1.2", *device],
-        ["select", "--groups", folders["three"], "--out", folders["four"], "--score", "clip-score"]
-        + ["--top", "0.8", *device],
-        ["cluster", "--groups", folders["four"], "--out", folders["clusters"], "--num-centers", "2", *device],
+        f"select --out {folders['one']} --score clip-score --top 0.9",
+        f"select --groups {folders['one']} --out {folders['two']} --score neg-clip-loss --num-others 10 --top 0.9",
+        f"balance --groups {folders['two']} --out {folders['three']} --metric euclidean --threshold 0.6",
+        f"select --groups {folders['three']} --out {folders['four']} --score clip-score --top 0.8",
+        f"cluster --groups {folders['four']} --out {folders['clusters']} --num-centers 2",
     ]
     for step in steps:
-        assert cli.main([step[0], "--store", made.store, *step[1:]]) == 0
+        assert cli.main([*step.split(), "--store", made.store, "--device", "cpu"]) == 0
     store, groups = Store.open(made.store), folders["four"]
     kept = ImageMatrix(store, groups).valid()
     before = [ImageMatrix(store, folders[name]).valid() for name in ("one", "two", "three")]

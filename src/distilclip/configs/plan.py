@@ -28,7 +28,7 @@ class Config:
     student: str = "ViT-B-32"
     """open_clip architecture"""
     groups: str | None = None
-    """finished folder of `balance` or `select`: plan for the pairs of its store and for those that it keeps, in place of
+    """finished folder of `balance` or `select`: plan for the pairs of its store and those that it keeps, in place of
     --num-pairs, --bytes-per-pair and --removed-ratio"""
     removed_ratio: float = 0.437
     """share of the pairs that balance removes"""

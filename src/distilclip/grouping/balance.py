@@ -26,7 +26,8 @@ nearer than the threshold (`complete_linkage`).
 
 >>> angles = np.deg2rad([0, 10, 20, 30, 40])
 >>> x = np.column_stack([np.cos(angles), np.sin(angles)])
->>> [int(balance(x, threshold=0.2, metric="euclidean", rule=rule).keep.sum()) for rule in ("union-find", "cover", "complete")]
+>>> rules = ("union-find", "cover", "complete")
+>>> [int(balance(x, threshold=0.2, metric="euclidean", rule=rule).keep.sum()) for rule in rules]
 [1, 3, 3]
 """
 
@@ -168,7 +169,9 @@ class Balance:
         """
         row = self._checked(row)
         joined = self.forest.below(self.threshold)
-        if self.rule in ("cover", "complete") and row != self.representative[row]:  # one link, which need not be in the forest
+        if (
+            self.rule in ("cover", "complete") and row != self.representative[row]
+        ):  # one link, which need not be in the forest
             ends = np.sort([[row], [self.representative[row]]], axis=0)
             joined = replace(joined, left=ends[0], right=ends[1], distance=self.distance[[row]].astype(np.float32))
         return explain_row(

@@ -5,15 +5,15 @@ looked at in the order of their distance to the mean of the group, the nearest f
 kept already is near it; a row that is removed belongs to the nearest one kept. So no two rows that are kept are near
 each other, and where the row nearest to the mean is near all others, it alone is kept, as `representatives` does.
 
-The rows 0, 1, 1.9 and 2.8 are joined by links shorter than 1.2. Their mean is 1.425: first comes 1.9, which is near 1
-and 2.8, and then 0, which is not near 1.9.
+The rows 0, 1, 1.9 and 2.8 are joined by links shorter than 1.2. Their mean is 1.425: first comes 1, which is near 0
+and 1.9, and last 2.8, which is not near 1.
 
 >>> points = Points.of(np.array([[0.0], [1.0], [1.9], [2.8]]), metric="euclidean")
 >>> chosen, squared = choose_cover(points, np.zeros(4, int), near=Tolerance(1.2, "euclidean"))
 >>> chosen.tolist(), squared.round(2).tolist()
-([0, 2, 2, 2], [0.0, 0.81, 0.0, 0.81])
+([1, 1, 1, 3], [1.0, 0.0, 0.81, 0.0])
 >>> cells(chosen).tolist()
-[0, 1, 1, 1]
+[0, 0, 0, 3]
 """
 
 from __future__ import annotations

@@ -95,7 +95,8 @@ def _page(config: Config, data: costs.Data, machines: costs.Machines, stages: li
         )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
-        f"{data.num_pairs:,} pairs, {data.num_kept:,.0f} of them kept, teacher {config.teacher}, student {config.student}, "
+        f"{data.num_pairs:,} pairs, {data.num_kept:,.0f} of them kept, "
+        f"teacher {config.teacher}, student {config.student}, "
         f"{config.num_gpus} x {machines.gpu.name}",
         "",
         *("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows),
