@@ -15,6 +15,7 @@ STAGES = {
     "balance": "group semantically similar images exactly; keep one of each group",
     "select": "score every pair (caption fit, nearness to a target, a column of yours); keep the best",
     "cluster": "spherical k-means of the kept images: centers and labels",
+    "weigh": "how often each kept image is drawn in training: by cluster, group and data set",
     "train": "train a student with contrastive, feature, relational, instance and cluster terms",
     "evaluate": "zero-shot, linear probe and retrieval of any number of models, in one table",
     "export": "kept data as tars, keys or a subset; models for open_clip, transformers, timm, ONNX Runtime",

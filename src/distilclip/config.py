@@ -23,7 +23,7 @@ from distilclip.step_references import find_references, resolve
 
 C = TypeVar("C")
 
-STEP_STAGES = ("corpus", "embed", "balance", "select", "cluster", "train", "evaluate", "export", "report")
+STEP_STAGES = ("corpus", "embed", "balance", "select", "cluster", "weigh", "train", "evaluate", "export", "report")
 """What a recipe may have steps of."""
 
 ALIASES = {

@@ -24,6 +24,7 @@ SUMMARIES = {
     "balance": "kept {num_kept:,} of {num_valid:,} images ({removed_ratio:.1%} removed)",
     "select": "kept {num_kept:,} of {num_scored:,} pairs, those with a {score} {side} {threshold:.4g}",
     "cluster": "{num_labelled:,} images in {num_centers:,} clusters",
+    "weigh": "{num_drawn:,} of {num_rows:,} rows are drawn; they vary as {effective_rows:,.0f} of equal weight",
     "train": "{num_samples_seen:,} samples seen, {num_parameters:,} parameters",
     "evaluate": "measured {models} models on {sets} sets",
     "export": "exported {what}",

@@ -52,7 +52,12 @@ class RowPlaces:
 
 def weights_path(folder: str, shard: int) -> str:
     """Return the path of the weights of a shard in a folder of weights."""
-    return files.join(folder, "weights", f"{shard:06d}.parquet")
+    return files.join(folder, weights_name(shard))
+
+
+def weights_name(shard: int) -> str:
+    """Return the name of the weights of a shard within such a folder."""
+    return f"weights/{shard:06d}.parquet"
 
 
 def read_row_weights(path: str, places: RowPlaces, *, column: str = "weight") -> Float64[np.ndarray, " n"]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from torch import Tensor
 
 from distilclip import files
 from distilclip.data.embeddings import MAX_OPEN_FILES, Embeddings
@@ -44,6 +45,17 @@ def written(folder: str, num_shards: int) -> Store:
     return Store.open(folder)
 
 
+def read(
+    embeddings: Embeddings,
+    shard: np.ndarray,
+    row: np.ndarray,
+    view: np.ndarray | None = None,
+    caption: np.ndarray | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The image and the text embeddings of the same rows."""
+    return embeddings.images(shard, row, view), embeddings.texts(shard, row, caption)
+
+
 def angle(shard: int, row: int) -> np.ndarray:
     """A unit vector that differs for every shard and row."""
     x = np.zeros(DIM)
@@ -57,7 +69,7 @@ def test_rows_of_more_shards_than_stay_open_in_any_order(tmp_path: Path) -> None
     row = np.random.default_rng(1).integers(0, ROWS, len(shard)).astype(np.uint32)
     opened = Embeddings(store)
     for embeddings in (opened, pickle.loads(pickle.dumps(opened))):
-        image, text = embeddings.rows(shard, row)
+        image, text = read(embeddings, shard, row)
         expected = np.stack([angle(s, r) for s, r in zip(shard.tolist(), row.tolist(), strict=True)])
         np.testing.assert_allclose(image.numpy(), expected, atol=1e-3)
         assert (text == -image).all()
@@ -73,7 +85,7 @@ from distilclip.data.store import Store
 resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
 embeddings, shard = Embeddings(Store.open(sys.argv[1])), np.arange(150, dtype=np.uint32)
 for row in range(3):
-    image, text = embeddings.rows(shard, np.full(150, row, np.uint32))
+    image = embeddings.images(shard, np.full(150, row, np.uint32))
     print(float(image[100, 0]))
 """
     done = subprocess.run([sys.executable, "-c", program, str(tmp_path)], capture_output=True, text=True, check=False)
@@ -95,7 +107,7 @@ def test_of_a_remote_store_only_headers_and_rows_are_fetched(monkeypatch: pytest
     monkeypatch.setattr(files, "read_bytes", lambda path: pytest.fail(f"{path} is read whole"))
     embeddings, shard, row = Embeddings(store), np.ones(2, np.uint32), np.array([0, 2], np.uint32)
     for _ in range(2):
-        image, _ = embeddings.rows(shard, row)
+        image, _ = read(embeddings, shard, row)
         np.testing.assert_allclose(image.numpy(), [angle(1, 0), angle(1, 2)], atol=1e-3)
     row_bytes = DIM * 2
     assert sorted(fetched) == sorted([(path, 4096)] + [(path, row_bytes)] * 2 * 2 * 2)
@@ -107,15 +119,15 @@ def test_missing_cut_and_foreign_payloads_are_named(tmp_path: Path) -> None:
     payload = Path(store.payload_path(1))
     content = payload.read_bytes()
     payload.write_bytes(content[: -DIM * 2])
-    Embeddings(store).rows(one, zero)
+    read(Embeddings(store), one, zero)
     with pytest.raises(InputError, match=r"000001\.safetensors is cut.*Embed the data again"):
-        Embeddings(store).rows(one, one + one)
+        read(Embeddings(store), one, one + one)
     payload.write_bytes(content.replace(b'"teacher_digest":"1"', b'"teacher_digest":"2"'))
     with pytest.raises(InputError, match=r"000001\.safetensors was embedded by teacher tiny \(2\)"):
-        Embeddings(store).rows(one, zero)
+        read(Embeddings(store), one, zero)
     payload.unlink()
     with pytest.raises(InputError, match=r"missing.*000001\.safetensors.*Embed the data again"):
-        Embeddings(store).rows(one, zero)
+        read(Embeddings(store), one, zero)
 
 
 def test_captions_that_a_file_of_views_promises_but_lacks_are_an_error(tmp_path: Path, pair_tars: PairTars) -> None:
@@ -125,9 +137,9 @@ def test_captions_that_a_file_of_views_promises_but_lacks_are_an_error(tmp_path:
         str(tmp_path), 0, ViewEmbeddings(views.image, views.text[:-1], views.text_first), {"teacher_digest": "1"}
     )
     embeddings, zero, last = Embeddings(store), np.zeros(1, np.uint32), np.array([3], np.uint32)
-    embeddings.rows(zero, last, np.zeros(1, np.int64), np.ones(1, np.int64))
+    read(embeddings, zero, last, np.zeros(1, np.int64), np.ones(1, np.int64))
     with pytest.raises(InputError, match=r"views/000000\.safetensors has 7 rows of text, not a row 7"):
-        embeddings.rows(zero, last, np.zeros(1, np.int64), np.full(1, 2))
+        read(embeddings, zero, last, np.zeros(1, np.int64), np.full(1, 2))
     with pytest.raises(InputError, match="does not belong to the store"):
         store.view_embeddings(0)
 
@@ -137,7 +149,7 @@ def test_each_view_and_caption_has_its_own_embedding(tmp_path: Path, pair_tars: 
     embeddings = Embeddings(store)
     shard, row = np.array([1, 0, 1], np.uint32), np.array([3, 2, 0], np.uint32)
     assert embeddings.num_captions(shard, row).tolist() == [3, 3, 3]
-    image, text = embeddings.rows(shard, row, np.array([2, 0, 1]), np.array([0, 1, 2]))
+    image, text = read(embeddings, shard, row, np.array([2, 0, 1]), np.array([0, 1, 2]))
     assert np.array_equal(image.numpy(), np.stack([unit(seed=seed) for seed in (1032, 20, 1001)]).astype(np.float32))
     others = unit(8, seed=5).astype(np.float32)  # two a row
     expected = [store.text(1)[3].astype(np.float32), others[2 * 2], others[2 * 0 + 1]]

@@ -51,6 +51,9 @@ class Config:
     """stores of further teachers of the same pairs; FOLDER=0.5 gives one half the weight of the first"""
     groups: str | None = None
     """folder of `balance` or `select`: train on kept rows only"""
+    captions: Literal["own", "of-group"] = "own"
+    """own: each image with its own caption; of-group: with the captions of all images that it stands for in --groups,
+    in turn, and with their stored text embeddings"""
     clusters: str | None = None
     """folder of `cluster`: centers and labels for the cluster term"""
     live_teacher: str | None = None
@@ -106,6 +109,8 @@ class Config:
             raise InputError("The centers of the cluster term belong to the store's teacher: leave out --live-teacher.")
         if (self.groups or self.clusters) and not self.store:
             raise InputError("--groups and --clusters refer to the rows of a store: give --store too.")
+        if self.captions == "of-group" and not self.groups:
+            raise InputError("--captions of-group needs --groups, a folder of `balance`, and its --store.")
         check_at_least(self, 1, "batch_size")
         self._check_length()
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:

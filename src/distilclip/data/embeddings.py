@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float32, Int64, Integer, Shaped, UInt32
+from jaxtyping import Float, Float16, Float32, Int64, Integer, Shaped, UInt32
 from torch import Tensor
 
 from distilclip import files
@@ -33,14 +33,13 @@ class Embeddings:
         first, after = (self._views.read("text_first", shard, row + np.uint32(i))[:, 0] for i in range(2))
         return 1 + after - first
 
-    def rows(
+    def images(
         self,
         shard: UInt32[np.ndarray, " n"],
         row: UInt32[np.ndarray, " n"],
         view: Int64[np.ndarray, " n"] | None = None,
-        caption: Int64[np.ndarray, " n"] | None = None,
-    ) -> tuple[Float[Tensor, "n dim"], Float[Tensor, "n dim"]]:
-        """Return image and text embeddings of n rows; of their views and captions where these are given.
+    ) -> Float[Tensor, "n dim"]:
+        """Return the image embeddings of n rows; those of their views where these are given.
 
         Raises:
             InputError: a file is not the store's, or an embedding is no finite unit vector.
@@ -50,15 +49,28 @@ class Embeddings:
         else:
             views = self._views.read("image", shard, row).reshape(len(row), -1, self.store.dim)
             image = views[np.arange(len(row)), view]
+        return self._checked(image, shard, row)
+
+    def texts(
+        self,
+        shard: UInt32[np.ndarray, " n"],
+        row: UInt32[np.ndarray, " n"],
+        caption: Int64[np.ndarray, " n"] | None = None,
+    ) -> Float[Tensor, "n dim"]:
+        """Return the text embeddings of n rows: of their first captions, or those given. Errors as in `images`."""
         text = self._payloads.read("text", shard, row)
         if caption is not None and caption.any():
             later = np.flatnonzero(caption)  # a row's first caption is the canonical one
             first = self._views.read("text_first", shard[later], row[later])[:, 0]
             text[later] = self._views.read("text", shard[later], first + caption[later] - 1)
-        image, text = image.astype(np.float32), text.astype(np.float32)
-        for embeddings in (image, text):
-            self._check_unit(embeddings, shard, row)
-        return torch.from_numpy(image), torch.from_numpy(text)
+        return self._checked(text, shard, row)
+
+    def _checked(
+        self, embeddings: Float16[np.ndarray, "n dim"], shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]
+    ) -> Float[Tensor, "n dim"]:
+        whole = embeddings.astype(np.float32)
+        self._check_unit(whole, shard, row)
+        return torch.from_numpy(whole)
 
     def _check_unit(
         self, embeddings: Float32[np.ndarray, "n dim"], shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]

@@ -18,7 +18,7 @@ from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import BadSample
 from distilclip.data.shards import assert_key, find_shards, open_shard, source_size
-from distilclip.data.side_files import kept_rows, read_labels
+from distilclip.data.side_files import kept_rows, read_groups, read_labels
 from distilclip.data.store import Rows, Store, check_unchanged, sample_id
 from distilclip.errors import InputError
 from distilclip.mixture import DataPart, Weighting
@@ -53,12 +53,16 @@ class PairTable:
         """Return the sample ids of rows of this table."""
         return sample_id(self.shard[rows], self.row[rows])
 
+    def take(self, rows: Int64[np.ndarray, " m"]) -> PairTable:
+        """Return the table of these rows, in this order."""
+        columns = {name: getattr(self, name)[rows] for name in ("shard", "row", "offset", "size")}
+        joined = {name: getattr(self, name) for name in ("cluster", "image_digest")}
+        columns |= {name: None if values is None else values[rows] for name, values in joined.items()}
+        return dataclasses.replace(self, **columns, key=self.key.take(pa.array(rows)))
+
     def keep(self, mask: Bool[np.ndarray, " n"]) -> PairTable:
         """Return the table with some of its rows."""
-        columns = {name: getattr(self, name)[mask] for name in ("shard", "row", "offset", "size")}
-        joined = {name: getattr(self, name) for name in ("cluster", "image_digest")}
-        columns |= {name: None if values is None else values[mask] for name, values in joined.items()}
-        return dataclasses.replace(self, **columns, key=self.key.filter(pa.array(mask)))
+        return self.take(np.flatnonzero(mask))
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,46 @@ def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int32[
     return cluster[: len(keep)][keep]
 
 
+@dataclass(frozen=True, kw_only=True)
+class GroupRows:
+    """The rows that the n rows of a table stand for, each itself included: row i for `first[i]` to `first[i + 1]`."""
+
+    table: PairTable
+    first: Int64[np.ndarray, " n1"]
+
+
+def join_groups(table: PairTable, stores: Sequence[Store], groups: str) -> GroupRows:
+    """List the rows that those of a table stand for by `groups`, a folder of balance, and that all stores could use.
+
+    Raises:
+        InputError: no row stands for another one.
+    """
+    ids = table.ids(np.arange(len(table)))
+
+    def join(shard: int) -> tuple[_Part, Int64[np.ndarray, " m"]]:
+        rows, found = Index.read(stores[0], shard), read_groups(groups, shard)
+        place = np.minimum(np.searchsorted(ids, found.representative), len(ids) - 1)
+        stands_for = np.full(len(rows.valid), -1)
+        stands_for[found.row] = np.where(ids[place] == found.representative, place, -1)
+        for other in stores[1:]:
+            stands_for[~other.columns(shard, "valid")["valid"].to_numpy()] = -1
+        there = stands_for >= 0
+        part = _part(rows.key, rows.offset, rows.size, there, None)
+        return dataclasses.replace(part, image_digest=rows.image_digest[there]), stands_for[there]
+
+    with ThreadPoolExecutor(16) as pool:
+        parts, owners = zip(*pool.map(join, range(stores[0].num_shards)), strict=True)
+    owner = np.concatenate(owners)
+    if len(owner) == len(table):
+        raise InputError(
+            f"{groups}: none of the rows that are trained on stands for another one, so --captions of-group shows what "
+            "own shows. Give the folder of a `balance` that removed rows, or of a selection from one."
+        )
+    order = np.argsort(owner, kind="stable")
+    whole = _table(table.uris, list(parts), table.columns).take(order)
+    return GroupRows(table=whole, first=np.searchsorted(owner[order], np.arange(len(table) + 1)))
+
+
 def check_labels(table: PairTable, clusters: str) -> None:
     """Raise `InputError` where a row of the table has no label in the folder `clusters`."""
     if table.cluster is not None and (table.cluster < 0).any():
@@ -280,7 +324,18 @@ def weigh(table: PairTable, weighting: Weighting, parts: Sequence[DataPart], par
         weights /= weights.max()
     if not parts:
         return WeighedPairs(table=table.keep(weights > 0), weights=weights[weights > 0])
-    part_of_row = np.array(part, np.int32)[table.shard]
+    weights, described = share_among_parts(weights, np.array(part, np.int32)[table.shard], parts)
+    return WeighedPairs(table=table.keep(weights > 0), weights=weights[weights > 0], parts=described)
+
+
+def share_among_parts(
+    weights: Float64[np.ndarray, " n"], part_of_row: Int32[np.ndarray, " n"], parts: Sequence[DataPart]
+) -> tuple[Float64[np.ndarray, " n"], list[dict[str, Any]]]:
+    """Scale the weights so that each part of a mixture has its share of their sum; also describe the parts.
+
+    Raises:
+        InputError: a part of positive weight has no row that could be drawn.
+    """
     sums = np.bincount(part_of_row, weights, len(parts))  # adds one row after the other: the same everywhere
     for number, one in enumerate(parts):
         if one.weight and not sums[number]:
@@ -289,14 +344,13 @@ def weigh(table: PairTable, weighting: Weighting, parts: Sequence[DataPart], par
                 "is usable, kept, and of positive weight. Give it the weight 0, or look at --groups and --row-weights."
             )
     asked = np.array([one.weight for one in parts])
-    weights *= np.divide(asked, sums, out=np.zeros(len(parts)), where=sums > 0)[part_of_row]
-    num_rows = np.bincount(part_of_row[weights > 0], minlength=len(parts)).tolist()
+    shared = weights * np.divide(asked, sums, out=np.zeros(len(parts)), where=sums > 0)[part_of_row]
+    num_rows = np.bincount(part_of_row[shared > 0], minlength=len(parts)).tolist()
     total = math.fsum(asked)
-    described = [
+    return shared, [
         {"data": one.pattern, "share": one.weight / total, "num_rows": count}
         for one, count in zip(parts, num_rows, strict=True)
     ]
-    return WeighedPairs(table=table.keep(weights > 0), weights=weights[weights > 0], parts=described)
 
 
 def check_source(store: Store, shard: int, uri: str, rows: Rows | Index) -> None:

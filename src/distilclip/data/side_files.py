@@ -14,7 +14,7 @@ from distilclip.data.columns import FORMAT_VERSION, read_columns, write_columns
 from distilclip.data.store import Store
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.errors import InputError, other_version
-from distilclip.row_weights import weights_path
+from distilclip.row_weights import weights_name, weights_path
 
 GROUPS_SCHEMA = pa.schema(
     [
@@ -164,6 +164,12 @@ def read_labels(folder: str, shard: int) -> Labels:
 def write_weights(folder: str, shard: int, weights: WeightedRows) -> None:
     """Write the weights of a shard into a folder of weights, for `train --row-weights`."""
     _write(weights_path(folder, shard), WEIGHTS_SCHEMA, vars(weights))
+
+
+def read_weights(folder: str, shard: int) -> WeightedRows:
+    """Read the weights of a shard from a folder of `weigh`."""
+    _check(folder, weights_name(shard), stage="weigh")
+    return WeightedRows(**_read(weights_path(folder, shard), WEIGHTS_SCHEMA))
 
 
 def write_forest(folder: str, forest: ForestEdges) -> None:

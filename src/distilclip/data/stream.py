@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,8 +23,19 @@ from distilclip.data.crops import Augmentation, Crop
 from distilclip.data.decode import decode_crop
 from distilclip.data.embeddings import Embeddings
 from distilclip.data.limits import MAX_PIXELS
-from distilclip.data.pairs import WeighedPairs, check_labels, find_parts, follow_store, index_pairs, join_stores, weigh
-from distilclip.data.samples import BadSample, judge_memory
+from distilclip.data.pairs import (
+    GroupRows,
+    PairTable,
+    WeighedPairs,
+    check_labels,
+    find_parts,
+    follow_store,
+    index_pairs,
+    join_groups,
+    join_stores,
+    weigh,
+)
+from distilclip.data.samples import BadSample, Sample, judge_memory
 from distilclip.data.shards import OpenShards, assert_key, find_shards
 from distilclip.data.store import Store
 from distilclip.data.views import caption_in, view_in
@@ -46,6 +57,7 @@ class PairSource:
     embedded. `stores` are folders of `embed` over the same shards, by one teacher each; rows that all of them
     could use are shown. `groups` and `clusters` are a balance and a cluster folder of the first store. `columns` says
     of CSV files what their first lines do not tell; a store knows it. `weighting` says where the rows' weights are.
+    With `captions` of-group a picture is shown with a caption of any row that it stands for in `groups`, in turn.
     """
 
     data: Sequence[str] = ()
@@ -54,6 +66,7 @@ class PairSource:
     clusters: str | None = None
     columns: CsvColumns | None = None
     weighting: Weighting = dataclasses.field(default_factory=Weighting)
+    captions: Literal["own", "of-group"] = "own"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,15 +151,22 @@ def open_stream(
     if stores:
         _check_views(stores, presentation.num_views)
         table = join_stores(stores, data=uris, groups=source.groups, clusters=source.clusters)
-    elif source.groups is not None or source.clusters is not None or presentation.num_views:
-        raise InputError("groups, clusters and views refer to the rows of a store: name the store too.")
+    elif source.groups or source.clusters or presentation.num_views or source.captions != "own":
+        raise InputError(
+            "groups, clusters, views and captions of-group refer to the rows of a store: name the store too."
+        )
     else:
         table = index_pairs(uris, policy=policy, columns=source.columns)
         policy.check(final=True)
     pairs = weigh(table, source.weighting, parts, part)
     if source.clusters is not None:
         check_labels(pairs.table, source.clusters)
-    loader = PairLoader(pairs, stores, presentation)
+    tellers = None
+    if source.captions == "of-group":
+        if source.groups is None:
+            raise InputError("captions of-group needs groups, a folder of balance.")
+        tellers = join_groups(pairs.table, stores, source.groups)
+    loader = PairLoader(pairs, stores, presentation, tellers)
     return PairStream(loader, policy, batch_size=batch_size, rank=rank, world=world)
 
 
@@ -212,6 +232,14 @@ class PairStream:
         counts = {"effective_rows": draws.effective_rows, "most_often": draws.most_often}
         return {"parts": parts, **counts} if parts else counts
 
+    @property
+    def group_captions(self) -> dict[str, int]:
+        """For the result, how many captions pictures are shown with, and the most for one; empty where each own one."""
+        tellers = self.loader.tellers
+        if tellers is None:
+            return {}
+        return {"num_captions": len(tellers.table), "most_for_a_picture": int(np.diff(tellers.first).max())}
+
     def rows_at(self, step: int) -> tuple[int, Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
         """Return the epoch of a step, which rows of the table this rank has in its batch, and each one's repeat.
 
@@ -248,9 +276,13 @@ class PairStream:
 
 @dataclass(frozen=True)
 class _ShownPair:
-    """A row as it stands in a batch: its caption, one of `num_captions`, and its crop at every size asked for."""
+    """A row as it stands in a batch: its caption, one of `num_captions`, and its crop at every size asked for.
+
+    `teller` is the row of the table of captions that the caption is from.
+    """
 
     index: int
+    teller: int
     caption: str
     pixels: list[UInt8[Tensor, "3 _ _"]]
     view: int
@@ -261,11 +293,20 @@ class _ShownPair:
 class PairLoader(Dataset):
     """Maps (epoch, rows of the table, repeats) to their batch. Picklable; opens files in the process that reads them.
 
-    A row that an epoch has several times shows another crop, or the next view and caption, each time.
+    A row that an epoch has several times shows another crop, or the next view and caption, each time. With `tellers` a
+    picture's captions are those of the rows that it stands for.
     """
 
-    def __init__(self, pairs: WeighedPairs, stores: Sequence[Store], presentation: Presentation) -> None:
+    def __init__(
+        self,
+        pairs: WeighedPairs,
+        stores: Sequence[Store],
+        presentation: Presentation,
+        tellers: GroupRows | None = None,
+    ) -> None:
         self.table, self.parts, self.presentation = pairs.table, pairs.parts, presentation
+        self.tellers = tellers
+        self.texts = self.table if tellers is None else tellers.table
         self.is_weighed = pairs.weights is not None
         self.draws = Draws(len(self.table)) if pairs.weights is None else Draws.of_weights(pairs.weights)
         self.embeddings = [Embeddings(store) for store in stores]
@@ -281,40 +322,58 @@ class PairLoader(Dataset):
 
     def _batch(self, epoch: int, wanted: Int64[np.ndarray, " n"], repeats: Int64[np.ndarray, " n"]) -> Batch:
         bad: list[tuple[str, str]] = []
-        ahead = zip(self._read_ahead(wanted), repeats.tolist(), strict=True)
+        turns = (epoch + repeats).tolist()
+        ahead = zip(self._read_ahead(wanted, turns), repeats.tolist(), strict=True)
         drawn = [self._draw_usable(epoch, index, repeat, bad) for index, repeat in ahead]
-        rows = np.array([sample.index for sample in drawn])
+        rows, tellers = (np.array([getattr(sample, name) for sample in drawn]) for name in ("index", "teller"))
         captions = [sample.caption for sample in drawn]
         pixels = [torch.stack(of_one_size) for of_one_size in zip(*(sample.pixels for sample in drawn), strict=True)]
-        shard, row = self.table.shard[rows], self.table.row[rows]
         view = caption = None
         if self.views is not None:
             view = np.array([sample.view for sample in drawn])
             caption = np.array([sample.caption_number for sample in drawn])
-            self._check_captions(rows, np.array([sample.num_captions for sample in drawn]))
-        embedded = [embeddings.rows(shard, row, view, caption) for embeddings in self.embeddings]
+            self._check_captions(tellers, np.array([sample.num_captions for sample in drawn]))
+        shard, row = self.table.shard[rows], self.table.row[rows]
+        text_shard, text_row = self.texts.shard[tellers], self.texts.row[tellers]
         return Batch(
             ids=torch.from_numpy(self.table.ids(rows).astype(np.int64)),
             pixels=pixels[0],
             teacher_pixels=pixels[1] if len(pixels) > 1 else None,
             tokens=self.presentation.tokenize(captions),
             captions=captions,
-            teacher_image=tuple(image for image, _ in embedded),
-            teacher_text=tuple(text for _, text in embedded),
+            teacher_image=tuple(embeddings.images(shard, row, view) for embeddings in self.embeddings),
+            teacher_text=tuple(embeddings.texts(text_shard, text_row, caption) for embeddings in self.embeddings),
             labels=None if self.table.cluster is None else torch.from_numpy(self.table.cluster[rows].astype(np.int64)),
             bad=bad,
         )
 
-    def _read_ahead(self, rows: Int64[np.ndarray, " n"]) -> Iterator[int]:
+    def _read_ahead(self, rows: Int64[np.ndarray, " n"], turns: Sequence[int]) -> Iterator[int]:
         """Yield the rows; the bytes of each are asked for `READ_AHEAD` rows before its turn."""
-        table = self.table
         for place in range(len(rows) + READ_AHEAD):
             if place < len(rows):
-                index = rows[place]
-                shard = self._shards[table.uris[int(table.shard[index])]]
-                shard.prefetch(int(table.offset[index]), int(table.size[index]))
+                index = int(rows[place])
+                self._prefetch(self.table, index)
+                if self.tellers is not None:
+                    self._prefetch(self.texts, self._teller(index, turns[place])[0])
             if place >= READ_AHEAD:
                 yield int(rows[place - READ_AHEAD])
+
+    def _prefetch(self, table: PairTable, index: int) -> None:
+        shard = self._shards[table.uris[int(table.shard[index])]]
+        shard.prefetch(int(table.offset[index]), int(table.size[index]))
+
+    def _teller(self, index: int, turn: int) -> tuple[int, int]:
+        """Return the row of the table of captions that tells a picture's caption, and the turn of that row's own.
+
+        The rows that a picture stands for tell in turn; each one's captions follow once all have told one.
+        """
+        if self.tellers is None:
+            return index, turn
+        first, after = self.tellers.first[index : index + 2].tolist()
+        shard, row, shown = int(self.table.shard[index]), int(self.table.row[index]), self.presentation
+        views = max(1, shown.num_views)
+        told = caption_in(turn, shard, row + shown.seed, num_views=views, num_captions=after - first)
+        return first + told, turn // (after - first)
 
     def _draw_usable(self, epoch: int, index: int, repeat: int, bad: list[tuple[str, str]]) -> _ShownPair:
         """Return a row as it is shown, or, where it cannot be used, another row drawn by (seed, epoch, row)."""
@@ -330,21 +389,23 @@ class PairLoader(Dataset):
         )
 
     def _draw(self, epoch: int, index: int, repeat: int) -> _ShownPair:
-        table, shown = self.table, self.presentation
-        uri, shard, row = table.uris[int(table.shard[index])], int(table.shard[index]), int(table.row[index])
-        sample = self._shards[uri].read(int(table.offset[index]), int(table.size[index]))
-        assert_key(sample.key, table.key[index].as_py(), uri=uri, row=row)
-        where = f"{uri}: {sample.key}"
-        if not sample.caption:  # empty: a picture of a folder without captions
-            raise BadSample("no caption", where=where)
+        shown = self.presentation
+        shard, row = int(self.table.shard[index]), int(self.table.row[index])
+        sample, where = self._read(self.table, index)
+        teller, turn = self._teller(index, epoch + repeat)
+        telling = sample, where
+        if self.tellers is not None and self.texts.ids(np.array([teller])) != self.table.ids(np.array([index])):
+            telling = self._read(self.texts, teller)
+        if not telling[0].caption:  # empty: a picture of a folder without captions
+            raise BadSample("no caption", where=telling[1])
         if sample.image is None:
             raise BadSample("no image", where=where)
-        self._check_picture(index, sample.image, where)
-        captions, view, number = [sample.caption], 0, 0
+        captions, view, number = [telling[0].caption], 0, 0
         if self.views is not None:
             view = view_in(epoch + repeat, shard, row, num_views=shown.num_views)
-            captions = sample.captions
-            number = caption_in(epoch + repeat, shard, row, num_views=shown.num_views, num_captions=len(captions))
+            captions = telling[0].captions
+            place = int(self.texts.shard[teller]), int(self.texts.row[teller])
+            number = caption_in(turn, *place, num_views=shown.num_views, num_captions=len(captions))
 
         def draw(width: int, height: int) -> Crop:
             if self.views is not None:
@@ -353,28 +414,32 @@ class PairLoader(Dataset):
 
         with judge_memory(where):
             pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
-        return _ShownPair(index, captions[number], pixels, view, number, len(captions))
+        return _ShownPair(index, teller, captions[number], pixels, view, number, len(captions))
 
-    def _check_picture(self, index: int, image: bytes, where: str) -> None:
-        """Raise `InputError` where a picture is not the one that a store embedded."""
-        digests = self.table.image_digest
-        if digests is None or not digests[index]:
-            return
-        if int.from_bytes(hashlib.sha256(image).digest()[:8], "little") != int(digests[index]):
+    def _read(self, table: PairTable, index: int) -> tuple[Sample, str]:
+        """Read a row's sample and say where it lies. Raises `InputError` where it is not the one that was embedded."""
+        uri, row = table.uris[int(table.shard[index])], int(table.row[index])
+        sample = self._shards[uri].read(int(table.offset[index]), int(table.size[index]))
+        assert_key(sample.key, table.key[index].as_py(), uri=uri, row=row)
+        where, digests = f"{uri}: {sample.key}", table.image_digest
+        if sample.image is None or digests is None or not digests[index]:
+            return sample, where
+        if int.from_bytes(hashlib.sha256(sample.image).digest()[:8], "little") != int(digests[index]):
             raise InputError(
                 f"{where}: its picture is not the one that was embedded (SHA-256 differs). Give the files that were "
                 "embedded (--data), or embed these into another folder."
             )
+        return sample, where
 
-    def _check_captions(self, rows: Int64[np.ndarray, " n"], num_captions: Int64[np.ndarray, " n"]) -> None:
+    def _check_captions(self, tellers: Int64[np.ndarray, " n"], num_captions: Int64[np.ndarray, " n"]) -> None:
         """Raise `InputError` where a sample has more or fewer captions than the store."""
-        shard, row = self.table.shard[rows], self.table.row[rows]
+        shard, row = self.texts.shard[tellers], self.texts.row[tellers]
         other = np.flatnonzero(num_captions != self.embeddings[0].num_captions(shard, row))
         if len(other):
             first = other[0]
             raise InputError(
-                f"{self.table.uris[int(shard[first])]}: {self.table.key[rows[first]]} has other captions than when it "
-                "was embedded. Embed the data again."
+                f"{self.texts.uris[int(shard[first])]}: {self.texts.key[tellers[first]]} has other captions than when "
+                "it was embedded. Embed the data again."
             )
 
     def _generator(self, epoch: int, index: int, repeat: int, attempt: int = 0) -> np.random.Generator:

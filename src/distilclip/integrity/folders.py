@@ -10,9 +10,16 @@ from distilclip.integrity.label_tables import check_labels
 from distilclip.integrity.selection_files import check_selection
 from distilclip.integrity.store_files import Sources, check_store
 from distilclip.integrity.training_files import check_training
+from distilclip.integrity.weight_files import check_weights
 
-ORDER = ("embed", "balance", "select", "cluster", "train")  # each after those that it may be made from
-CHECKS = {"balance": check_groups, "select": check_selection, "cluster": check_labels, "train": check_training}
+ORDER = ("embed", "balance", "select", "cluster", "weigh", "train")  # each after those that it may be made from
+CHECKS = {
+    "balance": check_groups,
+    "select": check_selection,
+    "cluster": check_labels,
+    "weigh": check_weights,
+    "train": check_training,
+}
 
 
 def check_folders(path: str, *, sources: Sources = "none") -> list[Findings]:

@@ -44,6 +44,8 @@ class TrainRun:
     num_parameters: int
     num_samples_seen: int
     digest: str
+    remarks: list[str] = field(default_factory=list)
+    """how it drew its rows, where not each of them alike with its own caption"""
     logged: dict[str, Series] = field(default_factory=dict)
 
     @property
@@ -189,8 +191,18 @@ def _training(folder: StageRecord) -> TrainRun:
         num_parameters=result["num_parameters"],
         num_samples_seen=result["num_samples_seen"],
         digest=result["digest"],
+        remarks=_remarks(folder),
         logged=logged,
     )
+
+
+def _remarks(folder: StageRecord) -> list[str]:
+    """Say by which weights a training drew its rows, and with whose captions."""
+    weights = folder.config.get("row_weights")
+    found = [] if weights is None else [f"rows weighed by {weights.rstrip('/').rsplit('/', 1)[-1]}"]
+    if captions := folder.result.get("captions"):
+        found.append(f"{captions['num_captions']:,} captions of groups")
+    return found
 
 
 def _read_log(path: str) -> dict[str, Series]:

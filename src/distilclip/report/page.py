@@ -21,7 +21,7 @@ from distilclip.sets.score import Score, title
 from distilclip.vectors.tolerance import equivalents
 
 # The order in which a run makes them; other stages follow.
-STAGES = ("corpus", "embed", "balance", "cluster", "train", "evaluate")
+STAGES = ("corpus", "embed", "balance", "select", "cluster", "weigh", "train", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)

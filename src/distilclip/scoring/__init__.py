@@ -1,1 +1,1 @@
-"""Score pairs by their embeddings, to keep the best of them."""
+"""Score pairs by their embeddings and clusters, to keep the best of them or to draw some more often."""

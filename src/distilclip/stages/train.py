@@ -81,7 +81,7 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         distributed.on_first(lambda: stage_folder.write_made_from(folder.child("teacher.json"), folder.path, known))
     shown = dataclasses.replace(clip, model=copy.deepcopy(clip.model)) if config.validation.is_on else None
     stream = _open_stream(config, clip, stores, live)
-    mixture = _describe_mixture(config, stream)
+    mixture = _describe_mixture(config, stream) | _describe_captions(config, stream)
     training = _training(config, _student(config, method, clip, stores=stores, live=live), stream)
     schedule = _schedule(config, stream.num_rows)
     validator = None
@@ -234,6 +234,17 @@ def _describe_mixture(config: Config, stream: PairStream) -> dict[str, Any]:
     return {"mixture": mixture}
 
 
+def _describe_captions(config: Config, stream: PairStream) -> dict[str, Any]:
+    """What result.json says of pictures that are shown with captions of others; also said now."""
+    captions = stream.group_captions
+    if captions and distributed.rank() == 0:
+        say(
+            f"train {config.out}: {stream.num_rows:,} pictures are taught with {captions['num_captions']:,} captions, "
+            f"one of them with {captions['most_for_a_picture']:,}."
+        )
+    return {"captions": captions} if captions else {}
+
+
 def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Student:
     """The student with its heads, wrapped for the processes there are; built alike on every one of them."""
     heads = _heads(config, method, clip, stores=stores, live=live).to(clip.device)
@@ -316,6 +327,7 @@ def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip
             clusters=config.clusters,
             columns=config.columns,
             weighting=config.weighting,
+            captions=config.captions,
         ),
         _presentation(config, clip, live, num_views=config.crops.views),
         batch_size=config.batch_size,
