@@ -129,6 +129,8 @@ def _check_input(found: Findings, option: str, expected: str | None) -> None:
         return
     if not files.exists(files.join(path, RESULT)):
         found.notes.append(f"{path}, which it was made from, is not there or unfinished")
+    elif stage_folder.growth(path, expected) is not None:
+        found.notes.append(f"{path}, which it was made from, has grown since (embed --append)")
     elif stage_folder.result_digest(path) != expected:
         text = f"{found.path} was made from another {option} than {path} is now. Restore it, or make this folder again."
         found.add_fault(text)
