@@ -123,6 +123,15 @@ def _check_growth(path: str, stage: str, store: str, before: str | None) -> None
     raise InputError(f"{path} was made from {store} before that grew (embed --append). {remedy}.")
 
 
+def _check_inputs_grown(inputs: Sequence[tuple[str, str]]) -> None:
+    """Raise `InputError` where an input was made from another input, a store, before that grew."""
+    for store in [given for given, stage in inputs if stage == "embed" and former_values(given)]:
+        for given, stage in inputs:
+            made_from = files.join(given, "inputs.json")
+            if stage not in ("embed", NO_STAGE) and files.exists(made_from):
+                _check_growth(given, stage_of(given), store, read_json(made_from).get("embed"))
+
+
 def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[str, str]] = ()) -> Folder:
     """Create a stage's folder, or open it again to resume it or to find it finished.
 
@@ -140,6 +149,7 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
             require(input_path, stage=input_stage)
         elif not files.exists(input_path):
             raise InputError(f"{input_path} does not exist. Check the path.")
+    _check_inputs_grown(inputs)
     digests, values = _input_digests(inputs), {"stage": stage, **config_values(config)}
     if "embed" in _changed_inputs(folder.path, digests) and not _holds_nothing(folder.path):
         before_inputs = read_json(folder.child("inputs.json"))

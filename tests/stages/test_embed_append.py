@@ -124,9 +124,7 @@ def test_a_kill_at_any_moment_leaves_a_store_that_the_same_command_completes(
                 break
             except KeyboardInterrupt:
                 pass
-        if (store / "result.json").exists() and stage_folder.read_json(str(store / "result.json"))["num_shards"] == 4:
-            assert store_bytes(store) == expected  # killed after its last act, while it gave the folder back
-        elif (store / "result.json").exists():
+        if (store / "result.json").exists():
             usable += 1
             assert all(contents(store)[name] == content for name, content in before.items())
             assert Store.open(str(store)).num_shards == 2
@@ -142,10 +140,10 @@ def test_a_kill_at_any_moment_leaves_a_store_that_the_same_command_completes(
 
 
 def killed_at(number: int, counted: list[int], call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call, unless it is the `number`-th of all that share `counted`: that one ends the run."""
+    """The call, unless it is the `number`-th of all that share `counted`: that one ends the run. Locks do not count."""
 
     def called(*args: Any, **others: Any) -> Any:
-        counted[0] += 1
+        counted[0] += not str(args[0]).endswith("lock.json")
         if counted[0] == number:
             raise KeyboardInterrupt
         return call(*args, **others)

@@ -57,7 +57,7 @@ class Targets:
         teacher = open_store_teacher(store, device=resolve_device(device), num_workers=num_workers)
         for number, spec in missing:
             dataset = load_set(spec, data_root=data_root)
-            found = embed_set(teacher, dataset, policy=ErrorPolicy("skip"))
+            found = embed_set(teacher, dataset, policy=ErrorPolicy("skip", max_bad_ratio=1.0))
             places = [[ref.uri, ref.key, ref.offset, ref.size] for ref in found.pictures]
             said = {"name": found.name, "num_unreadable": found.num_unreadable}
             stage_folder.write_json(self._path(number, "json"), {**said, "pictures": places})

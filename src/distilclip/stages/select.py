@@ -196,10 +196,12 @@ def _write_kept(folder: str, store: Store, shard: int, groups: str | None, kept:
 def _say_copies(targets: list[dict[str, Any]], cut: Cut) -> None:
     """Say of each target how many of its pictures have a copy in the data, and how many rows are such copies."""
     for found in targets:
-        share = found["num_near"] / max(found["num_pictures"], 1)
+        share, num_bad = found["num_near"] / max(found["num_pictures"], 1), found["num_unreadable"]
+        unreadable = f"; {num_bad:,} further pictures could not be read" if num_bad else ""
         say(
             f"select: {found['name']}: {found['num_near']:,} of {found['num_pictures']:,} pictures ({share:.2%}) have "
             f"a copy in the data (cosine of {cut.threshold:g} or more); {found['num_rows']:,} rows are copies"
+            f"{unreadable}"
         )
 
 
