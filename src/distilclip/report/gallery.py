@@ -100,7 +100,7 @@ def choose_removals(
     def removal(group: int, key: Float[np.ndarray, " n"], spread: bool) -> Strip:
         rows = members[group]
         rows = rows[np.lexsort((samples[rows], key[rows]))]
-        rows = rows[_spread_evenly(len(rows), num_pictures)] if spread else rows[:num_pictures]
+        rows = rows[spread_evenly(len(rows), num_pictures)] if spread else rows[:num_pictures]
         rows = rows[np.lexsort((samples[rows], distance[rows]))]
         return Strip(
             title=f"{count(int(counts[group]))} removed",
@@ -142,7 +142,7 @@ def choose_clusters(
     def strip(index: int) -> Strip:
         rows = np.flatnonzero(place == index)
         rows = rows[np.lexsort((samples[rows], distance[rows]))]
-        rows = rows[_spread_evenly(len(rows), num_pictures)]
+        rows = rows[spread_evenly(len(rows), num_pictures)]
         return Strip(
             title=f"Cluster {found[index]}",
             detail=f"{count(int(counts[index]))} picture" + ("" if counts[index] == 1 else "s"),
@@ -227,7 +227,7 @@ def thumbnail(image: Image.Image, size: int) -> tuple[str, tuple[int, int]]:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), small.size
 
 
-def _spread_evenly(length: int, number: int) -> Int[np.ndarray, " m"]:
+def spread_evenly(length: int, number: int) -> Int[np.ndarray, " m"]:
     """Return at most `number` places of `length`, evenly spaced, first and last included."""
     if length <= number:
         return np.arange(length)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from distilclip.report.gallery import PictureReader, Strip
+from distilclip.report.gallery import PictureReader, Strip, spread_evenly
 from distilclip.report.load import Results
 from distilclip.report.sections import GallerySize, Section, Strips, open_store, read_or_explain
 from distilclip.scoring.near_tables import NearPictures, read_near
@@ -28,11 +28,9 @@ def _copy_strips(record: StageRecord, results: Results, size: GallerySize) -> St
     for number, target in enumerate(record.result["targets"]):
         near = read_near(record.path, number)
         order = np.lexsort((near.picture, -near.similarity))
-        chosen = (
-            np.unique(np.linspace(0, len(order) - 1, 2 * size.num_groups).round().astype(int)) if len(order) else []
-        )
+        shown = order[spread_evenly(len(order), 2 * size.num_groups)]
         heading = f"{target['name']}: a picture of it, and the nearest one in the data"
-        found[heading] = [_pair(reader, near, int(order[place])) for place in chosen]
+        found[heading] = [_pair(reader, near, row) for row in shown.tolist()]
     reader.close()
     return found
 

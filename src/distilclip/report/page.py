@@ -45,7 +45,7 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
     standings = standings_chart(table)
     balances = balance_sections(results, size)
     clusterings = cluster_sections(results, size)
-    selections = copy_sections(results, size)
+    leaks = copy_sections(results, size)
     absent = _absent(results, has_diagnostics=any(model.training and model.training.diagnostics for model in compared))
     html = _template().render(
         heading=heading,
@@ -65,7 +65,7 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
         embeddings=results.finished("embed"),
         balances=balances,
         clusterings=clusterings,
-        selections=selections,
+        leaks=leaks,
         folders=sorted(results.folders, key=lambda f: STAGES.index(f.stage) if f.stage in STAGES else len(STAGES)),
         unfinished=results.unfinished,
         absent=absent,

@@ -151,6 +151,6 @@ def _places_in_store(images: ImageMatrix, rows: Int[np.ndarray, " m"]) -> list[I
     for shard in np.unique(shards).tolist():
         line, table = images.store.shards[shard], images.store.rows(shard)
         for row in (rows[shards == shard] - images.starts[shard]).tolist():
-            place = {"offset": int(table.offset[row]), "size": int(table.size[row])}
-            found.append(ImageRef(uri=line.uri, key=table.key[row], **place))
+            offset, size = int(table.offset[row]), int(table.size[row])
+            found.append(ImageRef(uri=line.uri, key=table.key[row], offset=offset, size=size))
     return found
