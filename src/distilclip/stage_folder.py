@@ -103,9 +103,33 @@ def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any
             raise InputError(
                 f"{path} has no inputs.json to say which store it was made from: make it again, elsewhere."
             )
-        if read_json(made_from).get("embed") != result_digest(store):
+        before = read_json(made_from).get("embed")
+        if before != result_digest(store):
+            _check_growth(path, record.stage, store, before)
             raise InputError(f"{path} was made from another store than {store}. Run `distilclip {stage}` on this one.")
     return record.result
+
+
+def _check_growth(path: str, stage: str, store: str, before: str | None) -> None:
+    """Raise `InputError` where a folder was made from a store that has grown since, and say how to go on."""
+    if growth(store, before) is None:
+        return
+    if stage == "balance":
+        remedy = (
+            f"Run `distilclip balance --extend {path}` on the store, with another --out: it compares the new rows only"
+        )
+    else:
+        remedy = f"Run `distilclip {stage}` on the store as it is now, with another --out"
+    raise InputError(f"{path} was made from {store} before that grew (embed --append). {remedy}.")
+
+
+def _check_inputs_grown(inputs: Sequence[tuple[str, str]]) -> None:
+    """Raise `InputError` where an input was made from another input, a store, before that grew."""
+    for store in [given for given, stage in inputs if stage == "embed" and former_values(given)]:
+        for given, stage in inputs:
+            made_from = files.join(given, "inputs.json")
+            if stage not in ("embed", NO_STAGE) and files.exists(made_from):
+                _check_growth(given, stage_of(given), store, read_json(made_from).get("embed"))
 
 
 def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[str, str]] = ()) -> Folder:
@@ -125,7 +149,12 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
             require(input_path, stage=input_stage)
         elif not files.exists(input_path):
             raise InputError(f"{input_path} does not exist. Check the path.")
+    _check_inputs_grown(inputs)
     digests, values = _input_digests(inputs), {"stage": stage, **config_values(config)}
+    if "embed" in _changed_inputs(folder.path, digests) and not _holds_nothing(folder.path):
+        before_inputs = read_json(folder.child("inputs.json"))
+        for store in [given for given, input_stage in inputs if input_stage == "embed"][:1]:
+            _check_growth(folder.path, stage, store, before_inputs.get("embed"))
     if folder.finished and files.exists(folder.child("config.json")):
         before = _check_same(folder, values, config, digests)
         if before is not None and not _grown(before, values, config):
@@ -243,6 +272,27 @@ def _extend(folder: Folder, before: dict[str, Any], values: dict[str, Any], conf
     if folder.finished:
         files.remove(folder.child("result.json"))
     write_json(folder.child("config.json"), values)
+
+
+def extend_folder(folder: Folder, config: Any, **counts: int) -> None:
+    """Let a finished folder that now holds more have a new result: the former one goes, until `finish`.
+
+    extended.json says with which values and counts it was made before and the digest of its result, by which `growth`
+    knows what was made from it. After a kill the same call does what is left to do.
+    """
+    before, values = read_json(folder.child("config.json")), {"stage": folder.stage, **config_values(config)}
+    if folder.finished and growth(folder.path, now := result_digest(folder.path)) is None:
+        changed = {name: before[name] for name in values if name in before and before[name] != values[name]}
+        former = [*former_values(folder.path), {**changed, **counts, "result": now}]
+        write_json(folder.child("extended.json"), {"former": former})
+    write_json(folder.child("config.json"), values)
+    if folder.finished:
+        files.remove(folder.child("result.json"))
+
+
+def growth(path: str, digest: str | None) -> dict[str, Any] | None:
+    """Return what extended.json says of a folder when its `result_digest` was `digest`; None where it never was."""
+    return next((entry for entry in former_values(path) if digest and entry.get("result") == digest), None)
 
 
 def former_values(path: str) -> list[dict[str, Any]]:

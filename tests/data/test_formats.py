@@ -13,6 +13,7 @@ from safetensors import safe_open
 from distilclip.data.bad_samples import _REMEDIES
 from distilclip.data.columns import FORMAT_VERSION
 from distilclip.data.side_files import ForestEdges, WeightedRows, write_centers, write_forest, write_weights
+from distilclip.scoring.near_tables import NearPictures, write_near
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "formats.md").read_text()
@@ -38,6 +39,11 @@ def folders(joined: dict[str, str]) -> dict[str, Path]:
     ids = np.array([0, 1], np.uint64)
     write_forest(joined["groups"], ForestEdges(ids[:1], ids[1:], np.zeros(1, np.float32)))
     write_centers(joined["clusters"], np.eye(2, dtype=np.float32))
+    none, narrow = np.zeros(0, np.uint64), np.zeros(0, np.uint32)
+    near = NearPictures(
+        picture=narrow, uri=[], key=[], offset=none, size=narrow, nearest=none, similarity=np.zeros(0, np.float32)
+    )
+    write_near(joined["clusters"], 0, near)
     joined["weights"] = f"{joined['clusters']}-weights"
     write_weights(joined["weights"], 0, WeightedRows(np.zeros(1, np.uint32), np.ones(1)))
     return {name: Path(folder) for name, folder in joined.items()}
@@ -51,6 +57,7 @@ def test_documented_columns_are_the_written_ones(folders: dict[str, Path]) -> No
         "`forest.parquet`: a": folders["groups"] / "forest.parquet",
         "`labels/000000.parquet`": folders["clusters"] / "labels" / "000000.parquet",
         "`weights/000000.parquet`": folders["weights"] / "weights" / "000000.parquet",
+        "`near/00.parquet`": folders["clusters"] / "near" / "00.parquet",
     }
     for heading, path in cases.items():
         assert columns(heading) == written(path), heading

@@ -5,7 +5,7 @@ import pytest
 
 from distilclip.errors import InputError
 from distilclip.scoring.cut import cut_share, cut_value, share_curve
-from distilclip.scoring.pair_scores import BLOCK_ROWS, clip_score, neg_clip_loss, norm_similarity
+from distilclip.scoring.pair_scores import BLOCK_ROWS, clip_score, nearest_targets, neg_clip_loss, norm_similarity
 
 
 def rows(num: int, dim: int = 24, seed: int = 0) -> np.ndarray:
@@ -62,3 +62,15 @@ def test_a_share_keeps_the_best_and_all_that_are_equal_to_the_last() -> None:
     curve = share_curve(scores)
     assert [point["share"] for point in curve][-1] == 1.0
     assert [cut_share(scores, share=point["share"]).threshold for point in curve] == [p["threshold"] for p in curve]
+
+
+def test_the_nearest_target_is_found_over_several_blocks() -> None:
+    image, targets = rows(60), rows(BLOCK_ROWS + 500, seed=5)
+    targets[[3, 4200, 4500]] = image[[10, 20, 20]]  # equal rows, two of them of one row
+    found = nearest_targets(image, targets)
+    cosines = unit(image) @ unit(targets).T
+    np.testing.assert_array_equal(found.place, cosines.argmax(axis=1))  # of equal targets the first
+    np.testing.assert_array_equal(found.similarity, norm_similarity(image, targets))
+    assert found.place[[10, 20]].tolist() == [3, 4200]
+    assert found.similarity[[10, 20]].tolist() == [1.0, 1.0]
+    np.testing.assert_allclose(found.similarity, cosines.max(axis=1), atol=1e-7)

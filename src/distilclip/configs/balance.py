@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, fields
 
 from distilclip.engine import Engine
 from distilclip.errors import InputError
-from distilclip.grouping.rule import Rule, RuleName
+from distilclip.grouping.rule import WHY_NO_LISTS, Rule, RuleName
 from distilclip.options import changeable, check_at_least
 from distilclip.vectors.metric import Metric
 
@@ -41,6 +41,9 @@ class Config:
     ones)"""
     from_folder: str | None = None
     """folder of an earlier balance of this store: cut its forest at another threshold, without a search"""
+    extend: str | None = None
+    """folder of a balance of this store from before it grew (embed --append): search only pairs with a new image; the
+    result is that of a search of all"""
     memory_gb: float = changeable(1.0)
     """working memory in GB of each worker's search, without the embeddings that it reads in half precision"""
     block_rows: int | None = changeable(None)
@@ -54,6 +57,8 @@ class Config:
             _ = self.grouping  # checks it
         else:
             self._check_cut()
+        if self.extend is not None:
+            self._check_extension()
         check_at_least(self, 1, "block_rows")
         if self.top_k is not None and self.execution.engine != "local":
             raise InputError("--rule topk compares every list with all rows: --engine local only.")
@@ -67,6 +72,15 @@ class Config:
             raise InputError("--rule topk needs a search of its own, without --from-folder.")
         reach = 1.0 if self.threshold is None else None
         Rule(metric=self.metric, threshold=self.threshold, target_removed=self.target_removed, max_threshold=reach)
+
+    def _check_extension(self) -> None:
+        """Raise `InputError` for options that an extension of another folder's search cannot have."""
+        if self.from_folder is not None:
+            raise InputError("--extend searches and --from-folder does not: give one of them.")
+        if self.groups is not None:
+            raise InputError("--extend searches all valid rows, and --groups only some: give one of them.")
+        if self.rule == "topk":
+            raise InputError(f"--rule topk cannot be extended: {WHY_NO_LISTS}")
 
     @property
     def grouping(self) -> Rule:

@@ -39,6 +39,8 @@ class Config:
     augmentation: Augmentation = field(default_factory=Augmentation)
     seed: int = 0
     """random seed of the crops"""
+    append: bool = changeable(False)
+    """add to a finished store the files of --data that it does not have yet, as further shards"""
     on_error: Literal["raise", "skip"] = changeable("skip")
     """what to do with an unusable sample: skip it and write down the reason, or stop with an error (raise)"""
     max_bad_ratio: float = changeable(0.05)

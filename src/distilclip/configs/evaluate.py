@@ -12,8 +12,10 @@ from distilclip.evaluate.model_specs import split_model, weights_by_name
 from distilclip.options import changeable
 from distilclip.sets.published import Published
 from distilclip.sets.specs import ALL_TASKS, Task, check_unique, expand_groups, parse_spec
-from distilclip.stage_folder import folders_of
+from distilclip.stage_folder import folders_of, stage_of
 
+HOLD_ROWS = ("embed", "balance", "select")
+"""Stages whose folders say which images were trained on."""
 LEARNED = "learned"
 """The value of --templates that stands for templates learned from captions."""
 
@@ -46,6 +48,17 @@ class ProbeOptions:
     """penalty of the linear probe (1 / C of scikit-learn; default: CLIP's sweep from 1e-6 to 1e6)"""
     seed: int = 0
     """seed for the rows that the probe holds out"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """Name the data that the models were trained on, to tell which test images it has copies of."""
+
+    training_store: str | None = None
+    """folder of `embed` with the training images, or of `balance` or `select` (then what it keeps): a table says which
+    share of each set's test images has a near copy there, as the teacher of the store sees them"""
+    near_copy: float | None = None
+    """cosine from which on a training image counts as a near copy of a test image"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +113,7 @@ class Config:
     """auto (CUDA, then MPS, then CPU), or a torch device"""
     words: Words = field(default_factory=Words)
     probe: ProbeOptions = field(default_factory=ProbeOptions)
+    training_data: TrainingData = field(default_factory=TrainingData)
     reading: ReadingOptions = field(default_factory=ReadingOptions)
 
     def __post_init__(self) -> None:
@@ -124,6 +138,10 @@ class Config:
             raise InputError("The task agreement needs --teacher.")
         if self.probe.probe_l2 is not None and not self.probe.probe_l2 > 0:
             raise InputError(f"--probe-l2 is {self.probe.probe_l2}; it must be positive.")
+        if (self.training_data.training_store is None) != (self.training_data.near_copy is None):
+            raise InputError("--training-store and --near-copy (a cosine, such as 0.95) go together: give both.")
+        if self.training_data.near_copy is not None and not -1 < self.training_data.near_copy <= 1:
+            raise InputError(f"--near-copy is {self.training_data.near_copy}; it is a cosine above -1 and at most 1.")
         if self.batch_size < 1 or self.reading.num_workers < 0 or self.probe.seed < 0:
             raise InputError("--batch-size must be at least 1, --num-workers and --seed at least 0.")
         check_bad_ratio(self.reading.max_bad_ratio)
@@ -144,4 +162,6 @@ class Config:
         if self.teacher:
             specs.append(dict(map(split_model, self.models)).get(self.teacher, split_model(self.teacher)[1]))
         models = [found for stage in ("train", "export") for found in folders_of(stage, list(dict.fromkeys(specs)))]
-        return models + folders_of("embed", self.words.training_captions)
+        store = self.training_data.training_store
+        training = [] if store is None else [(store, stage_of(store) if stage_of(store) in HOLD_ROWS else "embed")]
+        return models + folders_of("embed", self.words.training_captions) + training

@@ -8,6 +8,7 @@ from typing import Literal
 from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.options import changeable, check_at_least
+from distilclip.sets.specs import is_set
 
 ScoreName = Literal["clip-score", "neg-clip-loss", "norm-sim", "column"]
 
@@ -32,7 +33,10 @@ class Config:
     groups: str | None = None
     """folder of `balance` or of another `select`: score and keep only pairs that it keeps (default: all valid ones)"""
     targets: tuple[str, ...] = ()
-    """stores of pictures that the data is wanted for, for norm-sim; of the same teacher"""
+    """pictures that norm-sim compares with: stores of the same teacher, or evaluation sets as `evaluate --sets` takes
+    them, which the teacher of --store embeds; with --below, the report lists the copies of their pictures"""
+    data_root: str | None = None
+    """folder of the published sets among --targets, as evaluate has it"""
     values: str | None = None
     """scores of your own, for column: a .parquet with rows named by shard and row or by key, a .npy, or a folder"""
     column: str = "score"
@@ -41,6 +45,8 @@ class Config:
     """number of random pairs that neg-clip-loss compares every pair with"""
     seed: int = 0
     """random seed that draws these"""
+    num_workers: int = changeable(2)
+    """number of processes that read and decode the pictures of evaluation sets (0: the main process does it)"""
     device: str = changeable("auto")
     """auto (CUDA, then MPS, then CPU) or a torch device; on Ray, cuda gives each worker a GPU of its own"""
     execution: Engine = field(default_factory=Engine)
@@ -59,4 +65,5 @@ class Config:
     def inputs(self) -> list[tuple[str, str]]:
         """Return the finished folders that this stage reads, each with its stage."""
         groups = [(self.groups, "balance")] if self.groups else []
-        return [(self.store, "embed"), *groups, *((path, "embed") for path in self.targets)]
+        targets = [(path, "embed") for path in self.targets if not is_set(path)]
+        return [(self.store, "embed"), *groups, *targets]

@@ -71,6 +71,27 @@ def build_tables(scores: Sequence[Score], published: Sequence[PublishedRow] = ()
     return [_build(task, headlines, published) for task, headlines in by_task.items() if headlines]
 
 
+def table_near_copies(sets: Mapping[str, Mapping[str, Any]]) -> TaskTable:
+    """Build the table of the share of each set's test images that have a near copy in the training data.
+
+    `sets` holds by name what `TrainingImages.count_copies` says of each, or a `reason` why it is not known.
+    """
+    rows, said = [], next((found for found in sets.values() if "share" in found), None)
+    for name, found in sets.items():
+        counts = [f"{found['num_pictures']:,}", f"{found['num_near']:,}"] if "share" in found else ["-", "-"]
+        rows.append([name, *counts, f"{100 * found['share']:.2f}" if "share" in found else "-"])
+    notes = [f"{name}: {found['reason']}." for name, found in sets.items() if "reason" in found]
+    if said is not None:
+        notes.append(
+            f"A near copy: an image of {said['training_store']} whose embedding by {said['teacher']} has a cosine of "
+            f"{said['threshold']:g} or more."
+        )
+    columns = ["set", "test images", "with a near copy", "share"]
+    return TaskTable(
+        title="Copies of test images in the training data (percent)", columns=columns, rows=rows, notes=notes
+    )
+
+
 def _build(task: str, headlines: Sequence[Score], published: Sequence[PublishedRow]) -> TaskTable:
     # A model may lack a score that others have, so columns are gathered over all models.
     keys: list[_Key] = list(dict.fromkeys((score.set, score.metric) for score in headlines))

@@ -15,6 +15,10 @@ lists of each row's nearest, as its text says; or keep as many as it takes that 
 join groups only while all their rows are near each other."""
 
 
+WHY_NO_LISTS = "the lists of old rows change where new rows are nearer, and they are not kept. Run it from scratch."
+"""Why lists of each row's nearest cannot be extended when rows are added."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rule:
     """Says which rows are joined and which are kept; the arguments of `balance`, checked.

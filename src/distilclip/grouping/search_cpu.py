@@ -88,7 +88,7 @@ def search(
     """
     if len(rows) < 2:
         return
-    num_cells = num_cells or default_num_cells(len(rows))
+    num_cells = num_cells or default_num_cells(_num_balanced(len(rows), split))
     _check_memory(len(rows), num_cells, memory_gb)
     # 1. Project the points to few dimensions [m, width] and sort these into cells.
     projection = Projection.fit(points, rows, width=WIDTH)
@@ -122,6 +122,14 @@ def _meetings(cells: Cells, split: int | None) -> list[tuple[Side, Side]]:
         return [(everyone, everyone)]
     before, after = cells.sides(split)
     return [(before, after), (after, before)]
+
+
+def _num_balanced(num_points: int, split: int | None) -> int:
+    """Return how many points, half of them on each side of a split, have as many pairs as these do across theirs.
+
+    Of few points compared with many, most of the work is to sort the many into cells, so they get fewer cells.
+    """
+    return num_points if split is None else int(2 * (split * (num_points - split)) ** 0.5)
 
 
 def default_num_cells(num_points: int) -> int:

@@ -8,6 +8,11 @@ that take longest first: a-b, a-c, b-c, a-a, b-b, c-c.
 [((0, 3), (3, 6)), ((0, 3), (0, 3)), ((3, 6), (3, 6))]
 >>> [pair.num_rows for pair in pair_blocks(6, block_rows=3)]
 [[3, 3], [3], [3]]
+
+Where the first rows were searched before, blocks of other rows are compared with all:
+
+>>> [(pair.left, pair.right) for pair in pair_blocks(6, block_rows=3, num_searched=4)]
+[((0, 2), (4, 6)), ((2, 4), (4, 6)), ((4, 6), (4, 6))]
 """
 
 from __future__ import annotations
@@ -57,13 +62,21 @@ class BlockPair:
         return [stop - start for start, stop in self.blocks]
 
 
-def pair_blocks(num_rows: int, *, block_rows: int) -> list[BlockPair]:
-    """Return all pairs of blocks of nearly equal size, none larger than `block_rows`; the slowest pairs come first."""
-    num_blocks = max(1, -(-num_rows // block_rows))
-    bounds = np.linspace(0, num_rows, num_blocks + 1).astype(int).tolist()
-    blocks = list(itertools.pairwise(bounds))
-    across = [BlockPair(a, b) for i, a in enumerate(blocks) for b in blocks[i + 1 :]]
-    return across + [BlockPair(block, block) for block in blocks]
+def pair_blocks(num_rows: int, *, block_rows: int, num_searched: int = 0) -> list[BlockPair]:
+    """Return all pairs of blocks of nearly equal size, none larger than `block_rows`; the slowest pairs come first.
+
+    Pairs of two of the first `num_searched` rows are left out: they were searched before.
+    """
+    old = _blocks(0, num_searched, block_rows) if num_searched else []
+    new = _blocks(num_searched, num_rows, block_rows)
+    across = [BlockPair(a, b) for a in old for b in new]
+    across += [BlockPair(a, b) for i, a in enumerate(new) for b in new[i + 1 :]]
+    return across + [BlockPair(block, block) for block in new]
+
+
+def _blocks(start: int, stop: int, block_rows: int) -> list[Block]:
+    num_blocks = max(1, -(-(stop - start) // block_rows))
+    return list(itertools.pairwise(np.linspace(start, stop, num_blocks + 1).astype(int).tolist()))
 
 
 def rows_of_budget(num_rows: int, memory_gb: float) -> int:

@@ -129,16 +129,21 @@ def _check_input(found: Findings, option: str, expected: str | None) -> None:
         return
     if not files.exists(files.join(path, RESULT)):
         found.notes.append(f"{path}, which it was made from, is not there or unfinished")
+    elif stage_folder.growth(path, expected) is not None:
+        found.notes.append(f"{path}, which it was made from, has grown since (embed --append)")
     elif stage_folder.result_digest(path) != expected:
         text = f"{found.path} was made from another {option} than {path} is now. Restore it, or make this folder again."
         found.add_fault(text)
 
 
 def input_of(found: Findings, option: str) -> str | None:
-    """Return the path of a finished folder that this one was made from; None where it is not there."""
+    """Return the path of a finished folder that this one was made from; None where it is not there or has grown."""
     path = found.config.get(option)
-    there = isinstance(path, str) and stage_folder.read_finished(path, stage=STAGES_OF_INPUTS[option]) is not None
-    return path if there else None
+    if not isinstance(path, str) or stage_folder.read_finished(path, stage=STAGES_OF_INPUTS[option]) is None:
+        return None
+    made_from = found.child("inputs.json")
+    expected = stage_folder.read_json(made_from) if files.exists(made_from) else {}
+    return path if stage_folder.growth(path, expected.get(STAGES_OF_INPUTS[option])) is None else None
 
 
 def list_parts(folder: str, suffix: str) -> Iterator[int]:

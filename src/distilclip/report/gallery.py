@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Float, Int, Integer, UInt64
 from PIL import Image
 
+from distilclip import files
 from distilclip.data.samples import BadSample, decode_image
 from distilclip.data.shards import Shard, open_shard
 from distilclip.data.store import Rows, Store, split_id
@@ -99,7 +100,7 @@ def choose_removals(
     def removal(group: int, key: Float[np.ndarray, " n"], spread: bool) -> Strip:
         rows = members[group]
         rows = rows[np.lexsort((samples[rows], key[rows]))]
-        rows = rows[_spread_evenly(len(rows), num_pictures)] if spread else rows[:num_pictures]
+        rows = rows[spread_evenly(len(rows), num_pictures)] if spread else rows[:num_pictures]
         rows = rows[np.lexsort((samples[rows], distance[rows]))]
         return Strip(
             title=f"{count(int(counts[group]))} removed",
@@ -141,7 +142,7 @@ def choose_clusters(
     def strip(index: int) -> Strip:
         rows = np.flatnonzero(place == index)
         rows = rows[np.lexsort((samples[rows], distance[rows]))]
-        rows = rows[_spread_evenly(len(rows), num_pictures)]
+        rows = rows[spread_evenly(len(rows), num_pictures)]
         return Strip(
             title=f"Cluster {found[index]}",
             detail=f"{count(int(counts[index]))} picture" + ("" if counts[index] == 1 else "s"),
@@ -176,7 +177,7 @@ class PictureReader:
     def __init__(self, store: Store, *, size: int) -> None:
         self.store = store
         self.size = size
-        self._shards: dict[int, Shard] = {}
+        self._shards: dict[str, Shard] = {}
         self._rows: dict[int, Rows] = {}
 
     def picture(self, sample: int) -> Picture:
@@ -190,17 +191,26 @@ class PictureReader:
             self._rows[shard] = self.store.rows(shard)
         rows, uri = self._rows[shard], self.store.shards[shard].uri
         key, place = rows.key[row], f"{uri}, row {row}"
+        return self.picture_at(uri, key=key, offset=int(rows.offset[row]), size=int(rows.size[row]), place=place)
+
+    def picture_at(self, uri: str, *, key: str, offset: int, size: int, place: str) -> Picture:
+        """Return the thumbnail of a picture in a shard, or of a file where there is no `key`."""
         try:
-            if shard not in self._shards:
-                self._shards[shard] = open_shard(uri, self.store.csv_columns)
-            stored = self._shards[shard].read(int(rows.offset[row]), int(rows.size[row]))
-            if stored.image is None:
+            caption = ""
+            if key:
+                if uri not in self._shards:
+                    self._shards[uri] = open_shard(uri, self.store.csv_columns)
+                stored = self._shards[uri].read(offset, size)
+                content, caption = stored.image, stored.caption or ""
+            else:
+                content = files.read_bytes(uri)
+            if content is None:
                 raise BadSample("no image", where=place)
-            image = decode_image(stored.image, draft=(self.size, self.size), where=place)
+            image = decode_image(content, draft=(self.size, self.size), where=place)
         except (BadSample, InputError, OSError) as error:
             return Picture(key=key, place=place, caption="", problem=str(error))
         address, (width, height) = thumbnail(image, self.size)
-        return Picture(key=key, place=place, caption=stored.caption or "", image=address, width=width, height=height)
+        return Picture(key=key, place=place, caption=caption, image=address, width=width, height=height)
 
     def close(self) -> None:
         """Close the shards."""
@@ -217,7 +227,7 @@ def thumbnail(image: Image.Image, size: int) -> tuple[str, tuple[int, int]]:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode(), small.size
 
 
-def _spread_evenly(length: int, number: int) -> Int[np.ndarray, " m"]:
+def spread_evenly(length: int, number: int) -> Int[np.ndarray, " m"]:
     """Return at most `number` places of `length`, evenly spaced, first and last included."""
     if length <= number:
         return np.arange(length)

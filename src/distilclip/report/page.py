@@ -13,6 +13,7 @@ from distilclip.report.charts import Chart, standings_chart, training_charts
 from distilclip.report.comparison import Table, compare
 from distilclip.report.figures import PALETTE
 from distilclip.report.headline import story
+from distilclip.report.leaks import copy_sections
 from distilclip.report.load import Results
 from distilclip.report.roles import Model, models
 from distilclip.report.sections import GallerySize, balance_sections, cluster_sections
@@ -44,6 +45,7 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
     standings = standings_chart(table)
     balances = balance_sections(results, size)
     clusterings = cluster_sections(results, size)
+    leaks = copy_sections(results, size)
     absent = _absent(results, has_diagnostics=any(model.training and model.training.diagnostics for model in compared))
     html = _template().render(
         heading=heading,
@@ -57,12 +59,13 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
         is_paired=any(c.difference and c.difference.basis == "images" for row in table.rows for c in row.cells),
         agreement=agreement,
         all_scores=_all_scores(scores, compared),
-        remarks=_remarks(scores),
+        remarks=[*_remarks(scores), *_copy_remarks(results)],
         standings=standings,
         curves=curves,
         embeddings=results.finished("embed"),
         balances=balances,
         clusterings=clusterings,
+        leaks=leaks,
         folders=sorted(results.folders, key=lambda f: STAGES.index(f.stage) if f.stage in STAGES else len(STAGES)),
         unfinished=results.unfinished,
         absent=absent,
@@ -123,6 +126,22 @@ def _remarks(scores: Sequence[Score]) -> list[str]:
     for name, pictures in unreadable.items():
         remarks.append(f"{name}: {phrases.number(pictures, 'picture')} could not be read and are left out.")
     return remarks
+
+
+def _copy_remarks(results: Results) -> list[str]:
+    """Return of every evaluated set which share of its test pictures has a near copy in the training data, if known."""
+    found = {
+        (described["name"], copies["training_store"]): copies
+        for record in results.finished("evaluate")
+        for described in record.result["sets"]
+        if "share" in (copies := described.get("near_copies", {}))
+    }
+    return [
+        f"{name}: {phrases.percent(copies['share'])} % of the test pictures ({phrases.count(copies['num_near'])} of "
+        f"{phrases.count(copies['num_pictures'])}) have a near copy in the training data, {store} (cosine of "
+        f"{copies['threshold']:g} or more by {copies['teacher']})."
+        for (name, store), copies in found.items()
+    ]
 
 
 def _absent(results: Results, *, has_diagnostics: bool) -> list[tuple[str, str]]:

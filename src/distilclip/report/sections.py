@@ -69,7 +69,7 @@ def balance_sections(results: Results, size: GallerySize) -> list[Section]:
             CurvePoint(**{name: point[name] for name in CurvePoint.__dataclass_fields__}) for point in result["curve"]
         ]
         nearest = min(range(len(curve)), key=lambda i: abs(curve[i].threshold - threshold), default=0)
-        strips, problem = _read_or_explain(_balance_strips, record, results, size)
+        strips, problem = read_or_explain(_balance_strips, record, results, size)
         found.append(
             Section(
                 record=record,
@@ -88,7 +88,7 @@ def cluster_sections(results: Results, size: GallerySize) -> list[Section]:
     """Return a section for every finished cluster folder."""
     found = []
     for number, record in enumerate(results.finished("cluster")):
-        strips, problem = _read_or_explain(_cluster_strips, record, results, size)
+        strips, problem = read_or_explain(_cluster_strips, record, results, size)
         chart = cluster_chart(record.result, number)
         found.append(Section(record=record, chart=chart, strips=strips, problem=problem))
     return found
@@ -96,7 +96,7 @@ def cluster_sections(results: Results, size: GallerySize) -> list[Section]:
 
 def _truth(record: StageRecord, results: Results) -> Truth | None:
     try:
-        return read_truth(record, _open_store(record, results), results.finished("corpus"))
+        return read_truth(record, open_store(record, results), results.finished("corpus"))
     except InputError:
         return None  # other tars lie there now; the gallery says what it could read
 
@@ -104,7 +104,7 @@ def _truth(record: StageRecord, results: Results) -> Truth | None:
 Strips = dict[str, list[Strip]]  # by the heading over them
 
 
-def _read_or_explain(
+def read_or_explain(
     read: Callable[[StageRecord, Results, GallerySize], Strips],
     record: StageRecord,
     results: Results,
@@ -119,7 +119,7 @@ def _read_or_explain(
 
 def _balance_strips(record: StageRecord, results: Results, size: GallerySize) -> Strips:
     """Pairs next to the threshold, then groups, by their headings."""
-    store = _open_store(record, results)
+    store = open_store(record, results)
     result = record.result
     removals = choose_removals(
         *_removed_rows(record.path, store),
@@ -137,7 +137,7 @@ def _balance_strips(record: StageRecord, results: Results, size: GallerySize) ->
 
 def _cluster_strips(record: StageRecord, results: Results, size: GallerySize) -> Strips:
     """The largest and the smallest clusters, by their headings."""
-    store = _open_store(record, results)
+    store = open_store(record, results)
     chosen = choose_clusters(
         *_labelled_rows(record.path, store), num_clusters=size.num_clusters, num_pictures=size.num_pictures + 1
     )
@@ -150,7 +150,7 @@ def _few_places(length: int, nearest: int, number: int = 11) -> list[int]:
     return sorted({round(i * (length - 1) / (number - 1)) for i in range(number)} | {nearest}) if length else []
 
 
-def _open_store(record: StageRecord, results: Results) -> Store:
+def open_store(record: StageRecord, results: Results) -> Store:
     """Open the store that a folder was made for, or the only one of this report if that has moved."""
     path = str(record.config["store"])
     found = results.finished("embed")

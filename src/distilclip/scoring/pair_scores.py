@@ -18,6 +18,8 @@ picture of the set (their NormSim at p = infinity).
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float32, Int
@@ -70,15 +72,38 @@ def norm_similarity(
     image: Float[np.ndarray, "n dim"], targets: Float[np.ndarray, "m dim"], *, device: str | torch.device = "cpu"
 ) -> Float32[np.ndarray, " n"]:
     """Return the largest cosine of each row to any target."""
+    return nearest_targets(image, targets, device=device).similarity
+
+
+@dataclass(frozen=True, kw_only=True)
+class NearestTargets:
+    """Of every row the place of the target with the largest cosine to it, and that cosine."""
+
+    place: Int[np.ndarray, " n"]
+    similarity: Float32[np.ndarray, " n"]
+
+
+def nearest_targets(
+    image: Float[np.ndarray, "n dim"], targets: Float[np.ndarray, "m dim"], *, device: str | torch.device = "cpu"
+) -> NearestTargets:
+    """Find the target nearest to each row, whatever the threshold: products in float32 choose it.
+
+    Its cosine is computed again in float64, so that equal rows have a cosine of exactly 1 on every device.
+    """
     wanted = torch.from_numpy(_unit(targets)).float().to(device)
-    score = np.empty(len(image), np.float32)
+    place, similarity = np.zeros(len(image), np.int64), np.empty(len(image), np.float32)
     for start in range(0, len(image), BLOCK_ROWS):
-        rows = torch.from_numpy(_unit(image[start : start + BLOCK_ROWS])).float().to(device)
+        here = _unit(image[start : start + BLOCK_ROWS])
+        rows = torch.from_numpy(here).float().to(device)
         best = torch.full((len(rows),), -torch.inf, device=rows.device)
-        for block in wanted.split(BLOCK_ROWS):
-            best = torch.maximum(best, (rows @ block.T).amax(dim=1))
-        score[start : start + BLOCK_ROWS] = best.cpu().numpy()
-    return score
+        at = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        for first in range(0, len(wanted), BLOCK_ROWS):
+            largest = (rows @ wanted[first : first + BLOCK_ROWS].T).max(dim=1)
+            at = torch.where(largest.values > best, first + largest.indices, at)
+            best = torch.maximum(best, largest.values)
+        chosen = place[start : start + BLOCK_ROWS] = at.cpu().numpy()
+        similarity[start : start + BLOCK_ROWS] = (here * _unit(targets[chosen])).sum(axis=1)
+    return NearestTargets(place=place, similarity=similarity)
 
 
 def _unit(rows: Float[np.ndarray, "n dim"]) -> Float[np.ndarray, "n dim"]:

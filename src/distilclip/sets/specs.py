@@ -45,6 +45,12 @@ def parse_spec(spec: str) -> tuple[str, str, str]:
     return name or _name_of(path), kind, path
 
 
+def is_set(spec: str) -> bool:
+    """Return whether a text names an evaluation set, or a group of them, and not a folder or file by its path."""
+    match = re.match(r"(?:[\w.+-]+=)?([\w-]+):(?!//)", spec)
+    return spec in CATALOGUE or spec in GROUPS or (match is not None and match.group(1) in KINDS)
+
+
 def _name_of(path: str) -> str:
     is_pattern = re.compile(r"[*?\[{]|\.(tar|parquet|csv|tsv)$")
     parts = [part for part in path.split("/") if part.strip(".") and not is_pattern.search(part)]

@@ -22,6 +22,7 @@ from distilclip.devices import resolve_device
 from distilclip.engine import map_parts
 from distilclip.errors import InputError
 from distilclip.grouping.balance import Balance, balance_parts
+from distilclip.grouping.extension import read_former_search
 from distilclip.grouping.forecast import BYTES_PER_EDGE, calibrate
 from distilclip.grouping.forest import Forest
 from distilclip.grouping.reach import check_reach
@@ -148,6 +149,7 @@ def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Itera
         device=config.device,
         groups=config.groups,
     )
+    former = None if config.extend is None else read_former_search(config.extend, images, rule)
     search.write_copies(images)
     copies = search.copies(images)
     if rule.target_removed is not None and len(images) >= FORECAST_FROM:
@@ -156,8 +158,13 @@ def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Itera
     if rule.top_k is not None:
         yield search.search_lists(images)
         return
-    pairs = pair_blocks(len(images), block_rows=_block_rows(config, len(images)))
-    if len(images) >= FORECAST_FROM:
+    num_searched = 0
+    if former is not None:
+        yield Finding(forest=former.forest)
+        num_searched = former.num_rows
+        say(f"balance: {len(images) - num_searched:,} new rows are compared with {len(images):,}")
+    pairs = pair_blocks(len(images), block_rows=_block_rows(config, len(images)), num_searched=num_searched)
+    if former is None and len(images) >= FORECAST_FROM:
         say(_forecast(config, rule, images, pairs))
     with progress(f"search {path}", len(pairs)) as advance:
         for pair, _ in map_parts(search.prepare, pairs, engine=config.execution, device=config.device):

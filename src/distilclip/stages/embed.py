@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from jaxtyping import Float16
 from torch import Tensor
 
-from distilclip import digests, stage_folder
+from distilclip import digests, files, folder_lock, stage_folder
 from distilclip.configs.embed import Config
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy, OnError
@@ -40,24 +41,71 @@ from distilclip.progress import progress
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Embed every shard, or those that an earlier run left; the folder's result."""
+    """Embed every shard, or those that an earlier run left or that came since, and return the folder's result."""
+    if config.append and files.exists(files.join(config.out, "manifest.parquet")):
+        return _append(config)
+    config = dataclasses.replace(config, append=False)  # there is nothing to add to
     folder = stage_folder.open_folder(config.out, stage="embed", config=config, inputs=config.inputs())
     if folder.finished:
         _compare_data(folder.path, config.data)
         return folder.result()
     uris = find_shards(config.data)
+    if stage_folder.former_values(folder.path):
+        uris = _in_their_places(folder.path, uris)
     _say_captionless(uris)
     policy = ErrorPolicy(config.on_error, config.max_bad_ratio)
     pending = [(shard, u) for shard, u in enumerate(uris) if not _count_finished(folder.path, shard, u, policy)]
-    finished = next((shard for shard in range(len(uris)) if shard not in dict(pending)), None)
-    teacher = _embed(config, folder.path, pending, policy, finished=finished)
+    teacher = _embed(config, folder.path, pending, policy, finished=_first_finished(len(uris), pending))
+    return _finish(config, folder, len(uris), policy, teacher)
+
+
+def _append(config: Config) -> dict[str, Any]:
+    """Embed what a finished store does not have yet, behind its shards; until all is there, the store stays as it was.
+
+    The store then has the bytes of one that was embedded from all its data at once.
+    """
+    record = stage_folder.read_record(config.out)
+    former = tuple(record.config["data"]) if record is not None else ()
+    before = dataclasses.replace(config, data=former, append=False)
+    folder = stage_folder.open_folder(config.out, stage="embed", config=before, inputs=config.inputs())
+    folder_lock.hold(folder.path)
+    lines = Store.open(folder.path).shards
+    known = {line.uri: line for line in lines}
+    found = find_shards(config.data)
+    for uri in found:
+        if uri in known:
+            _check_source(folder.path, known[uri], uri)
+    new = [uri for uri in found if uri not in known]
+    if folder.finished and not new:
+        say(f"embed {folder.path}: it has all {len(found)} files of --data already")
+        folder_lock.release(folder.path)
+        return folder.result()
+    _say_captionless(new)
+    policy = ErrorPolicy(config.on_error, config.max_bad_ratio)
+    for line in lines:  # whose files may have gone
+        _count_rows(folder.path, line, policy)
+    behind = list(enumerate(new, start=len(lines)))
+    _check_begun(folder.path, behind)
+    pending = [(shard, uri) for shard, uri in behind if not _count_finished(folder.path, shard, uri, policy)]
+    teacher = _embed(config, folder.path, pending, policy, finished=0)
+    policy.check(final=True)
+    patterns = tuple(pattern for pattern in config.data if pattern not in former)
+    config = dataclasses.replace(before, data=(*former, *patterns))
+    stage_folder.extend_folder(folder, config, num_shards=len(lines))
+    return _finish(config, folder, len(lines) + len(new), policy, teacher)
+
+
+def _finish(
+    config: Config, folder: stage_folder.Folder, num_shards: int, policy: ErrorPolicy, teacher: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Write the manifest and the result of a store whose shards are all there."""
     if teacher is None:  # only the manifest is missing
         clip = load_clip(config.model, weights=config.weights)
         teacher = describe_teacher(clip, precision=config.precision)
         _check_teacher(folder.path, 0, teacher)
         teacher["dim"] = clip.dim
     policy.check(final=True)
-    shards = [line for shard in range(len(uris)) if (line := finished_shard(folder.path, shard))]
+    shards = [line for shard in range(num_shards) if (line := finished_shard(folder.path, shard))]
     dim = teacher.pop("dim")
     views = _views(config)
     write_manifest(folder.path, shards, dim=dim, teacher=teacher, views=views, csv_columns=config.columns)
@@ -76,6 +124,30 @@ def main(config: Config) -> dict[str, Any]:
     )
 
 
+def _first_finished(num_shards: int, pending: Sequence[tuple[int, str]]) -> int | None:
+    return next((shard for shard in range(num_shards) if shard not in dict(pending)), None)
+
+
+def _in_their_places(path: str, uris: Sequence[str]) -> list[str]:
+    """Return the files of a store that has grown in the order of its shards, which is not that of its patterns."""
+    placed = {line.uri: shard for shard in range(len(uris)) if (line := finished_shard(path, shard)) is not None}
+    others = iter([uri for uri in uris if uri not in placed])
+    at = {shard: uri for uri, shard in placed.items() if uri in uris}
+    ordered = [at.get(shard) or next(others, None) for shard in range(len(uris))]
+    return [uri for uri in ordered if uri is not None] if None not in ordered else list(uris)
+
+
+def _check_begun(path: str, behind: Sequence[tuple[int, str]]) -> None:
+    """Raise `InputError` where another --append was begun here, with other files than these."""
+    for shard, uri in behind:
+        line = finished_shard(path, shard)
+        if line is not None and line.uri != uri:
+            raise InputError(
+                f"{path}: an --append was begun and not finished, whose shard {shard} is {line.uri} and not {uri}. Run "
+                f"it again first, with the --data that it had; or remove the files of the shards from {shard} on."
+            )
+
+
 def _compare_data(path: str, patterns: Sequence[str]) -> None:
     """Compare what patterns match now with the files of a finished store. Files may have gone, since it holds all.
 
@@ -90,7 +162,8 @@ def _compare_data(path: str, patterns: Sequence[str]) -> None:
     if came := [uri for uri in now if uri not in made_from]:
         raise InputError(
             f"{path} is finished. It was made from {store.num_shards} files, and the data now has {len(came)} more: "
-            f"{came[0]} first. Embed them into another --out, or give the patterns of the first files."
+            f"{came[0]} first. Add them to it with --append, embed them into another --out, or give the patterns of "
+            "the first files."
         )
     for uri in now:
         _check_source(path, made_from[uri], uri)
@@ -272,12 +345,16 @@ def _count_finished(folder: str, shard: int, uri: str, policy: ErrorPolicy) -> b
     if line is None:
         return False
     _check_source(folder, line, uri)
-    rows = read_shard_rows(folder, shard)
+    _count_rows(folder, line, policy)
+    return True
+
+
+def _count_rows(folder: str, line: StoreShard, policy: ErrorPolicy) -> None:
+    rows = read_shard_rows(folder, line.index)
     policy.seen(len(rows))
     for key, error in zip(rows.key, rows.error, strict=True):
         if error:
-            policy.bad(error, where=f"{uri}: {key}")
-    return True
+            policy.bad(error, where=f"{line.uri}: {key}")
 
 
 def _check_source(folder: str, line: StoreShard, uri: str) -> None:

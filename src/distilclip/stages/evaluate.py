@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -11,16 +11,18 @@ from rich.table import Table as RichTable
 
 from distilclip import files, stage_folder
 from distilclip.configs.evaluate import LEARNED, Config
+from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.devices import PRECISIONS, resolve_device
 from distilclip.evaluate.cache import FeatureCache
 from distilclip.evaluate.embedders import Embedder, open_embedder
 from distilclip.evaluate.encode import Encoding
 from distilclip.evaluate.model_specs import split_model, weights_by_name
+from distilclip.evaluate.near_copies import TrainingImages, embed_set, open_store_teacher
 from distilclip.evaluate.own_prompts import OwnPrompts, templates_path, word_own_sets
 from distilclip.evaluate.protocol import Protocol, View
-from distilclip.evaluate.provenance import part_digests
+from distilclip.evaluate.provenance import part_digests, set_digest
 from distilclip.evaluate.records import clip_benchmark_records, write_csv
-from distilclip.evaluate.tables import TaskTable, build_tables
+from distilclip.evaluate.tables import TaskTable, build_tables, table_near_copies
 from distilclip.evaluate.wording_notes import list_wording_warnings
 from distilclip.messages import warn
 from distilclip.sets.caption_sample import captions_digest
@@ -77,7 +79,33 @@ def main(config: Config) -> dict[str, Any]:
                 "rows": [score.row() for score in scores],
             }
             stage_folder.write_json(parts[model, spec], part)
-    return _finish(folder, [stage_folder.read_json(path) for path in parts.values()], config)
+    near = _count_near_copies(config, sets, opener, folder)
+    return _finish(folder, [stage_folder.read_json(path) for path in parts.values()], near, config)
+
+
+def _count_near_copies(
+    config: Config, sets: Sequence[str], opener: _Opener, folder: stage_folder.Folder
+) -> dict[str, dict[str, Any]]:
+    """Return for each set, by name, which share of its test images the training data has a near copy of."""
+    path, threshold = config.training_data.training_store, config.training_data.near_copy
+    if path is None or threshold is None:
+        return {}
+    trained_on = TrainingImages.open(path)
+    found: dict[str, dict[str, Any]] = {}
+    for number, spec in enumerate(sets):
+        part = folder.child("parts", f"near-{number:02}.json")
+        digests = {
+            "set": set_digest(spec, data_root=config.data_root),
+            "training store": stage_folder.result_digest(path),
+        }
+        if files.exists(part):
+            stage_folder.check_made_from(part, stage_folder.read_json(part)["made_from"], digests)
+        else:
+            counted = opener.count_copies(trained_on, spec, threshold)
+            stage_folder.write_json(part, {"made_from": digests, **counted})
+        values = stage_folder.read_json(part)
+        found[values["set"]] = values["near_copies"]
+    return found
 
 
 def _check_part(path: str, digests: dict[str, str]) -> None:
@@ -121,11 +149,15 @@ def _tables(scores: Sequence[Score], config: Config) -> list[TaskTable]:
     return build_tables(scores, rows)
 
 
-def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]], config: Config) -> dict[str, Any]:
+def _finish(
+    folder: stage_folder.Folder, parts: Sequence[dict[str, Any]], near: Mapping[str, dict[str, Any]], config: Config
+) -> dict[str, Any]:
     """Write and print the tables of all parts, and the result."""
     rows = [row for part in parts for row in part["rows"]]
     scores = [Score.from_row(row) for row in rows]
     tables = _tables(scores, config)
+    if near:
+        tables = [*tables, table_near_copies(near)]
     warnings = list_wording_warnings(scores, templates_files=_templates_files(folder, [part["set"] for part in parts]))
     files.write_bytes(folder.child("table.md"), "\n".join(table.markdown() for table in tables).encode())
     files.write_bytes(folder.child("table.csv"), write_csv(scores).encode())
@@ -135,6 +167,8 @@ def _finish(folder: stage_folder.Folder, parts: Sequence[dict[str, Any]], config
     for warning in warnings:
         warn(f"evaluate: {warning}")
     by_name = {kind: {part[kind]["name"]: part[kind] for part in parts} for kind in ("model", "set")}
+    for name, copies in near.items():
+        by_name["set"][name]["near_copies"] = copies
     return folder.finish(
         {
             "rows": rows,
@@ -157,6 +191,7 @@ class _Opener:
         self._config = config
         self._cache = FeatureCache(config.reading.cache or cache)
         self._views: dict[str, View] = {}
+        self._store_teacher: Embedder | None = None
         self.protocol = _protocol(config)
 
     def model(self, name: str) -> Embedder:
@@ -185,6 +220,22 @@ class _Opener:
             return self.model(config.teacher)
         name, spec = split_model(config.teacher)
         return self._open(models.get(config.teacher, spec), name=name, weights=config.teacher_weights)
+
+    def count_copies(self, trained_on: TrainingImages, spec: str, threshold: float) -> dict[str, Any]:
+        """Return the name of a set, and which of its test images have a near copy among the images trained on."""
+        config, reading = self._config, self._config.reading
+        dataset = load_set(spec, data_root=config.data_root, prompts=config.words.prompts)
+        if isinstance(dataset, MissingSet):
+            return {"set": dataset.name, "near_copies": {"reason": dataset.reason}}
+        if self._store_teacher is None:
+            device = resolve_device(config.device)
+            self._store_teacher = open_store_teacher(
+                trained_on.store, device=device, num_workers=reading.num_workers, cache=self._cache
+            )
+        policy = ErrorPolicy(reading.on_error, reading.max_bad_ratio)
+        pictures = embed_set(self._store_teacher, dataset, policy=policy)
+        copies = trained_on.count_copies(pictures, threshold=threshold, device=self._store_teacher.device)
+        return {"set": dataset.name, "near_copies": copies}
 
     def _open(self, spec: str, *, name: str, weights: str | None) -> Embedder:
         config = self._config

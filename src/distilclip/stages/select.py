@@ -17,7 +17,6 @@ from jaxtyping import Bool, Float32
 
 from distilclip import digests, files, stage_folder
 from distilclip.configs.select import Config
-from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import (
     Groups,
     Scores,
@@ -34,10 +33,12 @@ from distilclip.data.store import Store, sample_id, split_id
 from distilclip.devices import resolve_device
 from distilclip.engine import map_parts
 from distilclip.errors import InputError
+from distilclip.messages import say
 from distilclip.progress import progress
 from distilclip.row_weights import RowPlaces, read_row_values
 from distilclip.scoring.cut import Cut, cut_share, cut_value, on_side, share_curve
 from distilclip.scoring.pair_scores import clip_score, neg_clip_loss, norm_similarity
+from distilclip.stages._targets import Targets
 
 NUM_EXAMPLES = 12  # pairs on either side of the cut, in the result
 
@@ -51,6 +52,8 @@ def main(config: Config) -> dict[str, Any]:
     if config.groups is not None:
         stage_folder.require(config.groups, stage="balance", store=config.store)
     shards = range(store.num_shards)
+    targets = Targets.of(config.targets, folder.path)
+    targets.prepare(store, data_root=config.data_root, device=config.device, num_workers=config.num_workers)
     scorer = Scorer(config=config, folder=folder.path)
     with progress(f"score {folder.path}", len(shards)) as advance:
         for _, num_rows in map_parts(scorer.prepare, shards, engine=config.execution, device=config.device):
@@ -60,10 +63,18 @@ def main(config: Config) -> dict[str, Any]:
     if not len(scores):
         raise InputError(f"{config.store}: no pair is valid and kept, so there is nothing to select from.")
     cut = _cut(config, scores)
+    removed = {}
     for shard, table in enumerate(tables):
-        kept = table.row[on_side(table.score, threshold=cut.threshold, side=cut.side)]
-        _write_kept(folder.path, store, shard, config.groups, kept)
+        keep = on_side(table.score, threshold=cut.threshold, side=cut.side)
+        _write_kept(folder.path, store, shard, config.groups, table.row[keep])
+        removed[shard] = table.row[~keep]
     names = [name(shard) for shard in shards for name in (groups_name, scores_name)]
+    copies: dict[str, Any] = {}
+    if config.targets and cut.side == "below":
+        copies = targets.report(store, removed, threshold=cut.threshold, device=config.device)
+        names += targets.names
+        _say_copies(copies["targets"], cut)
+    targets.remove()
     return folder.finish(
         {
             "score": config.score,
@@ -74,6 +85,7 @@ def main(config: Config) -> dict[str, Any]:
             "removed_ratio": 1 - cut.num_kept / len(scores),
             "curve": share_curve(scores),
             "borderline": _borderline(tables, cut),
+            **copies,
             "digests": digests.digest_files(folder.path, names),
         }
     )
@@ -112,7 +124,7 @@ class Scorer:
         if config.score == "clip-score":
             return lambda shard, rows: clip_score(store.image(shard)[rows], store.text(shard)[rows])
         if config.score == "norm-sim":
-            targets = np.concatenate([_valid_images(Store.open(path), store) for path in config.targets])
+            targets = Targets.of(config.targets, self.folder).all_embeddings(store)
             return lambda shard, rows: norm_similarity(store.image(shard)[rows], targets, device=device)
         if config.score == "column":
             return partial(_own_values, config, store)
@@ -151,16 +163,6 @@ def _draw_pairs(store: Store, config: Config) -> np.ndarray:
     return ids[np.sort(chosen)]
 
 
-def _valid_images(targets: Store, store: Store) -> np.ndarray:
-    if targets.teacher["digest"] != store.teacher["digest"]:
-        raise InputError(
-            f"{targets.path} was embedded by another teacher than {store.path}: {targets.teacher['name']}, not "
-            f"{store.teacher['name']}. Embed both with the same one."
-        )
-    images = ImageMatrix(targets)
-    return images.take(np.flatnonzero(images.valid()))
-
-
 def _own_values(config: Config, store: Store, shard: int, rows: np.ndarray) -> Float32[np.ndarray, " n"]:
     assert config.values is not None
     keys = store.columns(shard, "key")["key"].combine_chunks().cast(pa.large_string())
@@ -189,6 +191,18 @@ def _write_kept(folder: str, store: Store, shard: int, groups: str | None, kept:
         before = read_groups(groups, shard)
         table = Groups(**{**vars(before), "keep": before.keep & np.isin(before.row, kept)})
     write_groups(folder, shard, table)
+
+
+def _say_copies(targets: list[dict[str, Any]], cut: Cut) -> None:
+    """Say of each target how many of its pictures have a copy in the data, and how many rows are such copies."""
+    for found in targets:
+        share, num_bad = found["num_near"] / max(found["num_pictures"], 1), found["num_unreadable"]
+        unreadable = f"; {num_bad:,} further pictures could not be read" if num_bad else ""
+        say(
+            f"select: {found['name']}: {found['num_near']:,} of {found['num_pictures']:,} pictures ({share:.2%}) have "
+            f"a copy in the data (cosine of {cut.threshold:g} or more); {found['num_rows']:,} rows are copies"
+            f"{unreadable}"
+        )
 
 
 def _borderline(tables: list[Scores], cut: Cut) -> dict[str, Any]:
