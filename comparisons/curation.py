@@ -53,8 +53,8 @@ METHODS: dict[str, dict[str, str]] = {
     "within clusters (SemDeDup)": {"groups": "chosen/select/semdedup"},
     "CLIP score": {"groups": "chosen/select/clip-score"},
     "balance, then CLIP score": {"groups": BALANCE_SCORE},
-    "density quota (DBP)": {"groups": "chosen/select/quota"},
-    "balance, CLIP score, weights": {"groups": BALANCE_SCORE, "row_weights": "chosen/weigh"},
+    "density quota (DBP)": {"row_weights": "chosen/quota"},
+    "balance, CLIP score, weights": {"groups": BALANCE_SCORE, "row_weights": "chosen/weights"},
     "balance, captions of group": {"groups": BALANCE_HALF, "captions": "of-group"},
     "balance, CLIP score, captions of group": {"groups": BALANCE_SCORE, "captions": "of-group"},
 }
@@ -133,8 +133,12 @@ def choose(out: Path, store: Store, given: argparse.Namespace) -> None:
         column = ("--score", "column", "--values", place / f"{name}.npy", "--top", SHARE)
         run(*select, *column, "--out", place / f"select/{name}")
     run(*select, "--score", "clip-score", "--top", SHARE, "--out", place / "select/clip-score")
+    weigh, clusters = ("weigh", "--store", store.path), ("--clusters", out / "prepared/cluster")
+    run(*weigh, *clusters, "--quota", SHARE, "--quota-rows", "farthest", "--out", place / "quota")
     balanced = ("--groups", out / "prepared/balance/first", "--top", SHARE / (1 - FIRST))
     run(*select, "--score", "clip-score", *balanced, "--out", out / BALANCE_SCORE)
+    grouped = ("--groups", out / BALANCE_SCORE, "--group-power", 0.5)
+    run(*weigh, *grouped, *clusters, "--cluster-power", 0.5, "--out", place / "weights")
 
 
 def semdedup(store: Store, clusters: str) -> np.ndarray:
