@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 from collections import deque
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Collection, Iterator, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class CsvColumns:
 
 @dataclass(frozen=True)
 class CsvLayout:
-    """The separator of a CSV, the names of its columns, and those of the image file and the caption."""
+    """The separator of a CSV, the names of its columns, and those of the image file and the caption (empty: none)."""
 
     separator: str
     names: list[str]
@@ -57,8 +57,7 @@ class CsvLayout:
 def find_layout(first_line: str, columns: CsvColumns, *, uri: str) -> CsvLayout:
     """Find separator and columns from the first line: of the separators, the one with which the most names are known.
 
-    Raises:
-        InputError: there is no column of image files, or none of captions.
+    A column that is not there is empty in what is returned: `check_layout` says whether it has to be there.
     """
     if columns.csv_separator is not None:
         separators = [_character(columns.csv_separator)]
@@ -70,16 +69,31 @@ def find_layout(first_line: str, columns: CsvColumns, *, uri: str) -> CsvLayout:
         image = _find_name(names, columns.csv_img_key, IMAGE_NAMES)
         caption = _find_name(names, columns.csv_caption_key, CAPTION_NAMES)
         found.append((bool(image) + bool(caption), len(names), CsvLayout(separator, names, image, caption)))
-    layout = max(found, key=lambda tried: tried[:2])[2]  # the first of equals
-    asked = (columns.csv_caption_key or "caption", layout.caption), (columns.csv_img_key or "filepath", layout.image)
-    if missing := [name for name, column in asked if not column]:
+    return max(found, key=lambda tried: tried[:2])[2]  # the first of equals
+
+
+def check_layout(layout: CsvLayout, columns: CsvColumns, *, uri: str, may_lack: Collection[str] = ()) -> None:
+    """Raise `InputError` where there is no column of captions or none of images that there must be.
+
+    `may_lack` (`caption`, `image`) names the one that need not be there, unless `columns` asks for it by name.
+    """
+    lacks_both = not (layout.caption or layout.image)
+    asked = (
+        ("caption", columns.csv_caption_key, "caption", layout.caption),
+        ("image", columns.csv_img_key, "filepath", layout.image),
+    )
+    missing = [
+        name or usual
+        for side, name, usual, column in asked
+        if not column and (name or lacks_both or side not in may_lack)
+    ]
+    if missing:
         hint = f" {did_you_mean(missing[0], layout.names)}" if columns.is_given else ""
         raise InputError(
             f"{uri} has no column {' and no column '.join(missing)}; its first line is {layout.names}.{hint} Name the "
             "columns `filepath` and `caption`, or say which they are: --csv-img-key, --csv-caption-key, "
             "--csv-separator."
         )
-    return layout
 
 
 def _character(separator: str) -> str:
@@ -148,6 +162,8 @@ def read_records(lines: Iterator[str], layout: CsvLayout, *, extensions: Set[str
 
 def _holds_rows(lines: Sequence[str], layout: CsvLayout, extensions: Set[str]) -> bool:
     """Return whether what stands after the first line of a row is another row, with an image file in its column."""
+    if not layout.image:
+        return False  # nothing tells a row from a line of a caption
     for number, line in enumerate(lines[1:], start=2):
         # The last line closes the quoted value; what stands before that belongs to it.
         inside = line.partition('"')[0] if number == len(lines) else line

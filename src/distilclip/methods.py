@@ -14,6 +14,8 @@ from typing import Literal, get_args
 
 from distilclip.errors import InputError, did_you_mean
 
+RowKind = Literal["pairs", "images", "sides"]
+"""The rows that a term takes: those with a picture and a caption; those with a picture; pictures and captions apart."""
 Need = Literal["teacher", "scale", "fusion", "masks", "centers"]
 """A teacher; a learned scale of the term's own; linear maps that fuse student and teacher; masked images; centers."""
 
@@ -29,6 +31,13 @@ class Term:
     needs: tuple[Need, ...] = ()
     default: float = 0.0
     """the weight where none is given"""
+    rows: RowKind = "pairs"
+
+    def applies(self, *, num_pairs: int, num_images: int, num_texts: int) -> bool:
+        """Say whether the term teaches anything with data of so many pairs, pictures and captions."""
+        if self.rows == "images" or "masks" in self.needs:
+            return num_images > 0
+        return num_pairs > 0 if self.rows == "pairs" else num_images + num_texts > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +77,9 @@ def constant_names() -> list[str]:
     return [field.name for field in fields(Constants)]
 
 
-def add_term(name: str, words: str, *, needs: tuple[Need, ...] = (), default: float = 0.0) -> None:
+def add_term(
+    name: str, words: str, *, needs: tuple[Need, ...] = (), default: float = 0.0, rows: RowKind = "pairs"
+) -> None:
     """Add a term, so that every objective knows its weight; `ValueError` for a name that is taken.
 
     The fields of `Term` say what the arguments are.
@@ -79,7 +90,7 @@ def add_term(name: str, words: str, *, needs: tuple[Need, ...] = (), default: fl
         raise ValueError(f"The term {name!r} needs {sorted(unknown)}; choose from {get_args(Need)}.")
     if needs and "teacher" not in needs:
         raise ValueError(f"The term {name!r} needs {needs}: only a term that needs a teacher gets these, too.")
-    TERMS[name] = Term(name=name, words=words, needs=needs, default=default)
+    TERMS[name] = Term(name=name, words=words, needs=needs, default=default, rows=rows)
 
 
 def find_term(name: str) -> Term:
@@ -90,14 +101,15 @@ def find_term(name: str) -> Term:
 
 
 add_term("task", "contrastive loss of the student's own image and text embeddings", default=1.0)
-add_term("cluster", "CLIP-CID cluster discrimination", needs=("teacher", "centers"))
+add_term("cluster", "CLIP-CID cluster discrimination", needs=("teacher", "centers"), rows="images")
 add_term("instance", "CLIP-CID instance discrimination", needs=("teacher", "scale"))
 add_term("relational", "CLIP-KD relational distillation (CRD)", needs=("teacher",))
-add_term("feature", "CLIP-KD feature distillation (FD)", needs=("teacher",))
-add_term("masked", "CLIP-KD masked feature distillation (MFD)", needs=("teacher", "masks"))
+add_term("feature", "CLIP-KD feature distillation (FD)", needs=("teacher",), rows="sides")
+add_term("masked", "CLIP-KD masked feature distillation (MFD)", needs=("teacher", "masks"), rows="sides")
 add_term("gradient", "CLIP-KD gradient distillation (GD)", needs=("teacher",))
 add_term("interactive", "CLIP-KD interactive contrast (ICL)", needs=("teacher", "scale"))
 add_term("augmented", "CLIP-KD augmented features (AFD)", needs=("teacher", "scale", "fusion"))
+add_term("intramodal", "relations of pictures to pictures, and of texts to texts", needs=("teacher",), rows="sides")
 
 
 @dataclass(frozen=True, init=False)

@@ -80,7 +80,7 @@ def test_pictures_lie_in_folders_with_or_without_texts(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no caption of a picture")
     assert names(tmp_path) == ["./", "trip/", "trip/day 1/"]
     root, trip, day = find_shards(str(tmp_path))
-    assert captions(root) == [("a.JPG", ""), ("a.b.jpeg", ""), ("b.jpg", "")]  # no picture has a text
+    assert captions(root) == [("a.JPG", None), ("a.b.jpeg", None), ("b.jpg", None)]  # no picture has a text
     assert captions(trip) == [("1.jpg", "a beach")]
     assert captions(day) == [("2.jpg", "two")]
     assert source_size(root) == 3 * len(JPEG)
@@ -90,7 +90,7 @@ def test_pictures_lie_in_folders_with_or_without_texts(tmp_path: Path) -> None:
 
 def test_a_picture_whose_name_is_no_utf8_has_a_printable_key(tmp_path: Path) -> None:
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.jpg")).write_bytes(JPEG)
-    assert captions(f"{tmp_path}/") == [("caf\\xe9.jpg", "")]
+    assert captions(f"{tmp_path}/") == [("caf\\xe9.jpg", None)]
 
 
 def test_a_folder_that_changed_is_noticed(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_a_remote_folder_is_read_alike() -> None:
     memory = fsspec.filesystem("memory")
     memory.pipe({"/album/a.jpg": JPEG, "/album/b/c.jpg": JPEG, "/album/b/c.txt": b"see"})
     assert find_shards("memory://album") == ["memory://album/", "memory://album/b/"]
-    assert captions("memory://album/") == [("a.jpg", "")]
+    assert captions("memory://album/") == [("a.jpg", None)]
     assert captions("memory://album/b/") == [("c.jpg", "see")]
 
 

@@ -24,7 +24,7 @@ from distilclip.clustering.assignment import Assignment, RowState
 from distilclip.clustering.sketches import Sketches, choose_projection, fastest_code
 from distilclip.clustering.sums import CenterSums
 from distilclip.data.images import ImageMatrix
-from distilclip.data.side_files import Labels, kept_rows, labels_path, read_centers, read_labels, write_labels
+from distilclip.data.side_files import Labels, kept_images, labels_path, read_centers, read_labels, write_labels
 from distilclip.data.store import Store, stem
 from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
 from distilclip.devices import resolve_device
@@ -197,10 +197,10 @@ class Labelling:
 
     def _rows(self, store: Store, shard: int) -> tuple[Points, Int[np.ndarray, " kept"], Int[np.ndarray, " removed"]]:
         """Return a shard's points, and which of them are kept and which removed."""
-        valid = store.columns(shard, "valid")["valid"].to_numpy()
-        keep = kept_rows(store, shard, valid, self.groups)
-        points = Points.of(store.image(shard), metric="cosine", valid=valid)
-        return points, np.flatnonzero(keep), np.flatnonzero(valid & ~keep)
+        there = store.columns(shard, "has_image")["has_image"].to_numpy()
+        keep = kept_images(store, shard, self.groups)
+        points = Points.of(store.image(shard), metric="cosine", valid=there)
+        return points, np.flatnonzero(keep), np.flatnonzero(there & ~keep)
 
     def labels(self, shard: int) -> tuple[Labels, Int32[np.ndarray, " removed"]]:
         """Return the labels of a finished shard, and those of its removed rows."""

@@ -7,7 +7,7 @@ from typing import Literal
 
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.crops import Augmentation
-from distilclip.data.limits import MAX_PIXELS, check_bad_ratio
+from distilclip.data.limits import MAX_PIXELS, Side, check_bad_ratio
 from distilclip.engine import Engine
 from distilclip.errors import InputError
 from distilclip.options import changeable, check_at_least
@@ -26,6 +26,9 @@ class Config:
     """teacher: an open_clip architecture (with --weights), hf-hub:ORG/NAME, or a distilclip train folder; perceptual is
     a built-in embedding of how pictures look, with which balance finds copies without a teacher"""
     columns: CsvColumns = field(default_factory=CsvColumns)
+    may_lack: tuple[Side, ...] = ()
+    """what a sample may lack without being unusable: caption (pictures alone), image (sentences alone), or both, so
+    that it has one of them; what each row has is written down, and train teaches with it"""
     weights: str | None = None
     """weights of an open_clip architecture: a file, or one of open_clip's tags"""
     batch_size: int = 256

@@ -44,6 +44,9 @@ class Config:
     """pairs to train on: folders, tars, Parquet or CSV files, braces and globs; 'a/*.tar=0.7' 'b/*.tar=0.3' draws 70 %
     from the first part of a mixture. With --store only for a mixture of all its files, or where they have moved"""
     columns: CsvColumns = field(default_factory=CsvColumns)
+    student_captions: tuple[str, ...] = ()
+    """columns of a table, or fields of a sample's json, that the student reads in place of the caption, which only the
+    teacher reads: the same sentence in other languages; of several a row shows the next one in every epoch"""
     weighting: Weighting = field(default_factory=Weighting)
     store: str | None = None
     """folder of `embed`: the teacher's embeddings of the pairs, and where the pairs are"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -25,23 +25,24 @@ def write_columns(
         pq.write_table(table.replace_schema_metadata(pairs), file, compression="zstd", version="2.6")
 
 
-def read_columns(path: str, schema: pa.Schema, *, optional: str = "") -> pa.Table:
-    """Read the columns of `schema`, in that order; the one named `optional` may be missing, and is null then.
+def read_columns(path: str, schema: pa.Schema, *, optional: Collection[str] = ()) -> pa.Table:
+    """Read the columns of `schema`, in that order; those named `optional` may be missing, and are null then.
 
     Raises:
         InputError: the file is missing, damaged, of another format version, or lacks a column.
     """
     file = _open(path)
     found = file.schema_arrow
-    if optional and optional not in found.names:
-        at = schema.get_field_index(optional)
-        table = read_columns(path, schema.remove(at))
-        return table.add_column(at, schema.field(at), pa.nulls(len(table), schema.field(at).type))
-    wrong = [f"{f.name} ({f.type})" for f in schema if f.name not in found.names or found.field(f.name).type != f.type]
+    absent = [name for name in schema.names if name in optional and name not in found.names]
+    there = pa.schema([field for field in schema if field.name not in absent])
+    wrong = [f"{f.name} ({f.type})" for f in there if f.name not in found.names or found.field(f.name).type != f.type]
     if wrong:
         raise InputError(f"{path} lacks the columns {', '.join(wrong)}; it has {', '.join(found.names)}.")
     with refuse_damage(path):
-        return file.read(columns=schema.names)
+        table = file.read(columns=there.names)
+    for name in absent:
+        table = table.append_column(schema.field(name), pa.nulls(file.metadata.num_rows, schema.field(name).type))
+    return table.select(schema.names)
 
 
 def read_column_metadata(path: str) -> dict[str, str]:

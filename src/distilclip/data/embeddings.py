@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Float32, Int64, Integer, Shaped, UInt32
+from jaxtyping import Bool, Float, Float16, Float32, Int64, Integer, Shaped, UInt32
 from torch import Tensor
 
 from distilclip import files
@@ -38,8 +38,12 @@ class Embeddings:
         shard: UInt32[np.ndarray, " n"],
         row: UInt32[np.ndarray, " n"],
         view: Int64[np.ndarray, " n"] | None = None,
+        *,
+        there: Bool[np.ndarray, " n"] | None = None,
     ) -> Float[Tensor, "n dim"]:
         """Return the image embeddings of n rows; those of their views where these are given.
+
+        `there` says which rows have one at all (None: all); the others are zeros.
 
         Raises:
             InputError: a file is not the store's, or an embedding is no finite unit vector.
@@ -49,27 +53,34 @@ class Embeddings:
         else:
             views = self._views.read("image", shard, row).reshape(len(row), -1, self.store.dim)
             image = views[np.arange(len(row)), view]
-        return self._checked(image, shard, row)
+        return self._checked(image, shard, row, there)
 
     def texts(
         self,
         shard: UInt32[np.ndarray, " n"],
         row: UInt32[np.ndarray, " n"],
         caption: Int64[np.ndarray, " n"] | None = None,
+        *,
+        there: Bool[np.ndarray, " n"] | None = None,
     ) -> Float[Tensor, "n dim"]:
-        """Return the text embeddings of n rows: of their first captions, or those given. Errors as in `images`."""
+        """Return the text embeddings of n rows: of their first captions, or those given. The rest as in `images`."""
         text = self._payloads.read("text", shard, row)
         if caption is not None and caption.any():
             later = np.flatnonzero(caption)  # a row's first caption is the canonical one
             first = self._views.read("text_first", shard[later], row[later])[:, 0]
             text[later] = self._views.read("text", shard[later], first + caption[later] - 1)
-        return self._checked(text, shard, row)
+        return self._checked(text, shard, row, there)
 
     def _checked(
-        self, embeddings: Float16[np.ndarray, "n dim"], shard: UInt32[np.ndarray, " n"], row: UInt32[np.ndarray, " n"]
+        self,
+        embeddings: Float16[np.ndarray, "n dim"],
+        shard: UInt32[np.ndarray, " n"],
+        row: UInt32[np.ndarray, " n"],
+        there: Bool[np.ndarray, " n"] | None,
     ) -> Float[Tensor, "n dim"]:
         whole = embeddings.astype(np.float32)
-        self._check_unit(whole, shard, row)
+        here = np.ones(len(row), bool) if there is None else there
+        self._check_unit(whole[here], shard[here], row[here])
         return torch.from_numpy(whole)
 
     def _check_unit(

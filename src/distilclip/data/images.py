@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Bool, Float16, Int, UInt8, UInt64
 
-from distilclip.data.side_files import kept_rows
+from distilclip.data.side_files import kept_images, kept_rows
 from distilclip.data.store import Store, sample_id, split_id
 from distilclip.errors import InputError
 
@@ -76,10 +76,25 @@ class ImageMatrix:
         return taken
 
     def valid(self, start: int = 0, stop: int | None = None) -> Bool[np.ndarray, " n"]:
-        """Return which rows have an embedding and are kept by `groups`."""
+        """Return which rows have an image embedding and are kept by `groups`."""
         stop = len(self) if stop is None else stop
-        pieces = [self._kept(shard)[within] for shard, within in self._cut(start, stop)]
+        pieces = [kept_images(self.store, shard, self.groups)[within] for shard, within in self._cut(start, stop)]
         return np.concatenate([np.empty(0, bool), *pieces])
+
+    def usable(self, shard: int) -> Bool[np.ndarray, " r"]:
+        """Return which rows of a shard are valid and kept by `groups`, with a picture or without."""
+        return kept_rows(self.store, shard, self._column(shard, "valid").to_numpy(), self.groups)
+
+    def count_pictureless(self, *, stage: str) -> int:
+        """Count the rows that can be used, are kept by `groups` and have no picture; `InputError` where no row has one.
+
+        `stage` is what needs pictures, for the message.
+        """
+        there = self.valid()
+        usable = np.concatenate([self.usable(shard) for shard in range(self.store.num_shards)])
+        if usable.any() and not there.any():
+            raise InputError(f"{self.store.path}: no row has a picture, and {stage} compares pictures.")
+        return int((usable & ~there).sum())
 
     def digests(self) -> UInt8[np.ndarray, "n 16"]:
         """Return the first 16 bytes of each image file's SHA-256, zeros where it is not known."""
@@ -108,7 +123,7 @@ class ImageMatrix:
         """Return the embeddings of a shard, which are looked at when they are first read."""
         image = self.store.image(shard)
         if shard not in self._checked:
-            valid = self._column(shard, "valid").to_numpy()
+            valid = self._column(shard, "has_image").to_numpy()
             check_points(image, valid, where=f"{self.store.payload_path(shard)}, shard {shard}")
             self._checked.add(shard)
         return image
@@ -120,9 +135,6 @@ class ImageMatrix:
             for shard, (first, last) in enumerate(zip(self.starts[:-1].tolist(), self.starts[1:].tolist(), strict=True))
             if first < stop and last > start
         ]
-
-    def _kept(self, shard: int) -> Bool[np.ndarray, " r"]:
-        return kept_rows(self.store, shard, self._column(shard, "valid").to_numpy(), self.groups)
 
     def _column(self, shard: int, name: str) -> pa.ChunkedArray:
         return self.store.columns(shard, name).column(name)

@@ -16,6 +16,8 @@ MAX_CAPTION = 10_000
 """Characters of a caption that are read: tokenizers take quadratic time, and no context holds as many tokens."""
 
 OnError = Literal["raise", "skip"]
+Side = Literal["caption", "image"]
+"""What a sample may lack where it is asked for; the other of the two it must have."""
 
 
 def check_bad_ratio(share: float) -> None:

@@ -32,7 +32,8 @@ class PairTable:
     `key` stays in Arrow, since forked processes would copy n Python strings one by one. `offset` and `size` are those
     of the shard's index; `cluster` is None where no clusters are joined. `num_rows` are those of each shard, unusable
     ones included. `columns` is what CSV files do not tell themselves. `image_digest` is the beginning of the SHA-256
-    of each picture when it was embedded, as `digest_beginnings` gives it; None without a store.
+    of each picture when it was embedded, as `digest_beginnings` gives it; None without a store. `has_image` and
+    `has_text` are None where every row has both.
     """
 
     uris: list[str]
@@ -45,6 +46,8 @@ class PairTable:
     cluster: Int32[np.ndarray, " n"] | None
     columns: CsvColumns | None = None
     image_digest: UInt64[np.ndarray, " n"] | None = None
+    has_image: Bool[np.ndarray, " n"] | None = None
+    has_text: Bool[np.ndarray, " n"] | None = None
 
     def __len__(self) -> int:
         return len(self.row)
@@ -56,7 +59,7 @@ class PairTable:
     def take(self, rows: Int64[np.ndarray, " m"]) -> PairTable:
         """Return the table of these rows, in this order."""
         columns = {name: getattr(self, name)[rows] for name in ("shard", "row", "offset", "size")}
-        joined = {name: getattr(self, name) for name in ("cluster", "image_digest")}
+        joined = {name: getattr(self, name) for name in ("cluster", "image_digest", "has_image", "has_text")}
         columns |= {name: None if values is None else values[rows] for name, values in joined.items()}
         return dataclasses.replace(self, **columns, key=self.key.take(pa.array(rows)))
 
@@ -73,15 +76,18 @@ class Index:
     offset: UInt64[np.ndarray, " n"]
     size: UInt32[np.ndarray, " n"]
     valid: Bool[np.ndarray, " n"]
+    has_image: Bool[np.ndarray, " n"]
+    has_text: Bool[np.ndarray, " n"]
     image_digest: UInt64[np.ndarray, " n"]
 
     @classmethod
     def read(cls, store: Store, shard: int) -> Index:
         """Read the index of a shard."""
-        table = store.columns(shard, "key", "offset", "size", "valid", "image_sha256")
+        numbers = ("offset", "size", "valid", "has_image", "has_text")
+        table = store.columns(shard, "key", *numbers, "image_sha256")
         return cls(
             key=table["key"].combine_chunks(),
-            **{name: table[name].to_numpy() for name in ("offset", "size", "valid")},
+            **{name: table[name].to_numpy() for name in numbers},
             image_digest=digest_beginnings(table["image_sha256"]),
         )
 
@@ -101,8 +107,9 @@ def join_stores(
 ) -> PairTable:
     """List the rows that are valid in every store and kept by `groups`, with the labels of `clusters` (-1: none).
 
-    The stores are of the same shards, by several teachers; groups and clusters are the first one's. `data` says where
-    the shards lie now, in the order of the manifest, if not where they were embedded.
+    A row has what it has in every store, and something at least. The stores are of the same shards, by several
+    teachers; groups and clusters are the first one's. `data` says where the shards lie now, in the order of the
+    manifest, if not where they were embedded.
 
     Raises:
         InputError: a shard is missing or not the file that was embedded; stores, groups or clusters do not fit.
@@ -121,11 +128,15 @@ def join_stores(
         rows = Index.read(store, shard)
         check_source(store, shard, uris[shard], rows)
         keep = kept_rows(store, shard, rows.valid, groups)
+        sides = {"has_image": rows.has_image, "has_text": rows.has_text}
         for other in stores[1:]:
-            keep = keep & other.columns(shard, "valid")["valid"].to_numpy()
+            table = other.columns(shard, *sides)
+            sides = {name: has & table[name].to_numpy() for name, has in sides.items()}
+        keep = keep & (sides["has_image"] | sides["has_text"])
         cluster = None if clusters is None else _clusters(clusters, shard, keep)
         part = _part(rows.key, rows.offset, rows.size, keep, cluster)
-        return dataclasses.replace(part, image_digest=rows.image_digest[keep])
+        has_image, has_text = (has[keep] for has in sides.values())
+        return dataclasses.replace(part, image_digest=rows.image_digest[keep], has_image=has_image, has_text=has_text)
 
     with ThreadPoolExecutor(16) as pool:  # each shard of a remote store takes a few requests
         return _table(uris, list(pool.map(join, range(store.num_shards))), store.csv_columns)
@@ -176,6 +187,8 @@ class _Part:
     key: pa.LargeStringArray
     cluster: Int32[np.ndarray, " n"] | None
     image_digest: UInt64[np.ndarray, " n"] | None = None
+    has_image: Bool[np.ndarray, " n"] | None = None
+    has_text: Bool[np.ndarray, " n"] | None = None
 
 
 def _part(
@@ -190,8 +203,12 @@ def _part(
 
 
 def _table(uris: list[str], parts: list[_Part], columns: CsvColumns | None) -> PairTable:
-    clusters = [part.cluster for part in parts if part.cluster is not None]
-    image_digests = [part.image_digest for part in parts if part.image_digest is not None]
+    joined: dict[str, Any] = {}
+    for name in ("cluster", "image_digest", "has_image", "has_text"):
+        found = [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        joined[name] = np.concatenate(found) if found else None
+    if joined["has_image"] is not None and (joined["has_image"] & joined["has_text"]).all():
+        joined["has_image"] = joined["has_text"] = None
     return PairTable(
         uris=uris,
         num_rows=np.array([part.num_rows for part in parts]),
@@ -200,9 +217,8 @@ def _table(uris: list[str], parts: list[_Part], columns: CsvColumns | None) -> P
         offset=np.concatenate([part.offset for part in parts]),
         size=np.concatenate([part.size for part in parts]),
         key=pa.concat_arrays([part.key for part in parts]),
-        cluster=np.concatenate(clusters) if clusters else None,
         columns=columns,
-        image_digest=np.concatenate(image_digests) if image_digests else None,
+        **joined,
     )
 
 
@@ -224,6 +240,8 @@ class GroupRows:
 def join_groups(table: PairTable, stores: Sequence[Store], groups: str) -> GroupRows:
     """List the rows that those of a table stand for by `groups`, a folder of balance, and that all stores could use.
 
+    Of rows without a caption only those of the table itself are among them.
+
     Raises:
         InputError: no row stands for another one.
     """
@@ -234,11 +252,22 @@ def join_groups(table: PairTable, stores: Sequence[Store], groups: str) -> Group
         place = np.minimum(np.searchsorted(ids, found.representative), len(ids) - 1)
         stands_for = np.full(len(rows.valid), -1)
         stands_for[found.row] = np.where(ids[place] == found.representative, place, -1)
+        has_text = rows.has_text
         for other in stores[1:]:
-            stands_for[~other.columns(shard, "valid")["valid"].to_numpy()] = -1
-        there = stands_for >= 0
+            columns = other.columns(shard, "valid", "has_text")
+            stands_for[~columns["valid"].to_numpy()] = -1
+            has_text = has_text & columns["has_text"].to_numpy()
+        own = np.zeros(len(rows.valid), bool)
+        own[found.row] = sample_id(shard, found.row) == found.representative
+        there = (stands_for >= 0) & (has_text | own)
         part = _part(rows.key, rows.offset, rows.size, there, None)
-        return dataclasses.replace(part, image_digest=rows.image_digest[there]), stands_for[there]
+        part = dataclasses.replace(
+            part,
+            image_digest=rows.image_digest[there],
+            has_image=rows.has_image[there],
+            has_text=has_text[there],
+        )
+        return part, stands_for[there]
 
     with ThreadPoolExecutor(16) as pool:
         parts, owners = zip(*pool.map(join, range(stores[0].num_shards)), strict=True)
@@ -254,9 +283,12 @@ def join_groups(table: PairTable, stores: Sequence[Store], groups: str) -> Group
 
 
 def check_labels(table: PairTable, clusters: str) -> None:
-    """Raise `InputError` where a row of the table has no label in the folder `clusters`."""
-    if table.cluster is not None and (table.cluster < 0).any():
-        at = int(np.argmin(table.cluster))
+    """Raise `InputError` where a row of the table has a picture and no label in the folder `clusters`."""
+    if table.cluster is None:
+        return
+    missing = table.cluster < 0 if table.has_image is None else (table.cluster < 0) & table.has_image
+    if missing.any():
+        at = int(np.argmax(missing))
         raise InputError(
             f"{clusters}: row {table.row[at]} of shard {table.shard[at]} has no label. Train with the groups that the "
             "clusters were made with, or run `distilclip cluster` again."

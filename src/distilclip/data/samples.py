@@ -17,6 +17,8 @@ from PIL import ExifTags, Image
 from distilclip.data.limits import MAX_ASPECT, MAX_CAPTION, MAX_PIXELS
 
 IMAGE_EXTENSIONS = frozenset({"jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2"})
+NO_IMAGE = "no image"
+"""The reason of a sample without a picture, where it needs one."""
 LABEL_EXTENSIONS = frozenset({"cls", "cls.txt"})
 
 # Formats that decode in this process; Pillow's others (EPS calls Ghostscript) have no place in web data.

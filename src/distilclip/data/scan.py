@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float16, Int, UInt8
+from jaxtyping import Bool, Float16, Int, UInt8
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -27,8 +27,8 @@ from distilclip import files
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.decode import decode_crop
-from distilclip.data.limits import MAX_PIXELS
-from distilclip.data.samples import BadSample, Entry, decode_image, judge_memory
+from distilclip.data.limits import MAX_PIXELS, Side
+from distilclip.data.samples import NO_IMAGE, BadSample, Entry, decode_image, judge_memory
 from distilclip.data.shards import OpenShards, open_shard, source_size
 from distilclip.data.store import Rows, SourceFile, not_unit, write_shard
 from distilclip.data.tabular import ParquetShard, PictureFolder
@@ -52,8 +52,9 @@ class ScannedBatch:
     """The n rows of a shard from `first` on.
 
     An unusable row has its reason in `errors`, zeros in `pixels` and an empty caption in `tokens`, so that the shape of
-    a batch does not depend on them. `pixels` is None where all are unusable. `view_pixels` are the m views of each
-    row, `other_captions` its captions after the first and `other_tokens` these one after another; none without views.
+    a batch does not depend on them; so has a row that lacks one of the two. `has_image` and `has_text` say what is
+    there, neither in an unusable row. `pixels` is None where no row has any. `view_pixels` are the m views of each row,
+    `other_captions` its captions after the first and `other_tokens` these one after another; none without views.
     """
 
     source: Source
@@ -64,15 +65,22 @@ class ScannedBatch:
     other_captions: list[list[str]]
     other_tokens: Int[Tensor, "t context"]
     errors: list[str]
+    has_image: Bool[np.ndarray, " n"]
+    has_text: Bool[np.ndarray, " n"]
     image_sha256: UInt8[np.ndarray, "n 32"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardList:
-    """Shards by number and URI, and what the first lines of the CSV files among them do not tell."""
+    """Shards by number and URI, and what the first lines of the CSV files among them do not tell.
+
+    `may_lack` names what a sample may lack: its caption, its image, or one of the two. Without it the sample is
+    unusable. A folder of pictures in which none has a caption is one of pictures alone, whatever is asked for.
+    """
 
     shards: Sequence[tuple[int, str]]
     columns: CsvColumns | None = None
+    may_lack: Sequence[Side] = ()
 
 
 def scan(
@@ -107,6 +115,7 @@ class _Task:
     path: str
     first: int
     entries: list[Entry]
+    may_lack: Sequence[Side]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +139,7 @@ class _Sources:
 
     def __init__(self, listed: ShardList, batch_size: int) -> None:
         self.shards, self.columns, self.batch_size = listed.shards, listed.columns, batch_size
+        self.may_lack = listed.may_lack
         self._thread = ThreadPoolExecutor(1)
         self._sources: dict[int, Source] = {}
         self._copies: dict[int, contextlib.ExitStack] = {}
@@ -137,9 +147,12 @@ class _Sources:
     def __iter__(self) -> Iterator[_Task]:
         for source, path in self._one_ahead():
             self._sources[source.shard] = source
+            may_lack = self.may_lack
+            if path.endswith("/") and not PictureFolder(path).has_captions:
+                may_lack = ("caption",)
             for first in range(0, len(source.entries), self.batch_size):
                 part = source.entries[first : first + self.batch_size]
-                yield _Task(shard=source.shard, path=path, first=first, entries=part)
+                yield _Task(shard=source.shard, path=path, first=first, entries=part, may_lack=may_lack)
 
     def _one_ahead(self) -> Iterator[tuple[Source, str]]:
         """Yield every source and the path to read it from."""
@@ -157,7 +170,7 @@ class _Sources:
         names_files = uri.lower().endswith((".csv", ".tsv", "/"))
         path = uri if names_files else copy.enter_context(files.local_copy(uri))
         opened = open_shard(path, self.columns)
-        entries = opened.index()
+        entries = opened.index(self.may_lack)
         if path != uri and isinstance(opened, ParquetShard) and opened.names_files:
             path = uri  # the paths start from where it lies
         opened.close()
@@ -189,10 +202,10 @@ class _Sources:
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """A decoded sample: the teacher's pixels, those of its views, and its captions."""
+    """A decoded sample: the teacher's pixels, those of its views, and its captions; one of them may be missing."""
 
     captions: list[str]
-    pixels: Tensor
+    pixels: Tensor | None
     views: list[Tensor]
 
 
@@ -216,48 +229,55 @@ class _Decoder(Dataset):
                 errors.append(error)
         except InputError as error:
             return error
-        captions = [[""] if row is None else row.captions for row in rows]
+        captions = [[""] if row is None else row.captions or [""] for row in rows]
         others = [several[1:] for several in captions]
         tokens = self.tokenize([several[0] for several in captions])
-        blank = next((torch.zeros_like(row.pixels) for row in rows if row is not None), None)
+        pixels = [None if row is None else row.pixels for row in rows]
+        blank = next((torch.zeros_like(found) for found in pixels if found is not None), None)
         fields = {
-            "pixels": None if blank is None else torch.stack([blank if row is None else row.pixels for row in rows]),
+            "pixels": None if blank is None else torch.stack([blank if p is None else p for p in pixels]),
             "tokens": tokens,
             "view_pixels": self._view_pixels(rows),
             "other_captions": others,
             "other_tokens": self.tokenize(list(itertools.chain(*others))) if any(others) else tokens[:0],
             "errors": errors,
+            "has_image": np.array([found is not None for found in pixels]),
+            "has_text": np.array([row is not None and bool(row.captions) for row in rows]),
             "image_sha256": digests,
         }
         return _DecodedBatch(task=task, fields=fields)
 
     def _view_pixels(self, rows: list[_Row | None]) -> UInt8[Tensor, "m n 3 size size"]:
-        """Stack the first view of every row, then the second, and so on; zeros for unusable rows."""
+        """Stack the first view of every row, then the second, and so on; zeros for rows that have none."""
         num_views = 0 if self.views is None else self.views.num
         pixels = torch.zeros(num_views, len(rows), 3, self.view_size, self.view_size, dtype=torch.uint8)
         for place, row in enumerate(rows):
-            for view in range(num_views if row is not None else 0):
-                assert row is not None
-                pixels[view, place] = row.views[view]
+            for view, shown in enumerate(row.views if row is not None else ()):
+                pixels[view, place] = shown
         return pixels
 
     def _row(self, task: _Task, entry: Entry, row: int, digest: np.ndarray) -> tuple[_Row | None, str]:
         """Return the row, or None and the reason why there is none. Fills in the digest of its image file."""
-        if entry.error:
+        if entry.error and not (entry.error == NO_IMAGE and "image" in task.may_lack):
             return None, entry.error
         try:
             sample = self.shards[task.path].read(entry.offset, entry.size)
-            if sample.image is None:
+            if sample.image is not None:
+                digest[:] = np.frombuffer(hashlib.sha256(sample.image).digest(), np.uint8)
+            if sample.image is None and ("image" not in task.may_lack or sample.caption is None):
                 raise BadSample("no image")
-            digest[:] = np.frombuffer(hashlib.sha256(sample.image).digest(), np.uint8)
-            if sample.caption is None:
+            if sample.caption is None and "caption" not in task.may_lack:
                 raise BadSample("no caption")
+            captions = [] if sample.caption is None else [sample.caption]
+            if self.views is not None:
+                captions = sample.captions or captions
+            if sample.image is None:
+                return _Row(captions=captions, pixels=None, views=[]), ""
             with judge_memory():
                 pixels = self.preprocess(decode_image(sample.image, max_pixels=self.max_pixels))
-                if self.views is None:
-                    return _Row(captions=[sample.caption], pixels=pixels, views=[]), ""
-                views = [self._view(sample.image, task.shard, row, view) for view in range(self.views.num)]
-            return _Row(captions=sample.captions or [sample.caption], pixels=pixels, views=views), ""
+                num_views = 0 if self.views is None else self.views.num
+                views = [self._view(sample.image, task.shard, row, view) for view in range(num_views)]
+            return _Row(captions=captions, pixels=pixels, views=views), ""
         except BadSample as error:
             return None, error.error
 
@@ -280,6 +300,7 @@ class ShardEmbeddings:
         self.other_text: list[np.ndarray] = [np.zeros((0, dim), np.float16)]
         self.num_other = np.zeros(num_rows, np.int64)
         self.image_sha256 = np.zeros((num_rows, 32), np.uint8)
+        self.has_image, self.has_text = np.zeros(num_rows, bool), np.zeros(num_rows, bool)
         self.errors: list[str] = []
 
     @property
@@ -297,15 +318,15 @@ class ShardEmbeddings:
         other_text: Float16[np.ndarray, "t dim"],
         policy: ErrorPolicy,
     ) -> None:
-        """Add the rows that follow; unusable ones are counted by `policy` and keep zeros.
+        """Add the rows that follow; unusable ones are counted by `policy`. What a row does not have stays zero.
 
         `views` are the embeddings of the batch's view_pixels, `other_text` those of its other captions.
         """
         num_other = np.array([len(captions) for captions in batch.other_captions])
         owner = np.repeat(np.arange(len(num_other)), num_other)
-        wrong = not_unit(image) | not_unit(text)
+        wrong = (not_unit(image) & batch.has_image) | (not_unit(text) & batch.has_text)
         for view in range(views.shape[1]):
-            wrong |= not_unit(views[:, view])
+            wrong |= not_unit(views[:, view]) & batch.has_image
         wrong[owner[not_unit(other_text)]] = True
         errors = [
             error or ("embedding is no finite unit vector" if bad else "")
@@ -317,9 +338,11 @@ class ShardEmbeddings:
                 policy.bad(error, where=f"{self.source.uri}: {self.source.entries[row].key}")
         rows = slice(batch.first, batch.first + len(errors))
         valid = np.array([not error for error in errors])
-        self.image[rows] = np.where(valid[:, None], image, 0)
-        self.text[rows] = np.where(valid[:, None], text, 0)
-        self.views[rows] = np.where(valid[:, None, None], views, 0)
+        has_image, has_text = batch.has_image & valid, batch.has_text & valid
+        self.has_image[rows], self.has_text[rows] = has_image, has_text
+        self.image[rows] = np.where(has_image[:, None], image, 0)
+        self.text[rows] = np.where(has_text[:, None], text, 0)
+        self.views[rows] = np.where(has_image[:, None, None], views, 0)
         self.other_text.append(other_text[valid[owner]])
         self.num_other[rows] = np.where(valid, num_other, 0)
         self.image_sha256[rows] = batch.image_sha256
@@ -335,6 +358,8 @@ class ShardEmbeddings:
             valid=np.array([not error for error in self.errors]),
             error=self.errors,
             image_sha256=self.image_sha256,
+            has_image=self.has_image,
+            has_text=self.has_text,
         )
         views = None
         if self.views.shape[1]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,6 +14,7 @@ from jaxtyping import UInt32, UInt64
 
 from distilclip import files
 from distilclip.csv_rows import CsvColumns
+from distilclip.data.limits import Side
 from distilclip.data.reader import OpenFiles, Reader
 from distilclip.data.samples import IMAGE_EXTENSIONS, LABEL_EXTENSIONS, BadSample, Entry, Sample
 from distilclip.data.tabular import CsvShard, ParquetShard, PictureFolder, is_picture
@@ -31,8 +32,11 @@ class Shard(Protocol):
     uri: str
     truncated: bool
 
-    def index(self) -> list[Entry]:
-        """Return every sample in file order, unusable ones included."""
+    def index(self, may_lack: Collection[Side] = ()) -> list[Entry]:
+        """Return every sample in file order, unusable ones included.
+
+        Raises `InputError` for a table without a column of images or captions, unless its samples may lack these.
+        """
 
     def prefetch(self, offset: int, size: int) -> None:
         """Begin to fetch an entry that `read` will ask for soon, where that helps."""

@@ -134,6 +134,13 @@ def kept_rows(store: Store, shard: int, valid: Bool[np.ndarray, " r"], groups: s
     return keep
 
 
+def kept_images(store: Store, shard: int, groups: str | None) -> Bool[np.ndarray, " r"]:
+    """Return which of the r rows of a shard have a picture and are kept by `groups`; errors as in `kept_rows`."""
+    table = store.columns(shard, "valid", "has_image")
+    kept = kept_rows(store, shard, table["valid"].to_numpy(), groups)
+    return kept & table["has_image"].to_numpy()
+
+
 def scores_name(shard: int) -> str:
     """Return the name of the scores of a shard in a folder of `select`."""
     return f"scores/{shard:06d}.parquet"

@@ -30,15 +30,19 @@ ROWS_SCHEMA = pa.schema(
         ("valid", pa.bool_()),
         ("error", pa.string()),
         ("image_sha256", pa.binary(32)),
+        ("has_image", pa.bool_()),
+        ("has_text", pa.bool_()),
     ]
 )
+_LATER_COLUMNS = ("has_image", "has_text")  # row tables of older versions lack them: a valid row has both
 
 
 @dataclass(frozen=True)
 class Rows:
     """The row table of a shard. An unusable row has `valid` false and the reason in `error`.
 
-    `image_sha256` is that of the image file's bytes, zeros where there is none.
+    `image_sha256` is that of the image file's bytes, zeros where there is none. `has_image` and `has_text` say which
+    embeddings are there: of a valid row one at least, and both where they are not given; of others none.
     """
 
     key: list[str]
@@ -47,6 +51,13 @@ class Rows:
     valid: Bool[np.ndarray, " n"]
     error: list[str]
     image_sha256: UInt8[np.ndarray, "n 32"]
+    has_image: Bool[np.ndarray, " n"] = None  # type: ignore[assignment]  # filled in below
+    has_text: Bool[np.ndarray, " n"] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        for name in _LATER_COLUMNS:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, self.valid)
 
     def __len__(self) -> int:
         return len(self.key)
@@ -63,7 +74,12 @@ class Rows:
             valid=table.column("valid").to_numpy(),
             error=table.column("error").to_pylist(),
             image_sha256=whole[digests.offset : digests.offset + len(digests)],
+            **{name: table.column(name).to_numpy() for name in _LATER_COLUMNS},
         )
+
+    def has(self, side: str) -> Bool[np.ndarray, " n"]:
+        """Return which rows have an embedding of `side`, `image` or `text`."""
+        return {"image": self.has_image, "text": self.has_text}[side]
 
     def columns(self) -> dict[str, Any]:
         """Return the columns of `ROWS_SCHEMA`."""
@@ -75,6 +91,8 @@ class Rows:
             "valid": self.valid,
             "error": self.error,
             "image_sha256": [digest.tobytes() if digest.any() else None for digest in self.image_sha256],
+            "has_image": self.has_image,
+            "has_text": self.has_text,
         }
 
 
@@ -185,7 +203,7 @@ class Store:
             raise InputError(f"{path} is no finished store (no manifest.parquet): run `distilclip embed --out {path}`.")
         digests.check_file(path, "manifest.parquet", remedy=digests.repair_with(path, "embed"))
         with refuse_damage(manifest):
-            table = read_columns(manifest, MANIFEST_SCHEMA, optional="xxh3").to_pydict()
+            table = read_columns(manifest, MANIFEST_SCHEMA, optional=["xxh3"]).to_pydict()
             shards = [StoreShard(*values) for values in zip(*table.values(), strict=True)]
             metadata = read_column_metadata(manifest)
             views = Views.from_json(metadata["views"]) if "views" in metadata else None
@@ -203,11 +221,11 @@ class Store:
         return sum(shard.num_rows for shard in self.shards)
 
     def image(self, shard: int) -> Float16[np.ndarray, "n dim"]:
-        """Return the image embeddings of a shard: unit rows, zeros where the row is not valid."""
+        """Return the image embeddings of a shard: unit rows, zeros where the row has none."""
         return self._embeddings(shard)["image"]
 
     def text(self, shard: int) -> Float16[np.ndarray, "n dim"]:
-        """Return the text embeddings of a shard: unit rows, zeros where the row is not valid."""
+        """Return the text embeddings of a shard: unit rows, zeros where the row has none."""
         return self._embeddings(shard)["text"]
 
     def view_embeddings(self, shard: int) -> ViewEmbeddings:
@@ -252,7 +270,7 @@ class Store:
         """Return some columns of the row table of a shard, in Arrow. `rows` takes ten times as long."""
         path = self._path(shard, "rows.parquet")
         self._check_digest(f"{stem(shard)}.rows.parquet")
-        table = read_columns(path, pa.schema([ROWS_SCHEMA.field(name) for name in names]))
+        table = _read_row_table(path, names)
         if len(table) != self.shards[shard].num_rows:
             raise InputError(
                 f"{path} has {len(table)} rows, the manifest says {self.shards[shard].num_rows}. {_EMBED_AGAIN}"
@@ -280,10 +298,10 @@ class Store:
             if key_digest(rows.key) != shard.key_digest:
                 raise InputError(f"{self._path(shard.index, 'rows.parquet')}: the keys were changed. {_EMBED_AGAIN}")
             for name, embeddings in self._embeddings(shard.index).items():
-                check_embeddings(embeddings, rows.valid, where=f"{path}, {name}")
+                check_embeddings(embeddings, rows.has(name), where=f"{path}, {name}")
             for view in range(self.views.num if self.views else 0):
                 embeddings = self.view_embeddings(shard.index).image[:, view]
-                check_embeddings(embeddings, rows.valid, where=f"{path}, view {view}")
+                check_embeddings(embeddings, rows.has_image, where=f"{path}, view {view}")
 
     def _path(self, shard: int, suffix: str) -> str:
         return files.join(self.path, f"{stem(shard)}.{suffix}")
@@ -398,7 +416,17 @@ def read_shard_rows(folder: str, shard: int) -> Rows:
     """Read the row table of a finished shard, whether or not its store is finished."""
     path = files.join(folder, f"{stem(shard)}.rows.parquet")
     with refuse_damage(path):
-        return Rows.of_table(read_columns(path, ROWS_SCHEMA))
+        return Rows.of_table(_read_row_table(path, ROWS_SCHEMA.names))
+
+
+def _read_row_table(path: str, names: Sequence[str]) -> pa.Table:
+    """Read some columns of a row table; one of an older version says of no row what it has: its valid rows have all."""
+    table = read_columns(path, pa.schema([ROWS_SCHEMA.field(name) for name in names]), optional=_LATER_COLUMNS)
+    for at, name in enumerate(names):
+        if name in _LATER_COLUMNS and table.column(at).null_count:
+            valid = read_columns(path, pa.schema([ROWS_SCHEMA.field("valid")])).column("valid")
+            table = table.set_column(at, ROWS_SCHEMA.field(name), valid)
+    return table
 
 
 def check_unchanged(folder: str, line: StoreShard, uri: str) -> None:

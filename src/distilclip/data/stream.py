@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int, Int64, UInt8
+from jaxtyping import Bool, Float, Int, Int64, UInt8
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -35,7 +35,7 @@ from distilclip.data.pairs import (
     join_stores,
     weigh,
 )
-from distilclip.data.samples import BadSample, Sample, judge_memory
+from distilclip.data.samples import BadSample, Sample, first_caption, judge_memory
 from distilclip.data.shards import OpenShards, assert_key, find_shards
 from distilclip.data.store import Store
 from distilclip.data.views import caption_in, view_in
@@ -76,6 +76,8 @@ class Presentation:
     Each picture is shown as one crop, at each of `sizes` (pixels per side): the student's, then a live teacher's. The
     crop is one of the stores' first `num_views` views, or, with `num_views` 0, drawn by `augmentation` from (`seed`,
     epoch, sample). `seed` also decides the order of the pairs. Pictures of more than `max_pixels` are unusable.
+    `student_columns` are columns of a table, or fields of a sample's json, in whose texts the student reads what the
+    teacher has read in the caption: of those that a row has, the next one in every epoch.
     """
 
     sizes: Sequence[int]
@@ -84,6 +86,7 @@ class Presentation:
     augmentation: Augmentation = dataclasses.field(default_factory=Augmentation)
     num_views: int = 0
     max_pixels: int = MAX_PIXELS
+    student_columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +96,9 @@ class Batch:
     `pixels` are the student's, `teacher_pixels` the same crop at a live teacher's size; the models subtract their means
     on their own device. `ids` are sample ids. `teacher_image` and `teacher_text` hold the embeddings of every store
     that is joined, `labels` the clusters. `bad` lists, as (where, error), the samples in whose place other rows stand
-    here.
+    here. `has_image` and `has_text` are None where all rows have both; else a row that lacks its picture is black, one
+    that lacks its caption has an empty one, and the embedding is zero. `captions` are the teacher's, `tokens` the
+    student's.
     """
 
     ids: Int64[Tensor, " n"]
@@ -104,6 +109,8 @@ class Batch:
     teacher_image: tuple[Float[Tensor, "n _"], ...] = ()
     teacher_text: tuple[Float[Tensor, "n _"], ...] = ()
     labels: Int64[Tensor, " n"] | None = None
+    has_image: Bool[Tensor, " n"] | None = None
+    has_text: Bool[Tensor, " n"] | None = None
     bad: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
     def __len__(self) -> int:
@@ -215,6 +222,19 @@ class PairStream:
         return len(self.loader.table)
 
     @property
+    def num_sides(self) -> dict[str, int]:
+        """How many of the rows have both a picture and a caption, a picture, and a caption: as `Term.applies` asks."""
+        has_image, has_text, tellers = self.loader.table.has_image, self.loader.texts.has_text, self.loader.tellers
+        if has_text is not None and tellers is not None:  # any of the captions of a row's group
+            has_text = np.logical_or.reduceat(has_text, tellers.first[:-1])
+        if has_image is None and has_text is None:
+            return dict.fromkeys(("num_pairs", "num_images", "num_texts"), self.num_rows)
+        everywhere = np.ones(self.num_rows, bool)
+        has_image, has_text = (everywhere if has is None else has for has in (has_image, has_text))
+        counted = {"num_pairs": has_image & has_text, "num_images": has_image, "num_texts": has_text}
+        return {name: int(has.sum()) for name, has in counted.items()}
+
+    @property
     def steps_per_epoch(self) -> int:
         """Number of full global batches in an epoch."""
         return self.num_rows // self.batch_size
@@ -284,6 +304,7 @@ class _ShownPair:
     index: int
     teller: int
     caption: str
+    student_caption: str
     pixels: list[UInt8[Tensor, "3 _ _"]]
     view: int
     caption_number: int
@@ -335,15 +356,22 @@ class PairLoader(Dataset):
             self._check_captions(tellers, np.array([sample.num_captions for sample in drawn]))
         shard, row = self.table.shard[rows], self.table.row[rows]
         text_shard, text_row = self.texts.shard[tellers], self.texts.row[tellers]
+        has_image, has_text = _sides_of(self.table.has_image, rows), _sides_of(self.texts.has_text, tellers)
+        sides = {}
+        if has_image is not None or has_text is not None:
+            everywhere = np.ones(len(rows), bool)
+            sides = {"has_image": everywhere if has_image is None else has_image}
+            sides["has_text"] = everywhere if has_text is None else has_text
         return Batch(
             ids=torch.from_numpy(self.table.ids(rows).astype(np.int64)),
             pixels=pixels[0],
             teacher_pixels=pixels[1] if len(pixels) > 1 else None,
-            tokens=self.presentation.tokenize(captions),
+            tokens=self.presentation.tokenize([sample.student_caption for sample in drawn]),
             captions=captions,
-            teacher_image=tuple(embeddings.images(shard, row, view) for embeddings in self.embeddings),
-            teacher_text=tuple(embeddings.texts(text_shard, text_row, caption) for embeddings in self.embeddings),
+            teacher_image=tuple(each.images(shard, row, view, there=has_image) for each in self.embeddings),
+            teacher_text=tuple(each.texts(text_shard, text_row, caption, there=has_text) for each in self.embeddings),
             labels=None if self.table.cluster is None else torch.from_numpy(self.table.cluster[rows].astype(np.int64)),
+            **{name: torch.from_numpy(has) for name, has in sides.items()},
             bad=bad,
         )
 
@@ -385,7 +413,7 @@ class PairLoader(Dataset):
                 index = self.draws.draw_one(self._generator(epoch, index, repeat, attempt))
         raise InputError(
             f"{MAX_REPLACEMENTS} samples drawn in a row cannot be used, the last {bad[-1][0]}: {bad[-1][1]}. "
-            "Check the data with `distilclip embed`; pictures without captions can be embedded, but not trained on."
+            "Check the data with `distilclip embed`; pictures or captions alone need a --store, made with --may-lack."
         )
 
     def _draw(self, epoch: int, index: int, repeat: int) -> _ShownPair:
@@ -396,14 +424,16 @@ class PairLoader(Dataset):
         telling = sample, where
         if self.tellers is not None and self.texts.ids(np.array([teller])) != self.table.ids(np.array([index])):
             telling = self._read(self.texts, teller)
-        if not telling[0].caption:  # empty: a picture of a folder without captions
+        has_image = self.table.has_image is None or bool(self.table.has_image[index])
+        has_text = self.texts.has_text is None or bool(self.texts.has_text[teller])
+        if has_text and not telling[0].caption:
             raise BadSample("no caption", where=telling[1])
-        if sample.image is None:
+        if has_image and sample.image is None:
             raise BadSample("no image", where=where)
-        captions, view, number = [telling[0].caption], 0, 0
+        captions, view, number = [telling[0].caption or ""], 0, 0
         if self.views is not None:
             view = view_in(epoch + repeat, shard, row, num_views=shown.num_views)
-            captions = telling[0].captions
+            captions = telling[0].captions or captions
             place = int(self.texts.shard[teller]), int(self.texts.row[teller])
             number = caption_in(turn, *place, num_views=shown.num_views, num_captions=len(captions))
 
@@ -412,9 +442,20 @@ class PairLoader(Dataset):
                 return self.views.crop(width, height, shard=shard, row=row, view=view)
             return shown.augmentation.draw(width, height, self._generator(epoch, index, repeat))
 
-        with judge_memory(where):
-            pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
-        return _ShownPair(index, teller, captions[number], pixels, view, number, len(captions))
+        student_caption = captions[number]
+        if has_text and shown.student_columns:
+            student_caption = _text_for_student(telling[0], shown.student_columns, turn + row, where=telling[1])
+        pixels = self._blank()
+        if has_image and sample.image is not None:
+            with judge_memory(where):
+                pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
+        return _ShownPair(index, teller, captions[number], student_caption, pixels, view, number, len(captions))
+
+    def _blank(self) -> list[UInt8[Tensor, "3 _ _"]]:
+        """Return what stands for the picture of a row without one; of one pixel, where no row has any."""
+        has_image = self.table.has_image
+        sizes = self.presentation.sizes if has_image is None or has_image.any() else [1] * len(self.presentation.sizes)
+        return [torch.zeros(3, size, size, dtype=torch.uint8) for size in sizes]
 
     def _read(self, table: PairTable, index: int) -> tuple[Sample, str]:
         """Read a row's sample and say where it lies. Raises `InputError` where it is not the one that was embedded."""
@@ -447,3 +488,16 @@ class PairLoader(Dataset):
         shard, row = int(self.table.shard[index]), int(self.table.row[index])
         again = [repeat] if repeat else []
         return np.random.Generator(np.random.PCG64([self.presentation.seed, epoch, shard, row, attempt, *again]))
+
+
+def _sides_of(has: Bool[np.ndarray, " n"] | None, rows: Int64[np.ndarray, " m"]) -> Bool[np.ndarray, " m"] | None:
+    return None if has is None else has[rows]
+
+
+def _text_for_student(sample: Sample, columns: Sequence[str], turn: int, *, where: str) -> str:
+    """Return the text that the student reads; of several columns the one whose turn it is. `BadSample` for none."""
+    found = (first_caption(sample.meta.get(name), where=where) for name in columns)
+    texts = [text for text in found if text is not None]
+    if not texts:
+        raise BadSample("no caption", detail=f"nothing for the student in {', '.join(columns)}", where=where)
+    return texts[turn % len(texts)]

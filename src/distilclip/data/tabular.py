@@ -13,9 +13,9 @@ import os
 import stat
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
@@ -23,11 +23,13 @@ import pyarrow.parquet as pq
 from jaxtyping import UInt64
 
 from distilclip import files
-from distilclip.csv_rows import CsvColumns, CsvLayout, CsvRecord, find_layout, read_records
+from distilclip.csv_rows import CsvColumns, CsvLayout, CsvRecord, check_layout, find_layout, read_records
 from distilclip.data.columns import refuse_damage
+from distilclip.data.limits import Side
 from distilclip.data.reader import Reader
 from distilclip.data.samples import (
     IMAGE_EXTENSIONS,
+    NO_IMAGE,
     BadSample,
     Entry,
     Sample,
@@ -111,8 +113,8 @@ class ParquetShard:
             self._file.close()
             del self._file
 
-    def index(self) -> list[Entry]:
-        """Return every row in order. Raises `InputError` where there is no row, or no image column."""
+    def index(self, may_lack: Collection[Side] = ()) -> list[Entry]:
+        """Return every row in order. Raises `InputError` where there is no row, or no image column that there must."""
         num_rows = self._file.metadata.num_rows
         if num_rows == 0:
             raise InputError(f"{self.uri} has no rows: remove it from the data.")
@@ -123,7 +125,8 @@ class ParquetShard:
             keys: list[Any] = [None] * num_rows
             if column is not None:
                 keys = self._file.read(columns=[column], use_threads=False).column(column).to_pylist()
-        assert self._image_column  # found or complained about
+        if self._image_column is None and ("image" not in may_lack or self.holds_images):
+            self._refuse_columns()
         return [Entry(_key(key, row), row, 0) for row, key in enumerate(keys)]
 
     def prefetch(self, offset: int, size: int) -> None:
@@ -138,7 +141,7 @@ class ParquetShard:
         with judge_memory(f"{self.uri}: row {offset}"):
             table = self._row_group(group)
             row: Any = _values_of(table.slice(offset - int(ends[group]) + table.num_rows, 1))
-        image = row.pop(self._image_column, None)
+        image = None if self._image_column is None else row.pop(self._image_column, None)
         key = _key(row.get(self._find_column(KEY_COLUMNS)), offset)
         where = f"{self.uri}: {key}"
         caption = first_caption(row.get(self._find_column(CAPTION_COLUMNS)), row.get("captions"), where=where)
@@ -176,22 +179,24 @@ class ParquetShard:
             return pq.ParquetFile(files.open_read(self.uri))
 
     @cached_property
-    def _image_column(self) -> str:
+    def _image_column(self) -> str | None:
         binary = [field.name for field in self._file.schema_arrow if _holds_images(field.type)]
-        name = next((c for c in IMAGE_COLUMNS if c in binary), binary[0] if len(binary) == 1 else None)
-        if name is None:
-            names = {column.lower(): column for column in self._file.schema_arrow.names}
-            if "url" in names:
-                caption = next((names[c] for c in (*CAPTION_COLUMNS, "caption") if c in names), "caption")
-                raise InputError(
-                    f"{self.uri} holds web addresses (column {names['url']}) and no images. "
-                    f"{_fetch(self.uri, 'parquet', names['url'], caption)}"
-                )
+        return next((c for c in IMAGE_COLUMNS if c in binary), binary[0] if len(binary) == 1 else None)
+
+    def _refuse_columns(self) -> NoReturn:
+        """Say that there is no column of images, and what to do."""
+        names = {column.lower(): column for column in self._file.schema_arrow.names}
+        if "url" in names:
+            caption = next((names[c] for c in (*CAPTION_COLUMNS, "caption") if c in names), "caption")
             raise InputError(
-                f"{self.uri} has no column of image bytes: looked for binary or struct<bytes, path> columns named "
-                f"{', '.join(IMAGE_COLUMNS)} among {', '.join(self._file.schema_arrow.names)}. Rename the column."
+                f"{self.uri} holds web addresses (column {names['url']}) and no images. "
+                f"{_fetch(self.uri, 'parquet', names['url'], caption)}"
             )
-        return name
+        raise InputError(
+            f"{self.uri} has no column of image bytes: looked for binary or struct<bytes, path> columns named "
+            f"{', '.join(IMAGE_COLUMNS)} among {', '.join(self._file.schema_arrow.names)}. Rename the column; "
+            "where its rows are captions alone, `embed --may-lack image`."
+        )
 
     @cached_property
     def _row_group_ends(self) -> np.ndarray:
@@ -211,7 +216,8 @@ class ParquetShard:
             columns = [f.name for f in self._file.schema_arrow if not _holds_images(f.type)]
             try:
                 # One thread: this runs in loader workers, of which there is one per core already.
-                table = self._file.read_row_group(group, columns=[*columns, self._image_column], use_threads=False)
+                columns += [] if self._image_column is None else [self._image_column]
+                table = self._file.read_row_group(group, columns=columns, use_threads=False)
             except (pa.ArrowException, OSError) as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise
@@ -224,9 +230,9 @@ class ParquetShard:
 class CsvShard:
     """A CSV beside image files; relative paths start from the folder of the file.
 
-    The offset of an entry is its row number, its size is 0, its key the path as written. A `label` column is read too;
-    all others become `meta`. Of the file only where each row begins is kept, 8 bytes a row. `columns` says what the
-    first line does not tell.
+    The offset of an entry is its row number, its size is 0, its key the path as written, or the row number in nine
+    digits where there is no column of paths. A `label` column is read too; all others become `meta`. Of the file only
+    where each row begins is kept, 8 bytes a row. `columns` says what the first line does not tell.
     """
 
     def __init__(self, uri: str, columns: CsvColumns | None = None) -> None:
@@ -238,9 +244,10 @@ class CsvShard:
         """Close the file; the next read opens it again."""
         self._reader.close()
 
-    def index(self) -> list[Entry]:
+    def index(self, may_lack: Collection[Side] = ()) -> list[Entry]:
         """Return every row in order. Raises `InputError` where columns or rows are missing."""
         layout, _ = self._header
+        check_layout(layout, self.columns, uri=self.uri, may_lack=may_lack)
         entries = []
         longest = 0
         for number, record in enumerate(self._records()):
@@ -260,10 +267,8 @@ class CsvShard:
     @property
     def names_columns(self) -> bool:
         """Whether its first line names a column of image files and one of captions."""
-        try:
-            return bool(self._header)
-        except InputError:
-            return False
+        layout, _ = self._header
+        return bool(layout.image and layout.caption)
 
     def prefetch(self, offset: int, size: int) -> None:
         """Do nothing: image files are read when they are asked for."""
@@ -274,11 +279,11 @@ class CsvShard:
         record = self._record(offset)
         entry = _csv_entry(layout, record, offset)
         where = f"{self.uri}: row {offset}"
-        if entry.error:
+        if entry.error and entry.error != NO_IMAGE:
             raise BadSample(entry.error, where=where)
         row = layout.name_values(record.values)
-        image = _read_image(row[layout.image], self.uri, where=where)
-        caption = clean_caption(row.get(layout.caption), where=where)
+        image = None if entry.error else _read_image(row[layout.image], self.uri, where=where)
+        caption = clean_caption(row.get(layout.caption), where=where) if layout.caption else None
         label = next((row[c] for c in LABEL_COLUMNS if row.get(c) is not None), None)
         return Sample(entry.key, image, caption, row, label)
 
@@ -322,8 +327,8 @@ class PictureFolder:
     """The pictures that lie in one folder, without those of its subfolders; its URI ends in a slash.
 
     A caption is the text of the `.txt` of the same stem, else what the `.json` of that stem says. Where no picture has
-    either, all captions are empty, and the pictures can be embedded and compared, though not trained on. The offset of
-    an entry is its place among the sorted names, its size is 0, its key the name of the file.
+    either, it is a folder of pictures alone. The offset of an entry is its place among the sorted names, its size is 0,
+    its key the name of the file.
     """
 
     def __init__(self, uri: str) -> None:
@@ -354,7 +359,7 @@ class PictureFolder:
         for name in ("_sizes", "_names"):
             self.__dict__.pop(name, None)
 
-    def index(self) -> list[Entry]:
+    def index(self, may_lack: Collection[Side] = ()) -> list[Entry]:
         """Return every picture, by name."""
         return [Entry(_printable(name), number, 0) for number, name in enumerate(self._names)]
 
@@ -368,22 +373,15 @@ class PictureFolder:
         name = self._names[offset]
         where = f"{self.uri}{_printable(name)}"
         image = _read_image(name, self.uri, where=where)
-        caption: str | None = ""
-        meta: dict[str, Any] = {}
-        if self._is_captioned:
-            texts = {text.rpartition(".")[2]: files.read_bytes(self.uri + text) for text in self._text_names(name)}
-            meta = decode_meta(texts["json"], where=where) if "json" in texts else {}
-            text = decode_text(texts["txt"], name="caption", where=where) if "txt" in texts else None
-            caption = first_caption(text, meta.get("caption"), meta.get("captions"), where=where)
+        texts = {text.rpartition(".")[2]: files.read_bytes(self.uri + text) for text in self._text_names(name)}
+        meta = decode_meta(texts["json"], where=where) if "json" in texts else {}
+        text = decode_text(texts["txt"], name="caption", where=where) if "txt" in texts else None
+        caption = first_caption(text, meta.get("caption"), meta.get("captions"), where=where)
         return Sample(_printable(name), image, caption, meta)
 
     def _text_names(self, name: str) -> list[str]:
         stem = name.rpartition(".")[0]
         return [text for text in (f"{stem}.txt", f"{stem}.json") if text in self._sizes]
-
-    @cached_property
-    def _is_captioned(self) -> bool:
-        return self.has_captions
 
     @cached_property
     def _names(self) -> list[str]:
@@ -457,17 +455,17 @@ def _read_image(path: str, table: str, *, where: str) -> bytes:
 
 def _csv_entry(layout: CsvLayout, record: CsvRecord, number: int) -> Entry:
     row = layout.name_values(record.values)
-    path = row[layout.image] or ""
-    key = _printable(path)
+    path = (layout.image and row[layout.image]) or ""
+    key = _printable(path) if layout.image else f"{number:09d}"
     error = ""
     if record.is_unclosed:
         error = "unclosed quote"
     elif None in row:  # mostly a caption with an unquoted comma
         error = "more values than columns"
-    elif key != path:
+    elif layout.image and key != path:
         error = "file path is not UTF-8"
     elif not path:
-        error = "no image"
+        error = NO_IMAGE
     return Entry(key, number, 0, error)
 
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from distilclip.data.limits import Side
 from distilclip.data.reader import Reader
 from distilclip.data.samples import (
     IMAGE_EXTENSIONS,
@@ -49,7 +50,7 @@ class TarShard:
         """Close the file; the next read opens it again."""
         self._reader.close()
 
-    def index(self) -> list[Entry]:
+    def index(self, may_lack: Collection[Side] = ()) -> list[Entry]:
         """Return every sample in file order, unusable ones included; contents are skipped, not read.
 
         Where a tar is cut or damaged, the last entry stands for all that is lost: the sample that is cut, or an entry

@@ -106,10 +106,11 @@ class TrainingImages:
 
 
 def kept_images(store: Store, groups: str | None) -> Iterator[Float16[np.ndarray, "n dim"]]:
-    """Yield the image embeddings of each shard: of its valid rows, or of those that `groups` keeps."""
+    """Yield the image embeddings of each shard: of its rows with a picture, or of those that `groups` keeps."""
     for shard in range(store.num_shards):
-        valid = store.columns(shard, "valid")["valid"].to_numpy()
-        rows = np.flatnonzero(kept_rows(store, shard, valid, groups))
+        table = store.columns(shard, "valid", "has_image")
+        kept = kept_rows(store, shard, table["valid"].to_numpy(), groups)
+        rows = np.flatnonzero(kept & table["has_image"].to_numpy())
         if len(rows):
             yield store.image(shard)[rows]
 

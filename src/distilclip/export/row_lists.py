@@ -125,6 +125,8 @@ class PartitionWriter:
 
     selection: Selection
     folder: str
+    sides: tuple[str, ...] = ("image", "text")
+    """the embeddings that any row of the store has"""
 
     def __call__(self, shard: int) -> int:
         """Write a partition; return its number of rows. A shard without any has no files: their readers expect rows.
@@ -140,7 +142,10 @@ class PartitionWriter:
         if not len(rows):
             return 0
         store = self.selection.store
-        for folder, embeddings in (("img_emb", store.image(shard)), ("text_emb", store.text(shard))):
+        for side, folder, read in (("image", "img_emb", store.image), ("text", "text_emb", store.text)):
+            if side not in self.sides:
+                continue
+            embeddings = read(shard)
             with files.atomic_write(files.join(self.folder, folder, f"{folder}_{number}.npy")) as file:
                 np.save(file, embeddings[rows.row])
         texts = read_texts(rows.uri, rows.key, rows.offset, rows.size, columns=self.selection.store.csv_columns)

@@ -66,8 +66,7 @@ def _read_shard(found: Findings, searched: ImageMatrix | None, shard: int) -> Gr
         return None
     ordered = bool((np.diff(table.row.astype(np.int64)) > 0).all())
     if searched is not None:
-        valid = searched.valid(*searched.starts[shard : shard + 2].tolist())
-        ordered = np.array_equal(table.row, np.flatnonzero(valid))
+        ordered = np.array_equal(table.row, np.flatnonzero(searched.usable(shard)))
     if not ordered:
         of = "valid rows of the store's shard" if searched is None or searched.groups is None else "rows of --groups"
         found.add_fault(f"{found.child(name)}: its rows are not the {of}", remove=[name])
@@ -116,10 +115,11 @@ def _points(rows: np.ndarray, unit: Tolerance) -> Float[np.ndarray, "n dim"]:
 
 
 def _check_counts(found: Findings, ids: UInt64[np.ndarray, " n"], groups: Groups) -> None:
+    alone = found.result.get("num_pictureless", 0)  # kept, each as its own group, and counted apart
     counted = {
-        "num_valid": len(ids),
-        "num_kept": int(groups.keep.sum()),
-        "num_groups": int((groups.group == ids).sum()),
+        "num_valid": len(ids) - alone,
+        "num_kept": int(groups.keep.sum()) - alone,
+        "num_groups": int((groups.group == ids).sum()) - alone,
     }
     for name, count in counted.items():
         if found.result.get(name, count) != count:

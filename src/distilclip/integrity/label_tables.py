@@ -11,7 +11,7 @@ from distilclip import files
 from distilclip.data.side_files import (
     CENTERS_FILE,
     Labels,
-    kept_rows,
+    kept_images,
     labels_name,
     read_centers,
     read_labels,
@@ -82,8 +82,7 @@ def _find_wrong(labels: Labels, centers: Float32[np.ndarray, "k dim"] | None) ->
 def _compare_with_store(
     store: Store, shard: int, groups: str | None, labels: Labels, centers: Float32[np.ndarray, "k dim"] | None
 ) -> str:
-    valid = store.columns(shard, "valid")["valid"].to_numpy()
-    if not np.array_equal(labels.row, np.flatnonzero(kept_rows(store, shard, valid, groups))):
+    if not np.array_equal(labels.row, np.flatnonzero(kept_images(store, shard, groups))):
         return "its rows are not the kept rows of the store's shard"
     if centers is None:
         return ""

@@ -7,12 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
-import numpy as np
-
 from distilclip import files
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.shards import key_digest, open_shard, source_size
-from distilclip.data.store import Store, StoreShard, check_embeddings, finished_shard, read_shard_rows, stem
+from distilclip.data.store import Rows, Store, StoreShard, check_embeddings, finished_shard, read_shard_rows, stem
 from distilclip.data.tensors import read_tensors
 from distilclip.errors import InputError
 from distilclip.integrity.findings import Findings, read_or_report
@@ -89,18 +87,18 @@ def _check_shard(found: Findings, line: StoreShard) -> bool:
         text = f"{found.describe_change(payload)}; rows 0 to {line.num_rows - 1} of shard {line.index}"
         found.add_fault(text, remove=remove)
     elif rows is not None:
-        _check_rows(found, payload, rows.valid, remove)
+        _check_rows(found, payload, rows, remove)
     return len(found.faults) == before
 
 
-def _check_rows(found: Findings, payload: str, valid: np.ndarray, remove: list[str]) -> None:
+def _check_rows(found: Findings, payload: str, rows: Rows, remove: list[str]) -> None:
     arrays = read_or_report(found, lambda: read_tensors(found.child(payload)), payload, remove=remove)
     for name in ("image", "text") if arrays is not None else ():
-        if name not in arrays or len(arrays[name]) != len(valid):
-            found.add_fault(f"{found.child(payload)} has no {name} embeddings of {len(valid)} rows", remove=remove)
+        if name not in arrays or len(arrays[name]) != len(rows):
+            found.add_fault(f"{found.child(payload)} has no {name} embeddings of {len(rows)} rows", remove=remove)
             continue
         try:
-            check_embeddings(arrays[name], valid, where=f"{found.child(payload)}, {name}")
+            check_embeddings(arrays[name], rows.has(name), where=f"{found.child(payload)}, {name}")
         except InputError as error:
             found.add_fault(str(error))  # it is what was written: a rerun would write it again
 
@@ -115,6 +113,6 @@ def _check_source(found: Findings, line: StoreShard, columns: CsvColumns, *, key
     if num_bytes != line.num_bytes:
         found.add_fault(f"{line.uri} has {num_bytes} bytes; when it was embedded it had {line.num_bytes}. Restore it.")
     elif keys:
-        now = [entry.key for entry in open_shard(line.uri, columns).index()]
+        now = [entry.key for entry in open_shard(line.uri, columns).index(("image", "caption"))]
         if key_digest(now) != line.key_digest:
             found.add_fault(f"{line.uri} has other keys than when it was embedded. Restore it.")

@@ -2,7 +2,15 @@
 
 from distilclip.losses.cluster import ClusterLoss, cluster, positions, sample_classes
 from distilclip.losses.contrastive import contrastive, info_nce, instance
-from distilclip.losses.distillation import augmented, feature, gradient, interactive, relational
+from distilclip.losses.distillation import (
+    augmented,
+    feature,
+    gradient,
+    interactive,
+    intramodal,
+    one_feature,
+    relational,
+)
 from distilclip.losses.sigmoid import sigmoid, sigmoid_relational
 
 __all__ = [
@@ -15,6 +23,8 @@ __all__ = [
     "info_nce",
     "instance",
     "interactive",
+    "intramodal",
+    "one_feature",
     "positions",
     "relational",
     "sample_classes",

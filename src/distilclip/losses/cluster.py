@@ -83,9 +83,9 @@ def cluster(
     Raises `ValueError` for shapes that differ, for labels without a center, for impossible scales and shares, and for
     `classes` that are not centers in ascending order, each once.
     """
-    check_pairs(student, teacher, names=("student", "teacher"))
-    check_share(alpha, name="alpha")
     shard = shard or ClassShard(rows=RankRows.alone(len(student)), first=0)
+    check_pairs(student, teacher, names=("student", "teacher"), rows=shard.rows)
+    check_share(alpha, name="alpha")
     if centers.ndim != 2 or centers.shape[1] != student.shape[1]:
         raise ValueError(
             f"centers are {tuple(centers.shape)}, student and teacher {student.shape[1]} wide: cluster the embeddings "
@@ -186,9 +186,8 @@ class _Cluster(torch.autograd.Function):
             sums = _reduce_sums(partial_sums(inputs), rows)
         ctx.sums = sums
         # Means over the rows here, as their part of the mean over all.
-        label, distribution = (
-            values[rows.here].mean() * rows.weight for values in (sums.label_loss(), sums.divergence())
-        )
+        losses = (values[rows.here] for values in (sums.label_loss(), sums.divergence()))
+        label, distribution = (own.mean() * rows.weight if len(own) else own.sum() for own in losses)
         return alpha * label + (1 - alpha) * distribution, label, distribution
 
     @staticmethod

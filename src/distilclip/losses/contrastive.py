@@ -52,7 +52,7 @@ def contrastive(
     O((rows + columns) dim + rows columns) numbers; by default it is used above 2,048 pairs. Raises `ValueError` where
     the shapes differ, and for a `scale` that is not positive.
     """
-    check_pairs(image, text, names=("image", "text"))
+    check_pairs(image, text, names=("image", "text"), rows=rows)
     check_scale(scale)
     if rows is not None and not rows.whole:
         # Each direction has other keys on every rank: own images to all texts, own texts to all images.
@@ -126,8 +126,8 @@ def instance(
     u, v are the student's image and text embeddings projected to the teacher's width (CLIP-CID, section 3.3).
     """
     check_share(gamma, name="gamma")
-    check_pairs(student.image, teacher.text, names=("student", "teacher"))
-    check_pairs(student.text, teacher.image, names=("student", "teacher"))
+    check_pairs(student.image, teacher.text, names=("student", "teacher"), rows=rows)
+    check_pairs(student.text, teacher.image, names=("student", "teacher"), rows=rows)
     # Two contrastive losses, each of them both ways.
     by_image = contrastive(student.image, teacher.text, scale=scale, rows=rows)
     by_text = contrastive(student.text, teacher.image, scale=scale, rows=rows)
@@ -139,15 +139,18 @@ def row_block(keys: Float[Tensor, "m dim"]) -> int:
     return max(32, PLAIN_ENTRIES // len(keys))
 
 
-def check_pairs(left: Tensor, right: Tensor, *, names: tuple[str, str]) -> None:
-    """Raise `ValueError` unless the rows of `left` and `right` are pairs of one width."""
+def check_pairs(left: Tensor, right: Tensor, *, names: tuple[str, str], rows: RankRows | None = None) -> None:
+    """Raise `ValueError` unless the rows of `left` and `right` are pairs of one width.
+
+    There must be one at least, or, where `rows` says so, one on another rank.
+    """
     if left.ndim != 2 or right.ndim != 2:
         raise ValueError(f"{names[0]} {tuple(left.shape)}, {names[1]} {tuple(right.shape)}: both must be [n, dim].")
     if len(left) != len(right):
         raise ValueError(
             f"{names[0]} has {len(left)} rows, {names[1]} {len(right)}: row i of both must be the same pair."
         )
-    if len(left) == 0:
+    if len(left) == 0 and (rows is None or rows.whole):
         raise ValueError(f"{names[0]} and {names[1]} have no rows: a mean over no pairs does not exist.")
     if left.shape[1] != right.shape[1]:
         raise ValueError(_width_message(names[0], left, names[1], right))

@@ -84,15 +84,55 @@ def row_divergence(
             return F.kl_div(log_p, log_q, log_target=True, reduction="sum") / count
 
     def divergence_(logits: Tensor, rows: slice) -> Tensor:
-        # KL(q || p) = sum_j q_j (target_j - logit_j) + lse(logits) - lse(targets); its gradient is p - q.
-        targets = teacher_scale * teacher_queries[rows] @ teacher_keys.T
-        gap = targets - logits
-        p, p_normaliser = softmax_(logits)  # student; [r, m] and [r]
-        q, q_normaliser = softmax_(targets)  # teacher
-        p.sub_(q)
-        return gap.mul_(q).sum() + (p_normaliser - q_normaliser).sum()
+        return _divergence_(logits, teacher_scale * teacher_queries[rows] @ teacher_keys.T)
 
     return sum_over_rows(queries, keys, scale, divergence_, count=count, block=block or row_block(keys))
+
+
+def intramodal(
+    student: Float[Tensor, "n dim"],
+    teacher: Float[Tensor, "n width"],
+    *,
+    scale: Float[Tensor, ""] | float,
+    teacher_scale: Float[Tensor, ""] | float,
+    rows: RankRows | None = None,
+    block: int | None = None,
+) -> Float[Tensor, ""]:
+    """Return relational distillation within one modality: of pictures among themselves, or of texts.
+
+        1/n sum_i KL( softmax_j(b E_i . E_j) || softmax_j(a e_i . e_j) ),   j over all rows but i
+
+    e, a are the student's embeddings and scale, E, b the teacher's. It is `relational` with the other pictures of the
+    batch in place of the captions, so it needs none; a row's likeness to itself says nothing and is left out.
+    """
+    rows = rows or RankRows.alone(len(student))
+    check_scale(scale)
+    check_scale(teacher_scale, name="teacher_scale")
+    if len(student) != len(teacher):
+        raise ValueError(f"student has {len(student)} rows, teacher {len(teacher)}: row i of both must be the same.")
+    queries, keys, scale = full_precision(student, rows.all(student), scale)
+    teacher, teacher_keys, teacher_scale = full_precision(teacher.detach(), rows.all(teacher).detach(), teacher_scale)
+
+    def divergence_(logits: Tensor, here: slice) -> Tensor:
+        targets = teacher_scale.detach() * teacher[here] @ teacher_keys.T
+        for values in (logits, targets):
+            values.diagonal(rows.offset + here.start)[: len(values)].fill_(_LEFT_OUT)
+        return _divergence_(logits, targets)
+
+    return sum_over_rows(queries, keys, scale, divergence_, count=rows.count, block=block or row_block(keys))
+
+
+_LEFT_OUT = -1e4  # a logit whose exponential is 0 beside any other
+
+
+def _divergence_(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the rows' KL(softmax(targets) || softmax(logits)); the logits become its gradient."""
+    # KL(q || p) = sum_j q_j (target_j - logit_j) + lse(logits) - lse(targets); its gradient is p - q.
+    gap = targets - logits
+    p, p_normaliser = softmax_(logits)  # student; [r, m] and [r]
+    q, q_normaliser = softmax_(targets)  # teacher
+    p.sub_(q)
+    return gap.mul_(q).sum() + (p_normaliser - q_normaliser).sum()
 
 
 def feature(student: Features, teacher: Features, *, rows: RankRows | None = None) -> Float[Tensor, ""]:
@@ -109,6 +149,21 @@ def feature(student: Features, teacher: Features, *, rows: RankRows | None = Non
     return value if rows is None else value * rows.weight
 
 
+def one_feature(
+    student: Float[Tensor, "n dim"], teacher: Float[Tensor, "n dim"], *, rows: RankRows | None = None
+) -> Float[Tensor, ""]:
+    """Return feature distillation of one side, of images or of texts: `feature` is the sum of both."""
+    rows = rows or RankRows.alone(len(student))
+    check_pairs(student, teacher, names=("student", "teacher"), rows=rows)
+    student, teacher = full_precision(student, teacher.detach())
+    return _mean_square(student, teacher) * rows.weight
+
+
+def _mean_square(own: Tensor, target: Tensor) -> Tensor:
+    """Return the mean squared difference, 0 of no rows: a rank may have none of a batch's rows of a kind."""
+    return F.mse_loss(own, target) if len(own) else own.sum()
+
+
 def gradient(student: Features, teacher: Features, *, rows: RankRows | None = None) -> Float[Tensor, ""]:
     """Return gradient distillation (GD): mean squared difference of both models' contrastive gradients.
 
@@ -122,13 +177,13 @@ def gradient(student: Features, teacher: Features, *, rows: RankRows | None = No
     as the contrastive loss's for a student half way to its teacher, and a twentieth of it before training (n = 256 and
     1,024, dim = 128 and 512). Published weights are for gradients divided by s^2 and do not carry over.
     """
-    _check_same_space(student, teacher)
+    _check_same_space(student, teacher, rows)
     rows = rows or RankRows.alone(len(student.image))
     # The teacher's gradients are targets; the student's are differentiated once more.
     with torch.no_grad():
         targets = _contrastive_gradients(teacher, rows)
     own = _contrastive_gradients(student, rows)
-    value = torch.stack([F.mse_loss(g, target.to(g)) for g, target in zip(own, targets, strict=True)]).sum()
+    value = torch.stack([_mean_square(g, target.to(g)) for g, target in zip(own, targets, strict=True)]).sum()
     return value * rows.weight
 
 
@@ -141,7 +196,7 @@ def interactive(
 
     u, v are the student's image and text embeddings, E, C the teacher's, s a learnable scale of this term.
     """
-    _check_same_space(student, teacher)
+    _check_same_space(student, teacher, rows)
     rows = rows or RankRows.alone(len(student.image))
     # The teacher's rows of all ranks are the keys.
     image, text = rows.all(teacher.image).detach(), rows.all(teacher.text).detach()
@@ -215,10 +270,10 @@ def _grid(size: tuple[int, int], patch: int) -> tuple[int, int]:
     return -(-size[0] // patch), -(-size[1] // patch)
 
 
-def _check_same_space(student: Features, teacher: Features) -> None:
+def _check_same_space(student: Features, teacher: Features, rows: RankRows | None = None) -> None:
     """Raise `ValueError` unless both models' rows are the same samples, in one space."""
-    check_pairs(student.image, teacher.image, names=("student", "teacher"))
-    check_pairs(student.text, teacher.text, names=("student", "teacher"))
+    check_pairs(student.image, teacher.image, names=("student", "teacher"), rows=rows)
+    check_pairs(student.text, teacher.text, names=("student", "teacher"), rows=rows)
 
 
 def _contrastive_gradients(features: Features, rows: RankRows) -> list[Tensor]:

@@ -17,8 +17,16 @@ from torch import Tensor
 
 from distilclip.losses.cluster import ClassShard, cluster
 from distilclip.losses.contrastive import contrastive, instance
-from distilclip.losses.distillation import augmented, feature, gradient, interactive, relational
-from distilclip.losses.features import Features, RankRows
+from distilclip.losses.distillation import (
+    augmented,
+    feature,
+    gradient,
+    interactive,
+    intramodal,
+    one_feature,
+    relational,
+)
+from distilclip.losses.features import Features, RankRows, Sides
 from distilclip.losses.sigmoid import sigmoid, sigmoid_relational
 from distilclip.methods import Constants, find_term
 
@@ -60,6 +68,9 @@ class TermInputs:
     student: Features
     """in the student's own space"""
     constants: Constants
+    sides: Sides | None = None
+    """what each row has; None where all have a picture and a caption, or the term takes only rows that have what it
+    needs"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +151,7 @@ def _relational(given: TeacherInputs) -> Tensor:
 
 @computes("feature")
 def _feature(given: TeacherInputs) -> Tensor:
-    return feature(given.projected, given.teacher, rows=given.rows)
+    return _imitate(given.projected, given)
 
 
 @computes("masked")
@@ -148,7 +159,43 @@ def _masked(given: TeacherInputs) -> Tensor:
     # The feature term on the student's embeddings of masked images.
     assert given.masked_image is not None
     own = Features(image=given.masked_image, text=given.student.text, scale=given.student.scale)
-    return feature(given.heads.project(own), given.teacher, rows=given.rows)
+    return _imitate(given.heads.project(own), given)
+
+
+def _imitate(projected: Features, given: TeacherInputs) -> Tensor:
+    if given.sides is None:
+        return feature(projected, given.teacher, rows=given.rows)
+    return _add_sides(one_feature, projected, given.teacher, given.sides)
+
+
+@computes("intramodal")
+def _intramodal(given: TeacherInputs) -> Tensor:
+    # The student's own embeddings, never projected, as in the relational term; pictures and texts count half each.
+    student, teacher = given.student, given.teacher
+
+    def within(own: Tensor, target: Tensor, *, rows: RankRows) -> Tensor:
+        return intramodal(own, target, scale=student.scale, teacher_scale=teacher.scale, rows=rows) / 2
+
+    if given.sides is not None:
+        return _add_sides(within, student, teacher, given.sides)
+    return within(student.image, teacher.image, rows=given.rows) + within(student.text, teacher.text, rows=given.rows)
+
+
+def _add_sides(loss: Callable[..., Tensor], student: Features, teacher: Features, sides: Sides) -> Tensor:
+    """Add a loss of pictures, over the rows that have one, and the same loss of texts."""
+    total = nothing(student)
+    for own, target, part in (
+        (student.image, teacher.image, sides.image),
+        (student.text, teacher.text, sides.text),
+    ):
+        if len(part):
+            total = total + loss(own[part.mine], target[part.mine], rows=part.rows)
+    return total
+
+
+def nothing(student: Features) -> Float[Tensor, ""]:
+    """Return the value of a term to which no row of the batch adds: 0, with gradients of 0."""
+    return (student.image.sum() + student.text.sum()) * 0
 
 
 @computes("gradient")

@@ -70,10 +70,12 @@ def live_teacher(clip: Clip, *, precision: torch.dtype, micro_batch: int) -> Tea
 
     def encode(batch: Batch, part: slice) -> tuple[Tensor, Tensor]:
         assert batch.teacher_pixels is not None
-        pixels = batch.teacher_pixels[part].to(clip.device, non_blocking=True)
         tokens = clip.tokenizer(batch.captions[part]).to(clip.device)
-        image = clip.encode_image(normalise_pixels(pixels, clip.preprocess_cfg))
-        return image, clip.encode_text(tokens)
+        text = clip.encode_text(tokens)
+        if batch.has_image is not None and not batch.has_image[part].any():
+            return torch.zeros_like(text), text
+        pixels = batch.teacher_pixels[part].to(clip.device, non_blocking=True)
+        return clip.encode_image(normalise_pixels(pixels, clip.preprocess_cfg)), text
 
     @torch.no_grad()
     def features(batch: Batch) -> tuple[Features, ...]:

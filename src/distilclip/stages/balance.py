@@ -57,6 +57,7 @@ def main(config: Config) -> dict[str, Any]:
     if config.groups is not None:
         stage_folder.require(config.groups, stage="balance", store=config.store)
     images = ImageMatrix(Store.open(config.store), config.groups)
+    num_pictureless = images.count_pictureless(stage="balance")
     forest_path, search_path = folder.child("forest.parquet"), folder.child("search.json")
     source = config.from_folder or folder.path
     rule = config.grouping if config.from_folder is None else _rule_of_cut(config, config.from_folder)
@@ -89,6 +90,8 @@ def main(config: Config) -> dict[str, Any]:
     remove_parts(folder.path)
     _write_groups(folder.path, images, balance)
     result = {**_result(balance), **_examples(balance, images)}
+    if num_pictureless:
+        result["num_pictureless"] = num_pictureless
     for warning in result["warnings"]:
         warn(f"balance: {warning}")
     names = ["forest.parquet", "search.json", *map(groups_name, range(images.store.num_shards))]
@@ -209,18 +212,23 @@ def _forecast(config: Config, rule: Rule, images: ImageMatrix, pairs: list[Block
 
 
 def _write_groups(path: str, images: ImageMatrix, balance: Balance) -> None:
-    """Write one file for each shard, of its valid rows. Finished files are left as they are: they would be the same."""
-    for shard, (start, stop) in enumerate(zip(images.starts[:-1], images.starts[1:], strict=True)):
-        rows = start + np.flatnonzero(balance.group[start:stop] >= 0)
-        if not files.exists(groups_path(path, shard)):
-            part = Groups(
-                row=(rows - start).astype(np.uint32),
-                group=images.ids(balance.group[rows]),
-                representative=images.ids(balance.representative[rows]),
-                distance=balance.distance[rows],
-                keep=balance.keep[rows],
-            )
-            write_groups(path, shard, part)
+    """Write one file for each shard, of its valid rows; a row without a picture is kept, as a group of its own.
+
+    Finished files are left as they are: they would be the same.
+    """
+    for shard, start in enumerate(images.starts[:-1]):
+        if files.exists(groups_path(path, shard)):
+            continue
+        rows = start + np.flatnonzero(images.usable(shard))
+        grouped = balance.group[rows] >= 0
+        part = Groups(
+            row=(rows - start).astype(np.uint32),
+            group=images.ids(np.where(grouped, balance.group[rows], rows)),
+            representative=images.ids(np.where(grouped, balance.representative[rows], rows)),
+            distance=np.where(grouped, balance.distance[rows], np.float32(0)),
+            keep=balance.keep[rows] | ~grouped,
+        )
+        write_groups(path, shard, part)
 
 
 def _result(balance: Balance) -> dict[str, Any]:

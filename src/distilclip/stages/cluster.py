@@ -16,7 +16,7 @@ from distilclip.clustering.kmeans import REPAIRS, fit_centers, gini, size_histog
 from distilclip.clustering.sums import CenterSums
 from distilclip.configs.cluster import Config
 from distilclip.data.images import ImageMatrix
-from distilclip.data.side_files import CENTERS_FILE, kept_rows, labels_name, write_centers
+from distilclip.data.side_files import CENTERS_FILE, kept_images, labels_name, write_centers
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import Workers, connected
@@ -82,6 +82,7 @@ def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix, worke
 
 def _start(config: Config, rounds: Rounds, images: ImageMatrix) -> Float32[np.ndarray, "k dim"]:
     """Choose the rows to fit to and write them down; return the first centers."""
+    images.count_pictureless(stage="cluster")
     kept = _kept_rows(images, config.groups)
 
     def read(rows: Int[np.ndarray, " m"]) -> tuple[Points, Int[np.ndarray, " m"]]:
@@ -94,11 +95,10 @@ def _start(config: Config, rounds: Rounds, images: ImageMatrix) -> Float32[np.nd
 
 
 def _kept_rows(images: ImageMatrix, groups: str | None) -> Int[np.ndarray, " n"]:
-    """Return the kept rows of all shards, counted through them."""
+    """Return the kept rows of all shards that have a picture, counted through them."""
     kept = [np.empty(0, np.int64)]
     for shard, start in enumerate(images.starts[:-1]):
-        valid = images.store.columns(shard, "valid")["valid"].to_numpy()
-        kept.append(start + np.flatnonzero(kept_rows(images.store, shard, valid, groups)))
+        kept.append(start + np.flatnonzero(kept_images(images.store, shard, groups)))
     return np.concatenate(kept)
 
 

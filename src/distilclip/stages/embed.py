@@ -18,6 +18,7 @@ from distilclip import digests, files, folder_lock, stage_folder
 from distilclip.configs.embed import Config
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy, OnError
+from distilclip.data.limits import Side
 from distilclip.data.scan import ScannedBatch, ShardEmbeddings, ShardList, scan
 from distilclip.data.shards import find_shards, source_size
 from distilclip.data.store import (
@@ -117,6 +118,7 @@ def _finish(
             "num_invalid": policy.num_bad,
             "reasons": dict(sorted(policy.reasons.items())),
             "truncated": [line.uri for line in shards if line.status == "truncated"],
+            **_count_lacking(folder.path, len(shards), config.may_lack),
             "dim": dim,
             "teacher": teacher,
             "digests": digests.digest_files(folder.path, store_files(len(shards), views=views)),
@@ -186,13 +188,13 @@ def _check_teacher(path: str, finished: int, teacher: Mapping[str, Any]) -> None
 
 
 def _say_captionless(uris: Sequence[str]) -> None:
-    """Say of how many pictures the folders hold no captions: they are embedded with empty ones."""
+    """Say of how many pictures the folders hold no captions."""
     folders = [PictureFolder(uri) for uri in uris if uri.endswith("/")]
     num_pictures = sum(len(folder.index()) for folder in folders if not folder.has_captions)
     if num_pictures:
         say(
-            f"{num_pictures:,} pictures have no caption (a .txt of the same name). They are embedded with an empty "
-            "one: balance and cluster can use them, train cannot."
+            f"{num_pictures:,} pictures have no caption (a .txt of the same name), and are stored without a text "
+            "embedding: balance and cluster need none, and train teaches with what compares pictures."
         )
 
 
@@ -215,6 +217,7 @@ def _embed(
         max_pixels=config.max_pixels,
         views=_views(config),
         columns=config.columns,
+        may_lack=config.may_lack,
         device=config.device,
         num_workers=config.num_workers,
         finished=finished,
@@ -244,6 +247,7 @@ class Embedder:
     max_pixels: int
     views: Views | None
     columns: CsvColumns
+    may_lack: tuple[Side, ...]
     device: str
     num_workers: int
     finished: int | None = None
@@ -264,7 +268,7 @@ class Embedder:
         """Write the shards of a store, each with its row table last; the teacher's description and width."""
         teacher = describe_teacher(clip, precision=self.precision)
         batches = scan(
-            ShardList(shards=shards, columns=self.columns),
+            ShardList(shards=shards, columns=self.columns, may_lack=self.may_lack),
             preprocess=clip.preprocess,
             tokenize=clip.tokenizer,
             batch_size=self.batch_size,
@@ -301,6 +305,17 @@ def describe_teacher(clip: Clip, *, precision: str) -> dict[str, Any]:
     }
 
 
+def _count_lacking(path: str, num_shards: int, may_lack: Sequence[Side]) -> dict[str, int]:
+    """Count the usable rows without a picture, and those without a caption; nothing where rows may lack neither."""
+    if not may_lack:
+        return {}
+    tables = [read_shard_rows(path, shard) for shard in range(num_shards)]
+    num_pictureless = sum(int((rows.valid & ~rows.has_image).sum()) for rows in tables)
+    num_captionless = sum(int((rows.valid & ~rows.has_text).sum()) for rows in tables)
+    say(f"embed {path}: {num_captionless:,} rows have no caption, {num_pictureless:,} have no picture.")
+    return {"num_captionless": num_captionless, "num_pictureless": num_pictureless}
+
+
 def _views(config: Config) -> Views | None:
     if not config.views:
         return None
@@ -316,14 +331,15 @@ def _forward(
     found = {name: np.zeros((num_rows, dim), np.float16) for name in ("image", "text")}
     found["views"] = np.zeros((num_rows, num_views, dim), np.float16)
     found["other_text"] = np.zeros((len(batch.other_tokens), dim), np.float16)
-    if batch.pixels is None:
-        return found
-    device = clip.device
+    device, embedded = clip.device, {}
     with torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        image = clip.encode_image(batch.pixels.to(device, non_blocking=True))
-        text = clip.encode_text(batch.tokens.to(device, non_blocking=True))
-        found["image"][:], found["text"][:] = _to_numpy(image), _to_numpy(text)  # waits for both towers
-        for view, pixels in enumerate(batch.view_pixels):
+        if batch.pixels is not None:
+            embedded["image"] = clip.encode_image(batch.pixels.to(device, non_blocking=True))
+        if batch.has_text.any():
+            embedded["text"] = clip.encode_text(batch.tokens.to(device, non_blocking=True))
+        for name, embeddings in embedded.items():  # waits for both towers
+            found[name][:] = _to_numpy(embeddings)
+        for view, pixels in enumerate(batch.view_pixels if batch.pixels is not None else ()):
             shown = normalise_pixels(pixels.to(device, non_blocking=True), clip.preprocess_cfg)
             found["views"][:, view] = _to_numpy(clip.encode_image(shown))
         for first in range(0, len(batch.other_tokens), num_rows):

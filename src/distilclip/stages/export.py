@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 from distilclip import files, stage_folder
 from distilclip.configs.export import Config
 from distilclip.data.shards import find_shards
+from distilclip.data.store import Store
 from distilclip.engine import Engine, map_parts
 from distilclip.errors import InputError
 from distilclip.export.curated_tars import TarWriter, plan_tars
@@ -69,8 +70,19 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
         num_samples = sum(_map_parts(UidWriter(selection, folder), shards, engine=engine))
         found = {"num_samples": num_samples, "num_uids": join_uids(folder, len(shards))}
     else:
-        found = {"num_samples": sum(_map_parts(PartitionWriter(selection, folder), shards, engine=engine))}
+        writer = PartitionWriter(selection, folder, _sides(selection.store))
+        found = {"num_samples": sum(_map_parts(writer, shards, engine=engine))}
     return {"num_rows": selection.store.num_rows, **found}
+
+
+def _sides(store: Store) -> tuple[str, ...]:
+    """Return the sides of which any row of a store has an embedding."""
+    shards = range(store.num_shards)
+    return tuple(
+        side
+        for side in ("image", "text")
+        if any(store.columns(shard, f"has_{side}").column(0).to_numpy().any() for shard in shards)
+    )
 
 
 def _write_tars(selection: Selection, folder: str, *, samples_per_tar: int | None, engine: Engine) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def main(config: Config) -> dict[str, Any]:
     store = Store.open(config.store)
     if config.groups is not None:
         stage_folder.require(config.groups, stage="balance", store=config.store)
+    _check_sides(config, store)
     shards = range(store.num_shards)
     targets = Targets.of(config.targets, folder.path)
     targets.prepare(store, data_root=config.data_root, device=config.device, num_workers=config.num_workers)
@@ -89,6 +90,28 @@ def main(config: Config) -> dict[str, Any]:
             "digests": digests.digest_files(folder.path, names),
         }
     )
+
+
+_COMPARED = {"clip-score": ("image", "text"), "neg-clip-loss": ("image", "text"), "norm-sim": ("image",)}
+
+
+def _check_sides(config: Config, store: Store) -> None:
+    """Raise `InputError` where a row that is to be scored lacks what the score compares."""
+    lacking = dict.fromkeys(_COMPARED.get(config.score, ()), 0)
+    for shard in range(store.num_shards if lacking else 0):
+        kept = _kept(store, shard, config.groups)
+        for side in lacking:
+            there = store.columns(shard, f"has_{side}").column(0).to_numpy()
+            lacking[side] += int((kept & ~there).sum())
+    words = {"image": "picture", "text": "caption"}
+    for side, count in lacking.items():
+        if count:
+            usable = "norm-sim or column" if side == "text" else "column"
+            raise InputError(
+                f"{store.path}: {count:,} rows have no {words[side]}, and {config.score} compares "
+                f"{' and '.join(f'{words[each]}s' for each in lacking)}. Choose --score {usable}, or embed the pairs "
+                "into a store of their own."
+            )
 
 
 def _cut(config: Config, scores: Float32[np.ndarray, " n"]) -> Cut:

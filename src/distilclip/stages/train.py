@@ -81,8 +81,10 @@ def _train(config: Config, device: torch.device) -> dict[str, Any]:
         distributed.on_first(lambda: stage_folder.write_made_from(folder.child("teacher.json"), folder.path, known))
     shown = dataclasses.replace(clip, model=copy.deepcopy(clip.model)) if config.validation.is_on else None
     stream = _open_stream(config, clip, stores, live)
+    method, runs = _fit_to_rows(config, method, clip, stream)
     mixture = _describe_mixture(config, stream) | _describe_captions(config, stream)
-    training = _training(config, _student(config, method, clip, stores=stores, live=live), stream)
+    student = dataclasses.replace(_student(config, method, clip, stores=stores, live=live), runs=runs)
+    training = _training(config, student, stream)
     schedule = _schedule(config, stream.num_rows)
     validator = None
     if shown is not None:
@@ -205,6 +207,45 @@ def _schedule(config: Config, num_rows: int) -> Schedule:
     )
 
 
+def _fit_to_rows(
+    config: Config, method: Objective, clip: Clip, stream: PairStream
+) -> tuple[Objective, tuple[str, ...]]:
+    """Return the method without the terms that no row teaches, and the towers that are run.
+
+    A tower that no row has anything for keeps its weights. Raises `InputError` where no term is left, and for batch
+    norms, whose statistics the black pictures of rows without any would spoil.
+    """
+    sides = stream.num_sides
+    if sides["num_pairs"] == stream.num_rows:
+        return method, ("image", "text")
+    idle = [name for name, weight in method.weights.items() if weight and not TERMS[name].applies(**sides)]
+    counts = {"image": sides["num_images"], "text": sides["num_texts"]}
+    said = (
+        f"train {config.out}: of {stream.num_rows:,} rows {sides['num_pairs']:,} have a picture and a caption, "
+        f"{stream.num_rows - counts['text']:,} a picture alone, {stream.num_rows - counts['image']:,} a caption alone."
+    )
+    if idle:
+        said += f" No row has what these terms compare, which are left out: {', '.join(idle)}."
+    if all(name in idle for name, weight in method.weights.items() if weight):
+        usable = [name for name, term in TERMS.items() if term.applies(**sides) and "centers" not in term.needs]
+        raise InputError(
+            f"{said} None is left: give one of {', '.join(usable)} a weight, as in `--terms feature 2000`."
+        )
+    runs = tuple(tower for tower, count in counts.items() if count)
+    for tower in ("image", "text"):
+        if tower not in runs:
+            freeze_tower(clip, tower)
+            said += f" The {tower} tower keeps the weights that it begins with."
+    if "image" in runs and counts["image"] < stream.num_rows and batch_norms(clip.model):
+        raise InputError(
+            f"{said} Batch norms of {config.student} would count the rows without a picture: train on those with one "
+            "alone, or choose a student without batch norms."
+        )
+    if distributed.rank() == 0:
+        say(said)
+    return objective(config.objective, {**config.terms, **dict.fromkeys(idle, 0.0)}), runs
+
+
 def _describe_batch_norm(config: Config, clip: Clip) -> dict[str, str]:
     """What result.json says of batch norms that see less than the whole batch."""
     kind = config.towers.batch_norm
@@ -314,6 +355,7 @@ def _presentation(config: Config, clip: Clip, live: Clip | None, *, num_views: i
         augmentation=config.crops,
         num_views=num_views,
         max_pixels=max_pixels,
+        student_columns=config.student_captions,
     )
 
 

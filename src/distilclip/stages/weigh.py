@@ -129,7 +129,8 @@ def _read_labels(clusters: str, ids: UInt64[np.ndarray, " n"], num_shards: int) 
         if not is_there.all():
             raise InputError(
                 f"{clusters}: row {rows[np.argmin(is_there)]} of shard {shard} is kept and has no label. Give the "
-                "--groups that the clusters were made with, or a selection from them, or cluster again."
+                "--groups that the clusters were made with, or a selection from them, or cluster again. Rows without a "
+                "picture have no cluster."
             )
         cluster[first:last], distance[first:last] = labels.cluster[place], labels.distance[place]
     return _RowLabels(cluster=cluster, distance=distance, centers=centers)

@@ -38,13 +38,20 @@ class Towers(nn.Module):
 
     def forward(
         self,
-        pixels: Float[Tensor, "n 3 h w"],
-        tokens: Int[Tensor, "n context"],
+        pixels: Float[Tensor, "n 3 h w"] | None,
+        tokens: Int[Tensor, "n context"] | None,
         masked: Float[Tensor, "n 3 h w"] | None = None,
     ) -> list[Float[Tensor, "n dim"]]:
-        """Unit image and text embeddings and, if given, those of masked images; float32, the towers under autocast."""
-        with torch.autocast(pixels.device.type, self._precision, enabled=self._precision != torch.float32):
-            features = [self._clip.encode_image(pixels), self._clip.encode_text(tokens)]
+        """Unit image and text embeddings and, if given, those of masked images; float32, the towers under autocast.
+
+        A tower that is given nothing is not run, and its embeddings are zero; one of the two must be given something.
+        """
+        device = self._clip.device
+        with torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32):
+            image = None if pixels is None else self._clip.encode_image(pixels)
+            text = None if tokens is None else self._clip.encode_text(tokens)
+            features = [torch.zeros_like(text) if image is None else image]  # type: ignore[arg-type]
+            features.append(torch.zeros_like(features[0]) if text is None else text)
             if masked is not None:
                 with fixed_statistics(self.model), every_patch(self.model):
                     features.append(self._clip.encode_image(masked))

@@ -15,7 +15,7 @@ from distilclip.data.stream import Batch
 from distilclip.losses.cluster import sample_classes
 from distilclip.losses.contrastive import row_block
 from distilclip.losses.distillation import draw_masks, hide_patches
-from distilclip.losses.features import Features, RankRows
+from distilclip.losses.features import Features, RankRows, Sides
 from distilclip.losses.terms import StepClasses
 from distilclip.models.batch_norm import fixed_statistics
 from distilclip.models.clip import Clip, normalise_pixels
@@ -66,6 +66,8 @@ class Student:
     heads: Heads
     towers: nn.Module
     class_head: ClassHead | None = None
+    runs: tuple[str, ...] = ("image", "text")
+    """the towers that are run: without one of them, its embeddings are zero"""
 
     def limit_scales(self) -> None:
         """Hold every learned scale at 100 or less, in the parameter itself, so that what is saved is what was used.
@@ -102,6 +104,15 @@ class Inputs:
     others: tuple[Features, ...] = ()
     """further teachers"""
     labels: Int[Tensor, " n"] | None = None
+    has_image: Bool[Tensor, " n"] | None = None
+    has_text: Bool[Tensor, " n"] | None = None
+    """which rows have a picture and a caption; None where all have both"""
+
+    def sides(self, rows: RankRows) -> Sides | None:
+        """Return what the rows of the global batch have; every process must call it."""
+        if self.has_image is None or self.has_text is None:
+            return None
+        return Sides.of(self.has_image, self.has_text, rows)
 
 
 def make_inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> Inputs:
@@ -113,6 +124,8 @@ def make_inputs(batch: Batch, teacher: Teacher | None, device: torch.device) -> 
         teacher=teachers[0] if teachers else None,
         others=teachers[1:],
         labels=batch.labels.to(device) if batch.labels is not None else None,
+        has_image=batch.has_image.to(device) if batch.has_image is not None else None,
+        has_text=batch.has_text.to(device) if batch.has_text is not None else None,
     )
 
 
@@ -138,15 +151,14 @@ def compute_gradients(
     """
     stopwatch = stopwatch or Stopwatch(inputs.pixels.device)
     rows = distributed.rows_of_this_rank(len(inputs.pixels))
+    sides = inputs.sides(rows)
     masks = _draw_masks(objective, inputs.pixels, rows, generator)
-    classes = _draw_classes(student, objective, inputs.labels, rows, generator)
+    classes = _draw_classes(student, objective, inputs.labels, rows, generator, sides)
     slices = [slice(i, i + micro_batch) for i in range(0, len(inputs.pixels), micro_batch)]
 
     def embed(part: slice) -> list[Tensor]:
         torch.manual_seed(((generator.initial_seed() << 24) + rows.offset + part.start) % (1 << 63))
-        pixels = normalise_pixels(inputs.pixels[part], student.clip.preprocess_cfg)
-        masked = None if masks is None else hide_patches(pixels, masks[part])
-        return student.towers(pixels, inputs.tokens[part], masked)
+        return _run_towers(student, inputs, part, masks)
 
     def copy(features: list[Tensor]) -> list[Tensor]:  # a CUDA graph writes the next call's over them
         return [feature.clone() for feature in features]
@@ -155,7 +167,7 @@ def compute_gradients(
         parts = [embed(part) for part in slices] if len(slices) == 1 else [copy(embed(part)) for part in slices]
         leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts, strict=True)]
     with stopwatch.measure("objective"):
-        result = _evaluate(student, objective, leaves, inputs, classes, rows, diagnosing=diagnosing)
+        result = _evaluate(student, objective, leaves, inputs, classes, Rows(rows, sides), diagnosing=diagnosing)
     with stopwatch.measure("student"):
         for part in slices:
             with gradient_sync(student.towers, now=part is slices[-1]), fixed_statistics(student.clip.model):
@@ -180,14 +192,11 @@ def measure_terms(
     `generator`, as for `compute_gradients`; the values are those of the global batch.
     """
     rows = distributed.rows_of_this_rank(len(inputs.pixels))
+    sides = inputs.sides(rows)
     masks = _draw_masks(objective, inputs.pixels, rows, generator)
-    classes = _draw_classes(student, objective, inputs.labels, rows, generator)
-    parts = []
-    for start in range(0, len(inputs.pixels), micro_batch):
-        part = slice(start, start + micro_batch)
-        pixels = normalise_pixels(inputs.pixels[part], student.clip.preprocess_cfg)
-        masked = None if masks is None else hide_patches(pixels, masks[part])
-        parts.append(student.towers(pixels, inputs.tokens[part], masked))
+    classes = _draw_classes(student, objective, inputs.labels, rows, generator, sides)
+    slices = [slice(start, start + micro_batch) for start in range(0, len(inputs.pixels), micro_batch)]
+    parts = [_run_towers(student, inputs, part, masks) for part in slices]
     image, text, *masked_images = (torch.cat(column) for column in zip(*parts, strict=True))
     own = Features(image=image, text=text, scale=student.clip.scale, bias=student.clip.bias)
     terms = objective.terms(
@@ -198,12 +207,32 @@ def measure_terms(
         masked_image=masked_images[0] if masked_images else None,
         classes=classes,
         rows=rows,
+        sides=sides,
     )
     values = {"loss": objective.total(terms), **terms}
     if inputs.teacher is not None:
-        values |= _cosines(student.heads.project(own), inputs.teacher, rows)
+        values |= _cosines(student.heads.project(own), inputs.teacher, Rows(rows, sides))
     summed = distributed.reduce_(torch.stack([value.detach() for value in values.values()]))
     return dict(zip(values, summed.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which rows of a global batch are here, and what each has (None: all have both sides)."""
+
+    here: RankRows
+    sides: Sides | None = None
+
+
+def _run_towers(
+    student: Student, inputs: Inputs, part: slice, masks: Bool[Tensor, "n rows columns"] | None
+) -> list[Float[Tensor, "_ dim"]]:
+    """Embed some rows; a tower that keeps its weights is left out where none of all rows has anything for it."""
+    runs = student.runs
+    has_pixels = "image" in runs and inputs.pixels.shape[-1] > 1  # the stream of a store without pictures shows one
+    pixels = normalise_pixels(inputs.pixels[part], student.clip.preprocess_cfg) if has_pixels else None
+    masked = None if masks is None or pixels is None else hide_patches(pixels, masks[part])
+    return student.towers(pixels, inputs.tokens[part] if "text" in runs else None, masked)
 
 
 def _unscale_(student: Student, scale: float) -> None:
@@ -226,7 +255,7 @@ def _evaluate(
     leaves: list[Tensor],
     inputs: Inputs,
     classes: StepClasses | None,
-    rows: RankRows,
+    rows: Rows,
     *,
     diagnosing: bool,
 ) -> StepResult:
@@ -240,7 +269,8 @@ def _evaluate(
         others=inputs.others,
         masked_image=leaves[2] if len(leaves) > 2 else None,
         classes=classes,
-        rows=rows,
+        rows=rows.here,
+        sides=rows.sides,
     )
     loss = objective.total(terms)
     loss.backward(retain_graph=diagnosing)
@@ -259,11 +289,16 @@ def _evaluate(
 
 
 @torch.no_grad()
-def _cosines(projected: Features, teacher: Features, rows: RankRows) -> dict[str, Tensor]:
-    return {
-        "cosine_image": (projected.image * teacher.image).sum(dim=-1).mean() * rows.weight,
-        "cosine_text": (projected.text * teacher.text).sum(dim=-1).mean() * rows.weight,
-    }
+def _cosines(projected: Features, teacher: Features, rows: Rows) -> dict[str, Tensor]:
+    """Of the rows that have a picture, and of those that have a caption; nothing where no row of the batch has any."""
+    found = {}
+    for side in ("image", "text"):
+        cosine = (getattr(projected, side) * getattr(teacher, side)).sum(dim=-1)
+        if rows.sides is None:
+            found[f"cosine_{side}"] = cosine.mean() * rows.here.weight
+        elif len(part := getattr(rows.sides, side)):
+            found[f"cosine_{side}"] = cosine[part.mine].sum() / len(part)
+    return found
 
 
 def _diagnose(
@@ -272,18 +307,24 @@ def _diagnose(
     *,
     terms: Mapping[str, Float[Tensor, ""]],
     leaves: Sequence[Tensor],
-    rows: RankRows,
+    rows: Rows,
 ) -> Diagnosis:
-    """Measure the rows here and reduce. `terms` are weighted and keep their graph down to the `leaves`."""
+    """Measure the rows here and reduce. `terms` are weighted and keep their graph down to the `leaves`.
+
+    Of a batch without any pair there is no agreement to measure.
+    """
     squares = []
     for term in terms.values():
         gradients = torch.autograd.grad(term, leaves, retain_graph=True, allow_unused=True)
         squares.append(torch.stack([g.square().sum() for g in gradients if g is not None] or [term * 0]).sum().detach())
-    agreed = torch.zeros_like(squares[0])
+    agreed, here = torch.zeros_like(squares[0]), rows.here
+    if teacher is not None and rows.sides is not None:
+        pairs = rows.sides.pairs
+        here, student, teacher = pairs.rows, student.take(pairs.mine), teacher.take(pairs.mine) if len(pairs) else None
     if teacher is not None:
         with torch.no_grad():
-            same = _choose_captions(student, rows) == _choose_captions(teacher, rows)
-            agreed = same.sum().to(agreed) / rows.count
+            same = _choose_captions(student, here) == _choose_captions(teacher, here)
+            agreed = same.sum().to(agreed) / here.count
     *sums, agreed_share = distributed.reduce_(torch.stack([*squares, agreed])).tolist()
     return Diagnosis(
         agreement=None if teacher is None else round(agreed_share, 6),
@@ -309,13 +350,20 @@ def _draw_masks(
 
 
 def _draw_classes(
-    student: Student, objective: Objective, labels: Tensor | None, rows: RankRows, generator: torch.Generator
+    student: Student,
+    objective: Objective,
+    labels: Tensor | None,
+    rows: RankRows,
+    generator: torch.Generator,
+    sides: Sides | None = None,
 ) -> StepClasses | None:
-    """The classes of the step and this rank's centers of them, for the labels of the global batch."""
+    """The classes of the step and this rank's centers of them, for the labels of the global batch's pictures."""
     if not objective.needs("centers"):
         return None
     assert student.class_head is not None
     assert labels is not None
     labels, rate = rows.all(labels), objective.constants.sample_rate
+    if sides is not None:
+        labels = labels[sides.image.chosen]
     sampled = sample_classes(labels, student.class_head.num_classes, rate, generator) if rate < 1 else None
     return student.class_head.of_step(labels, sampled)

@@ -127,7 +127,8 @@ class Validator:
         )
         by_set = {name: measure(self._shown) for name, measure in self._measures.items()}
         if self._held_out is not None:
-            shown = replace(student, clip=self._shown, towers=Towers(self._shown, self._precision))
+            towers = Towers(self._shown, self._precision)
+            shown = replace(student, clip=self._shown, towers=towers, runs=("image", "text"))
             by_set[HELD_OUT] = self._held_out.measure(shown)
         found = {f"{VALIDATED}{name}/{metric}": v for name, values in by_set.items() for metric, v in values.items()}
         if self.best_by is not None and self.best_by in found:
