@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from distilclip.cli import STAGES
+from distilclip.stage_calls import module_of as module_of_stage
 
 SOURCE = Path(__file__).parents[1] / "src" / "distilclip"
 
@@ -41,7 +42,7 @@ LEVELS = [
     },
     {"losses", "vectors", "measures", "data", "corpus", "plan"},
     {"grouping", "clustering", "scoring", "sets", "models"},
-    {"train", "evaluate", "export", "report"},
+    {"train", "evaluate", "export", "intake", "report"},
     {"integrity"},
     {"configs"},
     {"stages"},
@@ -193,7 +194,7 @@ def test_search_imports_no_torch() -> None:
 def test_the_options_of_a_stage_import_nothing_heavy(stage: str) -> None:
     """So that its help, a mistyped flag and a refused value take less than half a second."""
     code = (
-        f"import sys, distilclip.configs.{stage}; "
+        f"import sys, distilclip.configs.{module_of_stage(stage)}; "
         "heavy = {'torch', 'numpy', 'pyarrow', 'fsspec', 'rich', 'jaxtyping', 'PIL'} & set(sys.modules); "
         "assert not heavy, heavy"
     )

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 STAGES = {
     "corpus": "write the synthetic corpus: image-text pairs with known duplicates, and labelled sets",
     "embed": "embed image-text pairs once with the teacher, into a store",
+    "import": "a store of embeddings that you have: DataComp's npz, clip-retrieval's npy, Parquet, .npy",
     "balance": "group semantically similar images exactly; keep one of each group",
     "select": "score every pair (caption fit, nearness to a target, a column of yours); keep the best",
     "cluster": "spherical k-means of the kept images: centers and labels",
@@ -123,9 +124,10 @@ def _explain(name: str, error: BaseException) -> int | None:
 
 
 def _run_stage(name: str, argv: list[str]) -> int:
-    from distilclip import config, failures, launch, messages
+    from distilclip import config, failures, launch, messages, stage_calls
 
-    options = importlib.import_module(f"distilclip.configs.{name}")
+    module = stage_calls.module_of(name)
+    options = importlib.import_module(f"distilclip.configs.{module}")
     messages.set_up_messages(**config.take_message_flags(argv))
     launch.find_place()
     launch.end_with_launcher()
@@ -138,7 +140,7 @@ def _run_stage(name: str, argv: list[str]) -> int:
     )
     if name not in ("run", "train") and not launch.work_alone(name):
         return 0
-    result = importlib.import_module(f"distilclip.stages.{name}").main(values)
+    result = importlib.import_module(f"distilclip.stages.{module}").main(values)
     from distilclip.progress import summarise
 
     messages.say(summarise(result, seconds=time.perf_counter() - started, out=values.out))

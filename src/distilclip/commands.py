@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from distilclip import config
 from distilclip.errors import InputError, did_you_mean
 from distilclip.options import option_fields, option_types
+from distilclip.stage_calls import module_of
 
 SHELLS = ("bash", "zsh", "tcsh")
 
@@ -41,7 +42,7 @@ def completion(argv: Sequence[str]) -> str:
     for name, words in STAGES.items():
         stage = stages.add_parser(name, help=words.replace("`", "'").replace("%", "%%"))
         stage.add_argument("recipe", nargs="?").complete = shtab.FILE  # type: ignore[attr-defined]
-        options = importlib.import_module(f"distilclip.configs.{name}").Config
+        options = importlib.import_module(f"distilclip.configs.{module_of(name)}").Config
         types = option_types(options)
         for option in option_fields(options):
             kind = types[option.name]

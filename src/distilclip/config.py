@@ -18,12 +18,24 @@ from typing import Any, TypeVar
 from distilclip import files, messages
 from distilclip.errors import InputError, did_you_mean
 from distilclip.options import option_fields, option_types
-from distilclip.stage_calls import build_config
+from distilclip.stage_calls import build_config, module_of
 from distilclip.step_references import find_references, resolve
 
 C = TypeVar("C")
 
-STEP_STAGES = ("corpus", "embed", "balance", "select", "cluster", "weigh", "train", "evaluate", "export", "report")
+STEP_STAGES = (
+    "corpus",
+    "embed",
+    "import",
+    "balance",
+    "select",
+    "cluster",
+    "weigh",
+    "train",
+    "evaluate",
+    "export",
+    "report",
+)
 """What a recipe may have steps of."""
 
 ALIASES = {
@@ -110,7 +122,7 @@ def _place_step(tables: dict[str, Any], values: dict[str, Any], *, path: str, so
 
 def config_type_of(stage: str) -> Any:
     """Return the Config class of a stage."""
-    return importlib.import_module(f"distilclip.configs.{stage}").Config
+    return importlib.import_module(f"distilclip.configs.{module_of(stage)}").Config
 
 
 def translate_aliases(argv: Sequence[str], config_type: Any) -> list[str]:

@@ -6,6 +6,7 @@ A folder of an older version has none, and its files are read without this check
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -150,7 +151,13 @@ def describe_change(path: str, remedy: str = "", *, what: str = "") -> str:
 
 
 def repair_with(folder: str, stage: str) -> str:
-    """Return how to repair a folder: what to run, and that it makes again only what is damaged."""
+    """Return how to repair a folder: what to run, and that it makes again only what is damaged.
+
+    `stage` made it, unless its config.json says that another did whose folders stand for its.
+    """
+    config = files.join(folder, "config.json")
+    with contextlib.suppress(ValueError, AttributeError, OSError):
+        stage = json.loads(files.read_bytes(config)).get("stage", stage)
     return (
         f"`distilclip verify {folder} --repair` removes what is damaged; "
         f"`distilclip {stage} {folder}/config.json` then makes that again."

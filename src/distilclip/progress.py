@@ -21,6 +21,7 @@ FIRST_LINES = (5, 10, 20, 40)  # seconds after the start; then a line every minu
 SUMMARIES = {
     "corpus": "{num_pairs:,} pairs, {removable_ratio:.1%} of them copies of others",
     "embed": "{num_valid:,} of {num_rows:,} pairs embedded, {num_invalid:,} could not be used",
+    "import": "{num_valid:,} of {num_rows:,} rows imported, {num_normalised:,} of them scaled to unit length",
     "balance": "kept {num_kept:,} of {num_valid:,} images ({removed_ratio:.1%} removed)",
     "select": "kept {num_kept:,} of {num_scored:,} pairs, those with a {score} {side} {threshold:.4g}",
     "cluster": "{num_labelled:,} images in {num_centers:,} clusters",

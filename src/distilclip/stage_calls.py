@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import keyword
 import numbers
 import os
 import types
@@ -20,6 +21,11 @@ from typing import Any
 from distilclip import folder_lock
 from distilclip.errors import InputError, did_you_mean
 from distilclip.options import option_fields, option_types
+
+
+def module_of(stage: str) -> str:
+    """Return the name of a stage's module: its own, and `import_` for `import`, which no module can be named."""
+    return f"{stage}_" if keyword.iskeyword(stage) else stage
 
 
 class StageCall(types.ModuleType):
@@ -33,7 +39,7 @@ class StageCall(types.ModuleType):
 
         Raises `InputError` for an option that the stage does not have, lacks, or that has a value it cannot have.
         """
-        stage = self.__name__.rpartition(".")[2]
+        stage = self.__name__.rpartition(".")[2].rstrip("_")
         config = build_config(self.Config, options, stage=stage)
         with folder_lock.held_for_block():
             return self.main(config)

@@ -73,15 +73,19 @@ def read_record(path: str) -> StageRecord | None:
     return StageRecord(path=path, stage=stage, config=config, environment=environment, result=result)
 
 
+STANDS_FOR = {"select": "balance", "import": "embed"}
+"""Stages whose folders hold what others' do, so that they can stand in their place."""
+
+
 def read_finished(path: str, *, stage: str | None = None) -> StageRecord | None:
     """Read a finished stage's folder; None where there is none, or where none wrote it that can stand for `stage`."""
     record = read_record(path)
-    is_wanted = record is not None and stage in (None, record.stage, STANDS_FOR.get(record.stage))
-    return record if record is not None and record.result and is_wanted else None
+    return record if record is not None and record.result and (stage is None or _is_of(record, stage)) else None
 
 
-STANDS_FOR = {"select": "balance"}
-"""Stages whose folders say which rows are kept as others' do, so that they can stand in their place."""
+def _is_of(record: StageRecord, stage: str) -> bool:
+    """Whether a stage wrote a folder, or one whose folders stand for its."""
+    return stage in (record.stage, STANDS_FOR.get(record.stage))
 
 
 def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any]:
@@ -92,7 +96,7 @@ def require(path: str, *, stage: str, store: str | None = None) -> dict[str, Any
     record = read_record(str(path))
     if record is None:
         raise InputError(f"{path} is no {stage} folder: run `distilclip {stage} --out {path}` first.")
-    if stage not in (record.stage, STANDS_FOR.get(record.stage)):
+    if not _is_of(record, stage):
         raise InputError(f"{path} was written by `distilclip {record.stage}`; a {stage} folder is needed here.")
     if not record.result:
         again = f"--out {path}` with the right values" if _holds_nothing(path) else f"{path}/config.json` to finish it"
@@ -304,7 +308,7 @@ def former_values(path: str) -> list[dict[str, Any]]:
 def folders_of(stage: str, paths: Sequence[str]) -> list[tuple[str, str]]:
     """Return those of the paths that are folders of a stage, as inputs of another; a model may also be a name."""
     records = ((path, read_record(path)) for path in paths)
-    return [(path, stage) for path, record in records if record is not None and record.stage == stage]
+    return [(path, stage) for path, record in records if record is not None and _is_of(record, stage)]
 
 
 NO_STAGE = "side files"

@@ -30,10 +30,11 @@ def drill(folder: Path, *, size: Size) -> list[Outcome]:
     """Run the cases of every door."""
     from distilclip.cli import STAGES
     from distilclip.models.clip import create_clip
+    from distilclip.stage_calls import module_of
 
     torch.set_num_threads(1)
     for name in STAGES:
-        importlib.import_module(f"distilclip.configs.{name}")
+        importlib.import_module(f"distilclip.configs.{module_of(name)}")
     for name in ("embed", "verify", "run"):
         importlib.import_module(f"distilclip.stages.{name}")
     create_clip(json.dumps(TINY_CLIP), seed=7).save(str(folder / "teacher"))

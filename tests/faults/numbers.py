@@ -44,10 +44,11 @@ def make(folder: Path) -> World:
     """Write the inputs."""
     from distilclip.cli import STAGES
     from distilclip.models.clip import create_clip
+    from distilclip.stage_calls import module_of
 
     torch.set_num_threads(1)
     for name in STAGES:
-        importlib.import_module(f"distilclip.stages.{name}")
+        importlib.import_module(f"distilclip.stages.{module_of(name)}")
     members = []
     for number in range(NUM_PAIRS):
         word = b"zebra" if number % 6 == 5 else b"horse"

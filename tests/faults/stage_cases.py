@@ -16,6 +16,7 @@ import torch
 
 from tests.conftest import TINY_CLIP, encoded, picture, write_tar
 from tests.faults.children import import_as_children, run_stage
+from tests.intake.made_embeddings import write_datacomp
 
 PICTURES = 24
 RECIPE = """
@@ -77,11 +78,12 @@ class World:
 def warm_up() -> None:
     """Import everything, and compute on one thread, so that children start at once and may be forked."""
     from distilclip.cli import STAGES
+    from distilclip.stage_calls import module_of
 
     torch.set_num_threads(1)
     for name in STAGES:
-        importlib.import_module(f"distilclip.stages.{name}")
-        importlib.import_module(f"distilclip.configs.{name}")
+        importlib.import_module(f"distilclip.stages.{module_of(name)}")
+        importlib.import_module(f"distilclip.configs.{module_of(name)}")
 
 
 KEPT = {"embed": "store", "balance": "groups", "cluster": "clusters", "train": "student", "export onnx": "onnx"}
@@ -105,6 +107,7 @@ def make(folder: Path, *, stages: Sequence[str] = tuple(KEPT), shards: int = 2, 
         (folder / "set" / label).mkdir(parents=True)
         for seed in range(4):
             (folder / "set" / label / f"{seed}.jpg").write_bytes(encoded(picture(seed + 100 * len(label))))
+    write_datacomp(folder / "embeddings", parts=shards, rows=rows)
     create_clip(json.dumps(TINY_CLIP), seed=7).save(str(folder / "teacher"))
     (folder / "recipe.toml").write_text(RECIPE.format(student=json.dumps(TINY_CLIP)))
     world = World(folder)
@@ -139,6 +142,9 @@ def cases(world: World) -> dict[str, StageCase]:
         world.case("run", "run", at / "recipe.toml"),
         world.case("corpus", "corpus", "--num-pairs", 60, "--shard-size", 30, "--num-eval", 8, "--num-workers", 0),
     ]
+    teacher = ("--teacher-name", "ViT-L-14", "--teacher-digest", "made up", "--image-column", "l14_img")
+    found += [world.case("import", "import", "--embeddings", at / "embeddings", *teacher)]
+    found += [world.case("export datacomp", "export", "--what", "datacomp", "--uid", "md5", *kept)]
     found += [world.case("export subset", "export", "--what", "subset", "--uid", "md5", *kept)]
     found += [
         world.case(f"export {what}", "export", "--what", what, *kept) for what in ("tars", "keys", "clip-retrieval")

@@ -13,7 +13,16 @@ from distilclip.options import changeable, check_at_least, option_fields, option
 from distilclip.stage_folder import folders_of
 
 What = Literal[
-    "tars", "keys", "subset", "clip-retrieval", "open_clip", "huggingface", "sentence-transformers", "timm", "onnx"
+    "tars",
+    "keys",
+    "subset",
+    "datacomp",
+    "clip-retrieval",
+    "open_clip",
+    "huggingface",
+    "sentence-transformers",
+    "timm",
+    "onnx",
 ]
 MAX_SAMPLES = 20_000  # their similarities are one matrix
 
@@ -28,8 +37,8 @@ class RowOptions:
     """folder of `balance` or `select`: export only the rows that it keeps (default: every valid row)"""
     subset: str | None = None
     """DataComp subset file: export only the samples whose uid it lists"""
-    uid: Literal["json", "md5"] = "json"
-    """source of uids: the field `uid` of a sample's json, or the MD5 of url (or key) and caption"""
+    uid: Literal["json", "md5", "key"] = "json"
+    """source of uids: the field `uid` of a sample's json, the MD5 of url (or key) and caption, or the key"""
     data: tuple[str, ...] = ()
     """where the store's files lie now, if they have moved; with onnx: pairs on which int8 is measured"""
     samples_per_tar: int | None = None
@@ -45,7 +54,7 @@ class NetworkOptions:
     weights: str | None = None
     """weights of an open_clip architecture: a file, or one of open_clip's tags"""
     name: str | None = None
-    """name of the model (default: the last part of --model)"""
+    """name of the model (default: the last part of --model); with datacomp, of the arrays: l14 for l14_img, l14_txt"""
     evaluation: str | None = None
     """folder of `evaluate` whose scores go into the model card"""
 
@@ -78,7 +87,8 @@ class Config:
     """Flags of `distilclip export`."""
 
     what: What
-    """from a store: tars (a curated copy), keys (text), subset (DataComp's .npy), clip-retrieval (npy and Parquet);
+    """from a store: tars (a curated copy), keys (text), subset (DataComp's .npy), datacomp (embeddings
+    as its .npz and .parquet), clip-retrieval (embeddings as npy and Parquet);
     from a model: open_clip, huggingface (transformers' CLIPModel), sentence-transformers, timm (the image tower alone),
     onnx (two encoders and a tokenizer)"""
     out: str
@@ -94,8 +104,15 @@ class Config:
         _check_packages(self.what)
         if self.rows.groups and self.rows.subset:
             raise InputError("--groups and --subset both choose the rows: give one of them.")
-        if self.rows.uid != "json" and self.what != "subset" and not self.rows.subset:
-            raise InputError("--uid says how samples are named in a subset file: it needs --what subset or --subset.")
+        if self.rows.uid != "json" and self.what not in ("subset", "datacomp") and not self.rows.subset:
+            raise InputError(
+                "--uid says how samples are named in DataComp's files: it needs --what subset or --subset, or --what "
+                "datacomp."
+            )
+        if self.what == "datacomp" and self.network.name is not None and not self.network.name.isidentifier():
+            raise InputError(
+                f"--name {self.network.name!r} is part of the names of arrays: letters, digits and _ only."
+            )
         if self.int8.quantize == "int8" and not self.rows.data:
             raise InputError("--quantize int8 needs --data: what it loses is measured on real pairs, a few hundred do.")
         if self.int8.quantize == "none" and self.what == "onnx" and self.rows.data:
@@ -125,6 +142,7 @@ MEANINGFUL: dict[What, set[str]] = {
     "tars": _ROWS | _ENGINE | {"subset", "samples_per_tar"},
     "keys": _ROWS | {"subset"},
     "subset": _ROWS | _ENGINE,
+    "datacomp": _ROWS | _ENGINE | {"subset", "name"},
     "clip-retrieval": _ROWS | _ENGINE | {"subset"},
     "open_clip": _MODEL,
     "huggingface": _MODEL,

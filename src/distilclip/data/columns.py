@@ -20,7 +20,9 @@ def write_columns(
 ) -> None:
     """Write the columns of `schema`, atomically, with string metadata in the file's footer."""
     pairs = {_VERSION_KEY: FORMAT_VERSION, **dict(sorted((metadata or {}).items()))}
-    table = pa.table({field.name: pa.array(columns[field.name], field.type) for field in schema}, schema=schema)
+    values = [(columns[field.name], field.type) for field in schema]
+    arrays = [value if isinstance(value, pa.Array) else pa.array(value, kind) for value, kind in values]
+    table = pa.table(arrays, schema=schema)
     with files.atomic_write(path) as file:
         pq.write_table(table.replace_schema_metadata(pairs), file, compression="zstd", version="2.6")
 

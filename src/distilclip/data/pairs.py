@@ -17,7 +17,7 @@ from distilclip import files
 from distilclip.csv_rows import CsvColumns
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.samples import BadSample
-from distilclip.data.shards import assert_key, find_shards, open_shard, source_size
+from distilclip.data.shards import EMBEDDING_SUFFIXES, assert_key, find_shards, open_shard, source_size
 from distilclip.data.side_files import kept_rows, read_groups, read_labels
 from distilclip.data.store import Rows, Store, check_unchanged, sample_id
 from distilclip.errors import InputError
@@ -115,6 +115,8 @@ def join_stores(
         InputError: a shard is missing or not the file that was embedded; stores, groups or clusters do not fit.
     """
     store = stores[0]
+    for each in stores:
+        each.require_pictures()
     uris = list(data) or [shard.uri for shard in store.shards]
     if len(uris) != store.num_shards:
         raise InputError(
@@ -404,6 +406,8 @@ def check_source(store: Store, shard: int, uri: str, rows: Rows | Index) -> None
     check_unchanged(store.path, store.shards[shard], uri)
     if not rows.valid.any():
         return
+    if uri.lower().endswith(EMBEDDING_SUFFIXES):
+        return  # it has no keys to compare
     row = int(np.argmax(rows.valid))
     source = open_shard(uri, store.csv_columns)
     try:

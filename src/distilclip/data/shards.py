@@ -64,6 +64,11 @@ def open_shard(uri: str, columns: CsvColumns | None = None) -> Shard:
         return ParquetShard(uri)
     if suffix in ("csv", "tsv"):
         return CsvShard(uri, columns)
+    if uri.lower().endswith(EMBEDDING_SUFFIXES):
+        raise InputError(
+            f"{uri} holds embeddings, and neither pictures nor captions. Give the pairs that they were made from, "
+            "to `distilclip import` as --data."
+        )
     raise InputError(
         f"{uri}: data is read from .tar (webdataset), .parquet (with image bytes) and .csv or .tsv "
         f"(columns filepath, caption), not .{suffix}. Name such files, or a pattern as in 'data/{{00000..00012}}.tar'."
@@ -108,6 +113,8 @@ def unpack_advice(path: str) -> str:
     return f'Unpack it: `for f in *{suffix}; do {program} -dk "$f"; done`, which leaves a .tar beside each.'
 
 
+EMBEDDING_SUFFIXES = (".npy", ".npz", ".lance")
+"""Files of embeddings, of which `distilclip import` makes stores: they have no samples."""
 SUFFIXES = (".tar", ".parquet", ".csv", ".tsv")
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
@@ -207,11 +214,14 @@ def read_texts(
     *,
     columns: CsvColumns | None = None,
 ) -> Iterator[Text]:
-    """Yield the texts of n samples of a shard, in order; `columns` as in `open_shard`.
+    """Yield the texts of n samples of a shard, in order; `columns` as in `open_shard`. Files of embeddings have none.
 
     Raises:
         InputError: a sample is not the one that was embedded: another key, or members that cannot be read.
     """
+    if uri.lower().endswith(EMBEDDING_SUFFIXES):
+        yield from (Text(None, {}) for _ in key)
+        return
     texts = TextReader(uri, columns)
     for name, start, length in zip(key, offset.tolist(), size.tolist(), strict=True):
         try:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -90,10 +91,16 @@ class Rows:
             "size": self.size,
             "valid": self.valid,
             "error": self.error,
-            "image_sha256": [digest.tobytes() if digest.any() else None for digest in self.image_sha256],
+            "image_sha256": self._digests(),
             "has_image": self.has_image,
             "has_text": self.has_text,
         }
+
+    def _digests(self) -> pa.FixedSizeBinaryArray:
+        """Return the digests in Arrow, null where there is none."""
+        known = pa.array(self.image_sha256.any(axis=1)).buffers()[1]
+        content = pa.py_buffer(np.ascontiguousarray(self.image_sha256))
+        return pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(self), [known, content])
 
 
 _TOLERANCE = 2e-3  # half precision keeps the length of a unit vector to about 5e-4
@@ -127,6 +134,8 @@ MANIFEST_SCHEMA = pa.schema(
     ]
 )
 TEACHER_KEYS = ("name", "digest", "preprocessing", "tokenizer", "precision", "scale")
+NOT_KNOWN = "unknown"
+"""What an imported store says of what the files that it was made from do not tell."""
 BIAS_KEY = "bias"  # of teachers trained with the sigmoid loss only
 
 
@@ -150,12 +159,16 @@ def stem(shard: int) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class SourceFile:
-    """The file that a shard is made from; `truncated` says that its end is missing."""
+    """The file that a shard is made from; `truncated` says that its end is missing.
+
+    `notes` is what else the payload's metadata say of it.
+    """
 
     uri: str
     num_bytes: int
     sha256: str
     truncated: bool = False
+    notes: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -182,7 +195,10 @@ class StoreShard:
 
 @dataclass(frozen=True)
 class Store:
-    """A finished store, opened for reading. Embeddings are memory maps where the store is local."""
+    """A finished store, opened for reading. Embeddings are memory maps where the store is local.
+
+    `has_pictures` is false for one that was imported and does not know where they are.
+    """
 
     path: str
     shards: list[StoreShard]
@@ -190,6 +206,7 @@ class Store:
     teacher: dict[str, Any]
     views: Views | None = None
     csv_columns: CsvColumns | None = None
+    has_pictures: bool = True
 
     @classmethod
     def open(cls, path: str) -> Store:
@@ -208,7 +225,27 @@ class Store:
             metadata = read_column_metadata(manifest)
             views = Views.from_json(metadata["views"]) if "views" in metadata else None
             csv_columns = CsvColumns(**json.loads(metadata["csv_columns"])) if "csv_columns" in metadata else None
-            return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata), views, csv_columns)
+            has_pictures = metadata.get("pictures") != NOT_KNOWN
+            return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata), views, csv_columns, has_pictures)
+
+    @property
+    def scale(self) -> float:
+        """The teacher's factor of cosine similarities. Raises `InputError` where it was imported without it."""
+        scale = float(self.teacher["scale"])
+        if math.isnan(scale):
+            raise InputError(
+                f"{self.path} was imported without the scale of its teacher, which is needed here. Import it again, "
+                "into another --out, with --teacher-scale (exp of the model's logit_scale; of OpenAI's models 100)."
+            )
+        return scale
+
+    def require_pictures(self) -> None:
+        """Raise `InputError` where the store was imported without its pictures."""
+        if not self.has_pictures:
+            raise InputError(
+                f"{self.path} was imported without its pictures, which are needed here. Import it again, into another "
+                "--out, with --data and the tars that hold them."
+            )
 
     @property
     def num_shards(self) -> int:
@@ -349,7 +386,7 @@ def write_shard(
     written = write_tensors(
         files.join(folder, f"{stem(shard)}.safetensors"),
         {"image": image, "text": text},
-        {"format": FORMAT_VERSION, "uri": source.uri, "tar_digest": source.sha256, **described},
+        {"format": FORMAT_VERSION, "uri": source.uri, "tar_digest": source.sha256, **source.notes, **described},
     )
     status = "truncated" if source.truncated else "complete"
     line = StoreShard(
@@ -400,15 +437,19 @@ def write_manifest(
     teacher: Mapping[str, Any],
     views: Views | None = None,
     csv_columns: CsvColumns | None = None,
+    has_pictures: bool = True,
 ) -> None:
     """Write the list of a store's shards, all of which must be there: the store is finished.
 
-    `csv_columns` is what was said of the CSV files that it was made from, so that they are read alike later.
+    `csv_columns` is what was said of the CSV files that it was made from, so that they are read alike later;
+    `has_pictures` as in `Store`.
     """
     columns = dict(zip(MANIFEST_SCHEMA.names, zip(*(vars(s).values() for s in shards), strict=True), strict=True))
     metadata = {"dim": str(dim), **_teacher_metadata(teacher), **({"views": views.to_json()} if views else {})}
     if csv_columns is not None and csv_columns.is_given:
         metadata["csv_columns"] = json.dumps(dataclasses.asdict(csv_columns))
+    if not has_pictures:
+        metadata["pictures"] = NOT_KNOWN
     write_columns(files.join(folder, "manifest.parquet"), MANIFEST_SCHEMA, columns, metadata)
 
 

@@ -46,6 +46,8 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "image_bytes")
 CAPTION_COLUMNS = ("caption", "text", "txt", "title")
 LABEL_COLUMNS = ("label", "cls")
 KEY_COLUMNS = ("__key__", "key")
+KEY_COLUMNS_OF_TABLES = (*KEY_COLUMNS, "uid", "image_path")
+"""Where a table without images has its keys: as above, as in DataComp's metadata, or in clip-retrieval's."""
 _FETCH_AGAIN = "Fetch it again."
 CACHE_BYTES = 256 << 20
 """Row groups that a process keeps, of all its Parquet shards together."""
@@ -118,7 +120,7 @@ class ParquetShard:
         num_rows = self._file.metadata.num_rows
         if num_rows == 0:
             raise InputError(f"{self.uri} has no rows: remove it from the data.")
-        column = self._find_column(KEY_COLUMNS)
+        column = self.key_column
         with refuse_damage(self.uri, remedy=_FETCH_AGAIN):
             if num_rows != int(self._row_group_ends[-1]):
                 raise ValueError(f"{num_rows} rows, and {self._row_group_ends[-1]} in its row groups")
@@ -142,7 +144,7 @@ class ParquetShard:
             table = self._row_group(group)
             row: Any = _values_of(table.slice(offset - int(ends[group]) + table.num_rows, 1))
         image = None if self._image_column is None else row.pop(self._image_column, None)
-        key = _key(row.get(self._find_column(KEY_COLUMNS)), offset)
+        key = _key(row.get(self.key_column), offset)
         where = f"{self.uri}: {key}"
         caption = first_caption(row.get(self._find_column(CAPTION_COLUMNS)), row.get("captions"), where=where)
         label = row.get(self._find_column(LABEL_COLUMNS))
@@ -158,10 +160,15 @@ class ParquetShard:
             label=None if label is None else str(label),
         )
 
-    @property
+    @cached_property
     def holds_images(self) -> bool:
         """Whether it has a column of images at all; img2dataset and LAION write tables of metadata without one."""
         return any(_holds_images(field.type) for field in self._file.schema_arrow)
+
+    @property
+    def key_column(self) -> str | None:
+        """The column of the keys; None where they are row numbers."""
+        return self._find_column(KEY_COLUMNS if self.holds_images else KEY_COLUMNS_OF_TABLES)
 
     @property
     def names_files(self) -> bool:
@@ -213,7 +220,7 @@ class ParquetShard:
         kept = _row_groups(os.getpid())
         table = kept.get(self._token, group)
         if table is None:
-            columns = [f.name for f in self._file.schema_arrow if not _holds_images(f.type)]
+            columns = [f.name for f in self._file.schema_arrow if not (_holds_images(f.type) or holds_vectors(f.type))]
             try:
                 # One thread: this runs in loader workers, of which there is one per core already.
                 columns += [] if self._image_column is None else [self._image_column]
@@ -410,6 +417,12 @@ def _holds_images(type_: pa.DataType) -> bool:
             pa.types.is_null(bytes_type) or _holds_images(bytes_type)
         )  # null: paths only
     return pa.types.is_binary(type_) or pa.types.is_large_binary(type_)
+
+
+def holds_vectors(type_: pa.DataType) -> bool:
+    """Return whether a column holds a list of real numbers in each row, such as embeddings."""
+    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    return is_list and pa.types.is_floating(type_.value_type)
 
 
 def _values_of(row: pa.Table) -> dict[str, Any]:

@@ -83,7 +83,7 @@ class TrainingImages:
     def open(cls, path: str) -> TrainingImages:
         """Open a folder of `embed`, or of a stage that says which of its rows are kept."""
         record = stage_folder.read_record(path)
-        if record is None or record.stage == "embed":
+        if record is None or "embed" in (record.stage, stage_folder.STANDS_FOR.get(record.stage)):
             return cls(path=path, store=Store.open(path), groups=None)
         store = str(record.config["store"])
         stage_folder.require(path, stage=record.stage, store=store)

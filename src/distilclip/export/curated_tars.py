@@ -74,6 +74,7 @@ def plan_tars(selection: Selection, *, samples_per_tar: int | None) -> list[TarP
     Raises:
         InputError: the store was not made from tars.
     """
+    selection.store.require_pictures()
     for uri in selection.uris:
         if not uri.lower().endswith(".tar"):
             raise InputError(f"{uri} is no tar: --what tars copies tars only. Use --what keys or subset.")

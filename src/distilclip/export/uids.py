@@ -6,6 +6,7 @@ Source: mlfoundations/datacomp, README ("Selecting samples in the filtering trac
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -19,7 +20,7 @@ from distilclip.csv_rows import CsvColumns
 from distilclip.data.shards import Text, read_texts
 from distilclip.errors import InputError
 
-UidKind = Literal["json", "md5"]
+UidKind = Literal["json", "md5", "key"]
 UID_KINDS: tuple[UidKind, ...] = get_args(UidKind)
 UID = np.dtype("u8,u8")
 """High and low 64 bits; numpy sorts by the first field, then the second."""
@@ -42,16 +43,34 @@ def read_uids(
         offset: their places in the shard.
         size: their sizes in the shard.
         kind: `json` reads the field `uid` of the sample's metadata, as in DataComp's pools. `md5` is for data without:
-            MD5 over the UTF-8 of the field `url` (without one, the key), a line break, and the caption.
+            MD5 over the UTF-8 of the field `url` (without one, the key), a line break, and the caption. `key` is the
+            sample's key, as in stores imported from DataComp's metadata; nothing is read for it.
 
     Raises:
         InputError: a sample has no uid, or one that is no hexadecimal number of up to 128 bits.
     """
     uids = np.empty(len(key), UID)
-    for i, (name, text) in enumerate(zip(key, read_texts(uri, key, offset, size, columns=columns), strict=True)):
-        digits = _md5(name, text) if kind == "md5" else _uid(text.meta.get("uid"), where=f"{uri}: {name}")
-        uids[i] = divmod(int(digits, 16), 2**64)
+    nothing = Text(None, {})
+    texts = (
+        itertools.repeat(nothing, len(key)) if kind == "key" else read_texts(uri, key, offset, size, columns=columns)
+    )
+    for i, (name, text) in enumerate(zip(key, texts, strict=True)):
+        uids[i] = divmod(uid_of(name, text, kind=kind, where=f"{uri}: {name}"), 2**64)
     return uids
+
+
+def uid_of(key: str, text: Text, *, kind: UidKind, where: str) -> int:
+    """Return the uid of one sample as a number of 128 bits; as in `read_uids`, `where` names the sample."""
+    if kind == "md5":
+        return int(_md5(key, text), 16)
+    value = key if kind == "key" else text.meta.get("uid")
+    if isinstance(value, str) and re.fullmatch(r"[0-9a-fA-F]{1,32}", value):
+        return int(value, 16)
+    found = "has no `uid`" if value is None else f"has the uid {value!r}, no hexadecimal number of 128 bits"
+    raise InputError(
+        f"{where}: its {'key' if kind == 'key' else 'json'} {found}. DataComp's pools have them; for other data choose "
+        "--uid md5, which makes uids from url (or key) and caption."
+    )
 
 
 def write_subset(path: str, uids: np.ndarray) -> int:
@@ -94,16 +113,6 @@ def read_subset(path: str) -> np.ndarray:
 def in_subset(uids: np.ndarray, subset: np.ndarray) -> Bool[np.ndarray, " n"]:
     """Return which of the uids are in a sorted subset."""
     return np.searchsorted(subset, uids, side="right") > np.searchsorted(subset, uids, side="left")
-
-
-def _uid(value: object, *, where: str) -> str:
-    if isinstance(value, str) and re.fullmatch(r"[0-9a-fA-F]{1,32}", value):
-        return value
-    found = "has no `uid`" if value is None else f"has the uid {value!r}, no hexadecimal number of 128 bits"
-    raise InputError(
-        f"{where}: its json {found}. DataComp's pools have them; for other data choose --uid md5, "
-        "which makes uids from url (or key) and caption."
-    )
 
 
 def _md5(key: str, text: Text) -> str:

@@ -12,7 +12,7 @@ from distilclip.integrity.store_files import Sources, check_store
 from distilclip.integrity.training_files import check_training
 from distilclip.integrity.weight_files import check_weights
 
-ORDER = ("embed", "balance", "select", "cluster", "weigh", "train")  # each after those that it may be made from
+ORDER = ("embed", "import", "balance", "select", "cluster", "weigh", "train")  # each after what it is made from
 CHECKS = {
     "balance": check_groups,
     "select": check_selection,
@@ -45,7 +45,7 @@ def check_folders(path: str, *, sources: Sources = "none") -> list[Findings]:
 
 
 def _check(found: Findings, sources: Sources) -> None:
-    if found.stage == "embed":
+    if found.stage in ("embed", "import"):
         check_store(found, sources)
     elif found.stage in CHECKS:
         CHECKS[found.stage](found)

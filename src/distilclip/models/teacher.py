@@ -41,7 +41,7 @@ def stored_teachers(stores: Sequence[Store], *, device: torch.device) -> Teacher
                 f"{store.path} holds perceptual embeddings: they find copies and teach nothing. Balance with that "
                 "store, and train with a store that a CLIP embedded."
             )
-    scales = [torch.tensor(float(store.teacher["scale"]), device=device) for store in stores]
+    scales = [torch.tensor(store.scale, device=device) for store in stores]
     biases = [
         torch.tensor(float(store.teacher["bias"]), device=device) if "bias" in store.teacher else None
         for store in stores

@@ -22,7 +22,7 @@ from distilclip.sets.score import Score, title
 from distilclip.vectors.tolerance import equivalents
 
 # The order in which a run makes them; other stages follow.
-STAGES = ("corpus", "embed", "balance", "select", "cluster", "weigh", "train", "evaluate")
+STAGES = ("corpus", "embed", "import", "balance", "select", "cluster", "weigh", "train", "evaluate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
         remarks=[*_remarks(scores), *_copy_remarks(results)],
         standings=standings,
         curves=curves,
-        embeddings=results.finished("embed"),
+        embeddings=[*results.finished("embed"), *results.finished("import")],
         balances=balances,
         clusterings=clusterings,
         leaks=leaks,
@@ -154,6 +154,8 @@ def _absent(results: Results, *, has_diagnostics: bool) -> list[tuple[str, str]]
         ("Unusable rows", "embed"),
     ]
     absent = [(section, stage) for section, stage in sections if not results.finished(stage)]
+    if results.finished("import"):
+        absent = [line for line in absent if line[1] != "embed"]
     if results.finished("train") and not has_diagnostics:
         absent.append(("Cosines with the teacher", "train"))
     return absent

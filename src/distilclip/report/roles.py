@@ -78,7 +78,7 @@ def _teachers(results: Results) -> set[str]:
     found = [folder.config.get("teacher") for folder in results.finished("train")]
     for folder in results.finished("evaluate"):
         found += (folder.config.get("teacher") or "").split("=", 1)  # MODEL, or NAME=MODEL
-    for folder in results.finished("embed"):
+    for folder in (*results.finished("embed"), *results.finished("import")):
         teacher = folder.result["teacher"]
         found += [folder.config.get("model"), teacher["name"], teacher["digest"]]
     return {value.rstrip("/") for value in found if value}

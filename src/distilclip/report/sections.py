@@ -153,7 +153,7 @@ def _few_places(length: int, nearest: int, number: int = 11) -> list[int]:
 def open_store(record: StageRecord, results: Results) -> Store:
     """Open the store that a folder was made for, or the only one of this report if that has moved."""
     path = str(record.config["store"])
-    found = results.finished("embed")
+    found = [*results.finished("embed"), *results.finished("import")]
     return Store.open(path if files.exists(path) or len(found) != 1 else found[0].path)
 
 

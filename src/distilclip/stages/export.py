@@ -1,4 +1,4 @@
-"""Export kept data (tars, keys, a DataComp subset, clip-retrieval) or a model (open_clip, transformers, ONNX).
+"""Export kept data (tars, keys, DataComp's files, clip-retrieval's) or a model (open_clip, transformers, ONNX).
 
 `--what` chooses; flags that have no meaning for it are refused.
 """
@@ -18,6 +18,7 @@ from distilclip.data.store import Store
 from distilclip.engine import Engine, map_parts
 from distilclip.errors import InputError
 from distilclip.export.curated_tars import TarWriter, plan_tars
+from distilclip.export.datacomp_metadata import MetadataWriter
 from distilclip.export.row_lists import PartitionWriter, UidWriter, join_uids, write_keys
 from distilclip.export.selection import Selection, open_selection
 from distilclip.progress import progress, say
@@ -69,6 +70,9 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
     elif config.what == "subset":
         num_samples = sum(_map_parts(UidWriter(selection, folder), shards, engine=engine))
         found = {"num_samples": num_samples, "num_uids": join_uids(folder, len(shards))}
+    elif config.what == "datacomp":
+        writer = MetadataWriter(selection, folder, config.network.name or "teacher", _sides(selection.store))
+        found = {"num_samples": sum(_map_parts(writer, shards, engine=engine))}
     else:
         writer = PartitionWriter(selection, folder, _sides(selection.store))
         found = {"num_samples": sum(_map_parts(writer, shards, engine=engine))}

@@ -35,6 +35,7 @@ from distilclip.configs.run import Config
 from distilclip.errors import InputError, did_you_mean
 from distilclip.messages import say
 from distilclip.progress import summarise
+from distilclip.stage_calls import module_of
 from distilclip.step_references import find_references, resolve
 
 if TYPE_CHECKING:
@@ -142,7 +143,7 @@ def _run_step(step: Step, orders: Orders | None, *, nproc_per_node: str) -> dict
         if count > 1:
             launch.run_in_processes("train", stage_folder.config_values(config), num_processes=count)
             return stage_folder.Folder(config.out, "train").result()
-    return importlib.import_module(f"distilclip.stages.{step.stage}").main(config)
+    return importlib.import_module(f"distilclip.stages.{module_of(step.stage)}").main(config)
 
 
 def look_at(step: Step, steps: Sequence[Step]) -> Standing:

@@ -163,7 +163,7 @@ class Scorer:
                 store.image(shard)[rows],
                 store.text(shard)[rows],
                 others=(others[0], others[1]),
-                scale=float(store.teacher["scale"]),
+                scale=store.scale,
                 same=np.where(ids[place] == own, place, -1),
                 device=device,
             )

@@ -340,14 +340,16 @@ def _open_stores(config: Config) -> list[Store]:
     weights = config.weighting.row_weights
     if weights is not None and (stage := stage_folder.stage_of(weights)) != stage_folder.NO_STAGE:
         stage_folder.require(weights, stage=stage, store=config.store)
-    return [Store.open(path) for path in (config.store, *config.weight_of_store)]
+    stores = [Store.open(path) for path in (config.store, *config.weight_of_store)]
+    for store in stores:
+        store.require_pictures()
+    return stores
 
 
 def _presentation(config: Config, clip: Clip, live: Clip | None, *, num_views: int) -> Presentation:
     """How student and teachers need a pair."""
-    max_pixels = (
-        stage_folder.read_json(files.join(config.store, "config.json"))["max_pixels"] if config.store else MAX_PIXELS
-    )
+    made = stage_folder.read_json(files.join(config.store, "config.json")) if config.store else {}
+    max_pixels = made.get("max_pixels", MAX_PIXELS)  # a store that was imported has none
     return Presentation(
         sizes=[c.image_size for c in (clip, live) if c is not None],
         tokenize=clip.tokenizer,
