@@ -55,7 +55,8 @@ def main(config: Config) -> dict[str, Any]:
     ids = _kept_ids(store, config.groups)
     if not len(ids):
         raise InputError(f"{config.store}: no row is valid and kept, so there is nothing to weigh.")
-    weights, described = np.ones(len(ids)), {}
+    weights = np.ones(len(ids))
+    described: dict[str, Any] = {}
     labels = None if config.clusters is None else _read_labels(config.clusters, ids, store.num_shards)
     if labels is not None:
         weights = _weigh_clusters(config, labels)
