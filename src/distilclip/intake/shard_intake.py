@@ -150,8 +150,15 @@ class ShardIntake:
         text: UnitRows,
         source: SourceFile,
     ) -> None:
-        written = {"image": _only(image.rows, rows.has_image), "text": _only(text.rows, rows.has_text)}
-        write_shard(self.folder, shard, rows, **written, source=source, teacher=self.teacher)
+        write_shard(
+            self.folder,
+            shard,
+            rows,
+            image=_only(image.rows, rows.has_image),
+            text=_only(text.rows, rows.has_text),
+            source=source,
+            teacher=self.teacher,
+        )
 
 
 def _nothing(num_rows: int, dim: int) -> UnitRows:

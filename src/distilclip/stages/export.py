@@ -71,11 +71,11 @@ def _write_data(config: Config, folder: str) -> dict[str, Any]:
         num_samples = sum(_map_parts(UidWriter(selection, folder), shards, engine=engine))
         found = {"num_samples": num_samples, "num_uids": join_uids(folder, len(shards))}
     elif config.what == "datacomp":
-        writer = MetadataWriter(selection, folder, config.network.name or "teacher", _sides(selection.store))
-        found = {"num_samples": sum(_map_parts(writer, shards, engine=engine))}
+        metadata = MetadataWriter(selection, folder, config.network.name or "teacher", _sides(selection.store))
+        found = {"num_samples": sum(_map_parts(metadata, shards, engine=engine))}
     else:
-        writer = PartitionWriter(selection, folder, _sides(selection.store))
-        found = {"num_samples": sum(_map_parts(writer, shards, engine=engine))}
+        partitions = PartitionWriter(selection, folder, _sides(selection.store))
+        found = {"num_samples": sum(_map_parts(partitions, shards, engine=engine))}
     return {"num_rows": selection.store.num_rows, **found}
 
 
