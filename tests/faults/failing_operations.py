@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import random
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +75,7 @@ def judge(where: str, world: World, case: StageCase, failed: Ended, before: dict
         return f"{where}: gave {failed.code}: {failed.said[-600:]}"
     if failed.code == SYSTEM and (len(said) != 1 or "Traceback" in failed.said):
         return f"{where}: said {failed.said[-600:]}"
-    if failed.code == SYSTEM and (tempfile.gettempdir() not in said[0] or ".tmp" in said[0]):
+    if failed.code == SYSTEM and (str(world.folder) not in said[0] or ".tmp" in said[0]):
         return f"{where}: names no file: {said[0]}"
     again = run_stage(case.argv, world.folder)
     if again.code:
