@@ -50,7 +50,9 @@ def remote(name: str, paths: list[str]) -> list[str]:
 def test_every_tensor_of_a_batch_is_pinned(pair_tars: PairTars, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = scanning._Decoder(preprocess, tokenize, 10**6, VIEWS, 4)
     entries = scanning.open_shard(pair_tars(shards=1, rows=3)[0]).index()
-    decoded = decoder[scanning._Task(shard=0, path=pair_tars(shards=1, rows=3)[0], first=0, entries=entries)]
+    decoded = decoder[
+        scanning._Task(shard=0, path=pair_tars(shards=1, rows=3)[0], first=0, entries=entries, may_lack=())
+    ]
     assert isinstance(decoded, scanning._DecodedBatch)
     monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor + 1)  # there is no page-locked memory without a GPU
     pinned = decoded.pin_memory()

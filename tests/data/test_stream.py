@@ -249,12 +249,8 @@ def test_a_stream_opens_without_whole_row_tables(joined: dict[str, str], monkeyp
 
 def test_groups_and_clusters_of_another_store_are_refused(tmp_path: Path, joined: dict[str, str]) -> None:
     groups = read_groups(joined["groups"], 1)
-    fewer = Groups(**{name: value[:-1] for name, value in vars(groups).items()})
-    write_groups(joined["groups"], 1, fewer)
-    with pytest.raises(InputError, match=r"rows of shard 1 are not the valid rows of the store.*distilclip balance"):
-        stream(**joined)
     write_groups(joined["groups"], 1, Groups(**{**vars(groups), "row": groups.row + np.uint32(9)}))
-    with pytest.raises(InputError, match=r"rows of shard 1 are not the valid rows of the store"):
+    with pytest.raises(InputError, match=r"rows of shard 1 are no valid rows of the store.*distilclip balance"):
         stream(**joined)
     with pytest.raises(InputError, match=r"clusters: row 0 of shard 0 has no label.*groups that the clusters"):
         stream(store=joined["store"], clusters=joined["clusters"])

@@ -217,7 +217,7 @@ def test_whole_numbers_typed_as_lists_are_rows() -> None:
 def test_metric_and_rule_are_literals_that_editors_list() -> None:
     hints = typing.get_type_hints(balance)
     assert typing.get_args(hints["metric"]) == ("euclidean", "sqeuclidean", "cosine")
-    assert typing.get_args(hints["rule"]) == ("union-find", "topk", "cover")
+    assert typing.get_args(hints["rule"]) == ("union-find", "topk", "cover", "complete")
     assert typing.get_type_hints(pairs_within)["metric"] == hints["metric"]
 
 

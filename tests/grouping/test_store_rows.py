@@ -28,7 +28,8 @@ def lengthen(path: Path, row: int, factor: float) -> None:
     after = hashlib.sha256(path.read_bytes()).hexdigest()
     digests = [after if digest == before else digest for digest in manifest["sha256"].to_pylist()]
     column = manifest.column_names.index("sha256")
-    pq.write_table(manifest.set_column(column, "sha256", [digests]), path.parent / "manifest.parquet")
+    manifest = manifest.set_column(column, "sha256", [digests]).drop_columns("xxh3")
+    pq.write_table(manifest, path.parent / "manifest.parquet")
     result = json.loads((path.parent / "result.json").read_text())
     (path.parent / "result.json").write_text(json.dumps({key: result[key] for key in result if key != "digests"}))
 

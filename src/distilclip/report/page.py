@@ -133,7 +133,7 @@ def _copy_remarks(results: Results) -> list[str]:
     found = {
         (described["name"], copies["training_store"]): copies
         for record in results.finished("evaluate")
-        for described in record.result["sets"]
+        for described in record.result.get("sets", ())
         if "share" in (copies := described.get("near_copies", {}))
     }
     return [

@@ -167,7 +167,7 @@ def compute_gradients(
         parts = [embed(part) for part in slices] if len(slices) == 1 else [copy(embed(part)) for part in slices]
         leaves = [torch.cat(column).detach().requires_grad_() for column in zip(*parts, strict=True)]
     with stopwatch.measure("objective"):
-        result = _evaluate(student, objective, leaves, inputs, classes, Rows(rows, sides), diagnosing=diagnosing)
+        result = _evaluate(student, objective, leaves, inputs, classes, BatchRows(rows, sides), diagnosing=diagnosing)
     with stopwatch.measure("student"):
         for part in slices:
             with gradient_sync(student.towers, now=part is slices[-1]), fixed_statistics(student.clip.model):
@@ -211,13 +211,13 @@ def measure_terms(
     )
     values = {"loss": objective.total(terms), **terms}
     if inputs.teacher is not None:
-        values |= _cosines(student.heads.project(own), inputs.teacher, Rows(rows, sides))
+        values |= _cosines(student.heads.project(own), inputs.teacher, BatchRows(rows, sides))
     summed = distributed.reduce_(torch.stack([value.detach() for value in values.values()]))
     return dict(zip(values, summed.tolist(), strict=True))
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """Which rows of a global batch are here, and what each has (None: all have both sides)."""
 
     here: RankRows
@@ -255,7 +255,7 @@ def _evaluate(
     leaves: list[Tensor],
     inputs: Inputs,
     classes: StepClasses | None,
-    rows: Rows,
+    rows: BatchRows,
     *,
     diagnosing: bool,
 ) -> StepResult:
@@ -289,7 +289,7 @@ def _evaluate(
 
 
 @torch.no_grad()
-def _cosines(projected: Features, teacher: Features, rows: Rows) -> dict[str, Tensor]:
+def _cosines(projected: Features, teacher: Features, rows: BatchRows) -> dict[str, Tensor]:
     """Of the rows that have a picture, and of those that have a caption; nothing where no row of the batch has any."""
     found = {}
     for side in ("image", "text"):
@@ -307,7 +307,7 @@ def _diagnose(
     *,
     terms: Mapping[str, Float[Tensor, ""]],
     leaves: Sequence[Tensor],
-    rows: Rows,
+    rows: BatchRows,
 ) -> Diagnosis:
     """Measure the rows here and reduce. `terms` are weighted and keep their graph down to the `leaves`.
 
