@@ -216,6 +216,7 @@ def test_what_a_loader_process_raises_is_not_called_a_kill(fault: str) -> None:
     assert "the words of the fault" in written, errors
 
 
+@pytest.mark.slow
 def test_results_may_be_late_but_not_for_ever() -> None:
     written, errors = start(HUNG).communicate(timeout=120)
     first, second, sentence = written.splitlines()

@@ -116,6 +116,7 @@ def test_every_copy_of_a_picture_of_an_evaluation_set_is_found_and_removed(tmp_p
     assert cli.main(["verify", out]) == 0
 
 
+@pytest.mark.slow
 def test_engines_and_kills_change_no_byte(store: tuple[str, np.ndarray], tmp_path: Path) -> None:
     path, _ = store
     options: dict[str, Any] = {"store": path, "score": "neg-clip-loss", "num_others": 30, "top": 0.5, "device": "cpu"}

@@ -62,6 +62,7 @@ def test_a_balance_of_a_selection_is_that_of_its_rows_alone(
         assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_engines_kills_and_cuts_of_a_balanced_selection_change_no_byte(
     selected: tuple[str, str, np.ndarray], tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def recall(model: str | Path, texts: list[str], targets: np.ndarray) -> float:
     return float((np.argmax(found @ targets.T, axis=1) == np.arange(len(texts))).mean())
 
 
+@pytest.mark.slow
 def test_a_second_language_is_learned_from_sentences_alone(
     tmp_path: Path, tiny_clip_json: str, tiny_clip_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
