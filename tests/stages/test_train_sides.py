@@ -47,6 +47,7 @@ def train(out: Path, architecture: str, store: Path, *flags: str | Path) -> list
     return list(stage_folder.read_metrics(str(out / "metrics.jsonl")))
 
 
+@pytest.mark.slow
 def test_pictures_without_captions_go_through_the_whole_pipeline(
     tmp_path: Path, tiny_clip_json: str, tiny_clip_folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
