@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -63,7 +63,7 @@ def is_unchanged(content: Mapping[str, Any]) -> bool:
     return "sha256" not in content or content["sha256"] == _digest_of_fields(content)
 
 
-def check_file(folder: str, name: str, *, remedy: str) -> None:
+def check_file(folder: str, name: str, *, remedy: Callable[[], str]) -> None:
     """Raise `InputError` unless a file has the digest that its folder has of it; once in a process for each file.
 
     A file without a digest, or that is missing, is left to who reads it. `remedy` ends the message.
@@ -81,7 +81,7 @@ def check_file(folder: str, name: str, *, remedy: str) -> None:
     _known.pop(place, None)  # has the folder been made anew since?
     expected = read_digests(folder).get(name)
     if expected is not None and not is_same(path, expected):
-        raise InputError(describe_change(path, remedy))
+        raise InputError(describe_change(path, remedy()))
 
 
 def forget() -> None:
@@ -112,7 +112,7 @@ class BackgroundCheck:
     `wanted` are paths, each with its digest and the remedy. The first ones, up to `at_once` bytes, are checked here.
     """
 
-    def __init__(self, wanted: Sequence[tuple[str, str, str]], *, at_once: int = AT_ONCE_BYTES) -> None:
+    def __init__(self, wanted: Sequence[tuple[str, str, Callable[[], str]]], *, at_once: int = AT_ONCE_BYTES) -> None:
         self._found = ""
         num_bytes, rest = 0, list(wanted)
         while rest and not self._found and (num_bytes := num_bytes + _size(rest[0][0])) <= at_once:
@@ -130,7 +130,7 @@ class BackgroundCheck:
         """Wait until all files are checked."""
         self._thread.join()
 
-    def _check_all(self, wanted: Sequence[tuple[str, str, str]]) -> None:
+    def _check_all(self, wanted: Sequence[tuple[str, str, Callable[[], str]]]) -> None:
         for path, digest, remedy in wanted:
             try:
                 self._check(path, digest, remedy)
@@ -139,9 +139,9 @@ class BackgroundCheck:
             if self._found:
                 return
 
-    def _check(self, path: str, digest: str, remedy: str) -> None:
+    def _check(self, path: str, digest: str, remedy: Callable[[], str]) -> None:
         if not is_same(path, digest):
-            self._found = describe_change(path, remedy)
+            self._found = describe_change(path, remedy())
 
 
 def describe_change(path: str, remedy: str = "", *, what: str = "") -> str:
@@ -150,18 +150,22 @@ def describe_change(path: str, remedy: str = "", *, what: str = "") -> str:
     return f"{said}. {remedy}" if remedy else said
 
 
-def repair_with(folder: str, stage: str) -> str:
-    """Return how to repair a folder: what to run, and that it makes again only what is damaged.
+def repair_with(folder: str, stage: str) -> Callable[[], str]:
+    """Return what says how to repair a folder: what to run, and that it makes again only what is damaged.
 
-    `stage` made it, unless its config.json says that another did whose folders stand for its.
+    `stage` made it, unless its config.json, which is read only then, says that another did whose folders stand for its.
     """
-    config = files.join(folder, "config.json")
-    with contextlib.suppress(ValueError, AttributeError, OSError):
-        stage = json.loads(files.read_bytes(config)).get("stage", stage)
-    return (
-        f"`distilclip verify {folder} --repair` removes what is damaged; "
-        f"`distilclip {stage} {folder}/config.json` then makes that again."
-    )
+
+    def say() -> str:
+        made_by = stage
+        with contextlib.suppress(ValueError, AttributeError, OSError):
+            made_by = json.loads(files.read_bytes(files.join(folder, "config.json"))).get("stage", stage)
+        return (
+            f"`distilclip verify {folder} --repair` removes what is damaged; "
+            f"`distilclip {made_by} {folder}/config.json` then makes that again."
+        )
+
+    return say
 
 
 def _size(path: str) -> int:

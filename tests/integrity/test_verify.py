@@ -217,11 +217,13 @@ def test_files_that_are_checked_behind_are_found_too(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(name.encode() * 100)
     known = digests.digest_files(str(tmp_path), names)
     flip(tmp_path / "c")
-    check = digests.BackgroundCheck([(str(tmp_path / n), known[n], "Remedy.") for n in names], at_once=100)
+    check = digests.BackgroundCheck([(str(tmp_path / n), known[n], lambda: "Remedy.") for n in names], at_once=100)
     check.wait()
     with pytest.raises(InputError, match=r"c is not the file that was written .*Remedy"):
         check.raise_found()
-    digests.BackgroundCheck([(str(tmp_path / n), known[n], "Remedy.") for n in names[:2]], at_once=100).raise_found()
+    digests.BackgroundCheck(
+        [(str(tmp_path / n), known[n], lambda: "Remedy.") for n in names[:2]], at_once=100
+    ).raise_found()
 
 
 def forget_digests(path: Path) -> None:

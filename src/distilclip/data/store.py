@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -314,7 +314,7 @@ class Store:
             )
         return table
 
-    def list_embeddings(self) -> list[tuple[str, str, str]]:
+    def list_embeddings(self) -> list[tuple[str, str, Callable[[], str]]]:
         """Return the files of embeddings that have a digest: path, digest (`files.has_digest`) and what repairs it."""
         remedy, known = digests.repair_with(self.path, "embed"), digests.read_digests(self.path)
         found = [(self.payload_path(line.index), line.quick_digest, remedy) for line in self.shards]
@@ -363,7 +363,7 @@ class Store:
         line = self.shards[shard]
         if not digests.is_same(path, line.quick_digest):
             where = f"; shard {shard}, rows 0 to {line.num_rows - 1}"
-            raise InputError(digests.describe_change(path, digests.repair_with(self.path, "embed"), what=where))
+            raise InputError(digests.describe_change(path, digests.repair_with(self.path, "embed")(), what=where))
         return {name: arrays[name] for name in ("image", "text")}
 
 

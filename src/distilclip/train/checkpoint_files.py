@@ -126,7 +126,7 @@ def last_whole_checkpoint(train_folder: str) -> int:
 
 
 def _remedy(folder: str) -> str:
-    return digests.repair_with(folder.rpartition("/checkpoints/")[0] or folder, "train")
+    return digests.repair_with(folder.rpartition("/checkpoints/")[0] or folder, "train")()
 
 
 def complete_checkpoints(train_folder: str) -> list[int]:
