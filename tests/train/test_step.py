@@ -75,6 +75,15 @@ def test_scales_stop_at_100_but_for_a_model_with_a_bias(bias: dict[str, float], 
     assert student.heads.scale("instance").item() == pytest.approx(100)
 
 
+def test_an_infinite_scale_does_not_become_100_without_a_word(tiny_clip_json: str) -> None:
+    student = make_student(tiny_clip_json)
+    scales = [student.clip.model.logit_scale, *student.heads.log_scales()]
+    for scale in scales:
+        scale.data.fill_(math.inf)
+    student.limit_scales()
+    assert all(bool(torch.isnan(scale)) for scale in scales)
+
+
 def test_cosine_to_the_teacher_is_reported(tiny_clip_json: str) -> None:
     result, _ = gradients(make_student(tiny_clip_json), Objective(feature=1.0), micro_batch=4)
     assert set(result.cosines) == {"cosine_image", "cosine_text"}

@@ -77,7 +77,8 @@ class Student:
         own = [] if self.clip.bias is not None else [self.clip.model.logit_scale]
         with torch.no_grad():
             for log_scale in (*own, *self.heads.log_scales()):
-                log_scale.clamp_(max=math.log(100))
+                # 0 x infinity is NaN, which the next loss shows: an infinite scale must not become 100 without a word.
+                log_scale.add_(0 * log_scale).clamp_(max=math.log(100))
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return everything that is trained but the class centers, by name."""
