@@ -15,7 +15,8 @@ import pytest
 
 import distilclip as dc
 from distilclip import cli
-from distilclip.data.shards import read_texts
+from distilclip.data.pairs import join_stores
+from distilclip.data.shards import open_shard, read_texts
 from distilclip.data.store import Store
 from distilclip.errors import InputError
 from distilclip.export.uids import read_subset
@@ -202,6 +203,26 @@ def test_columns_of_parquet_and_plain_arrays_are_imported(tmp_path: Path) -> Non
         import_store(tmp_path / "strict", tmp_path / "t.parquet")
     with pytest.raises(InputError, match=r"t.parquet: k2: embedding is no finite unit vector"):
         import_store(tmp_path / "raise", tmp_path / "t.parquet", on_error="raise")
+
+
+def test_parquet_that_holds_the_pictures_is_a_store_with_pictures(tmp_path: Path) -> None:
+    """As img2dataset writes it: its digests are of the files that it fetched, and not of those in the table."""
+    columns = {
+        "key": [f"k{row}" for row in range(4)],
+        "jpg": [encoded(picture(row)) for row in range(4)],
+        "caption": [f"c{row}" for row in range(4)],
+        "sha256": ["0a" * 32] * 4,
+        "image_emb": list(unit_rows(4, 6, 1)),
+        "text_emb": list(unit_rows(4, 6, 2)),
+    }
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet")
+    assert import_store(tmp_path / "store", tmp_path / "t.parquet")["has_pictures"]
+    store = Store.open(str(tmp_path / "store"))
+    assert not store.rows(0).image_sha256.any()
+    table = join_stores([store])
+    assert table.key.to_pylist() == columns["key"]
+    sample = open_shard(table.uris[0]).read(2, 0)
+    assert (sample.image, sample.caption) == (columns["jpg"][2], "c2")
 
 
 def test_images_alone_are_a_store_without_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

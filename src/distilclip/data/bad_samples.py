@@ -71,6 +71,7 @@ def _remedy(error: str) -> str:
 
 
 _REMEDIES = {
+    "no embedding": "Give the pairs that the embeddings were made from as --data, or leave out --data.",
     "duplicate key": "The members of a sample must lie side by side (`tar --sort=name`), under a key of their own.",
     "too many pixels": "Scale the image down, or raise --max-pixels (of `embed`, `evaluate`; `train` has the store's).",
     "too elongated": "Crop the picture, or remove it from the data.",

@@ -240,24 +240,32 @@ def _open_lance(path: str) -> Any:
 
 
 class OpenVectors:
-    """Keeps the matrices that were asked for last, so that those of one file are not opened for every shard of pairs.
+    """Keeps matrices open, so that those of one file are not opened for every shard of pairs.
 
-    Call `close` at the end.
+    All that are mapped are kept, of others (of tables, compressed or remote files) the last `limit`, since they take
+    memory or disk. Call `close` at the end.
     """
 
     def __init__(self, limit: int = 4) -> None:
         self._limit = limit
+        self._mapped: dict[VectorPlace, np.ndarray] = {}
         self._open: dict[VectorPlace, tuple[contextlib.ExitStack, np.ndarray]] = {}
 
     def __getitem__(self, place: VectorPlace) -> np.ndarray:
+        if place in self._mapped:
+            return self._mapped[place]
         if place not in self._open:
             while len(self._open) >= self._limit:
                 self._open.pop(next(iter(self._open)))[0].close()
             stack = contextlib.ExitStack()
-            self._open[place] = stack, stack.enter_context(open_vectors(place))
+            vectors = stack.enter_context(open_vectors(place))
+            if isinstance(vectors, np.memmap) and not files.is_url(place.path):
+                return self._mapped.setdefault(place, vectors)
+            self._open[place] = stack, vectors
         return self._open[place][1]
 
     def close(self) -> None:
         """Let all of them go."""
+        self._mapped.clear()
         while self._open:
             self._open.popitem()[1][0].close()

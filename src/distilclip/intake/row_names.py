@@ -68,7 +68,7 @@ def read_row_names(part: EmbeddingPart, num_rows: int | None = None) -> RowNames
     if part.table is None:
         return RowNames(numbers, digests)
     column, names = key_column(part), column_names(part.table)
-    has_digests = DIGEST_COLUMN in names
+    has_digests = DIGEST_COLUMN in names and not holds_pictures(part)  # img2dataset's are of what it fetched, not wrote
     wanted = [*([column] if column else []), *([DIGEST_COLUMN] if has_digests else [])]
     table = read_table(part.table, wanted or names[:1])
     if len(table) != num_rows:
