@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import distilclip as dc
 from distilclip import cli
 from distilclip.data.side_files import read_centers, read_groups, read_labels, read_weights
 from distilclip.errors import InputError
+from distilclip.stages import balance, cluster, select
 from distilclip.stages.weigh import Config, main
 from tests.stages.conftest import contents, write_store
 
@@ -26,8 +26,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     folder = tmp_path_factory.mktemp("made")
     store, _, _ = write_store(folder / "store")
     groups, clusters = str(folder / "groups"), str(folder / "clusters")
-    dc.stages.balance(store=store, out=groups, threshold=0.9, metric="euclidean", device="cpu")
-    dc.stages.cluster(store=store, groups=groups, out=clusters, num_centers=5, device="cpu")
+    balance(store=store, out=groups, threshold=0.9, metric="euclidean", device="cpu")
+    cluster(store=store, groups=groups, out=clusters, num_centers=5, device="cpu")
     return {"store": store, "groups": groups, "clusters": clusters}
 
 
@@ -146,11 +146,11 @@ def test_labels_and_groups_must_fit(made: dict[str, str], tmp_path: Path) -> Non
         main(Config(store=made["store"], clusters=made["clusters"], out=str(tmp_path / "a"), cluster_power=0.5))
     selected = str(tmp_path / "selected")
     options: dict[str, Any] = {"score": "clip-score", "top": 1.0, "device": "cpu"}
-    dc.stages.select(store=made["store"], out=selected, **options)
+    select(store=made["store"], out=selected, **options)
     with pytest.raises(InputError, match="no kept row stands for another, so --group-power has no effect"):
         main(Config(store=made["store"], groups=selected, out=str(tmp_path / "b"), group_power=0.5))
     inside = str(tmp_path / "inside")
-    dc.stages.select(store=made["store"], groups=made["groups"], out=inside, **{**options, "top": 0.5})
+    select(store=made["store"], groups=made["groups"], out=inside, **{**options, "top": 0.5})
     result = main(
         Config(
             store=made["store"], groups=inside, clusters=made["clusters"], out=str(tmp_path / "c"), cluster_power=0.5
