@@ -89,6 +89,7 @@ def test_later_stages_read_it_as_a_store_of_embed(tmp_path: Path, capsys: pytest
     assert "was imported without its pictures, which are needed here" in capsys.readouterr().err
     page = (tmp_path / "page/index.html").read_text()
     assert "24 rows in 2 shards, embedded by ViT-L-14" in page
+    assert "store was imported without its pictures, which are needed here" in page
 
 
 @pytest.fixture

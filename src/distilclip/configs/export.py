@@ -38,7 +38,8 @@ class RowOptions:
     subset: str | None = None
     """DataComp subset file: export only the samples whose uid it lists"""
     uid: Literal["json", "md5", "key"] = "json"
-    """source of uids: the field `uid` of a sample's json, the MD5 of url (or key) and caption, or the key"""
+    """source of uids: the field `uid` of a sample's json, the MD5 of url (or key) and caption, or the key: in
+    a store imported from DataComp's files it is the uid, and nothing has to be read for it"""
     data: tuple[str, ...] = ()
     """where the store's files lie now, if they have moved; with onnx: pairs on which int8 is measured"""
     samples_per_tar: int | None = None

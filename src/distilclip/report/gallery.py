@@ -191,6 +191,10 @@ class PictureReader:
             self._rows[shard] = self.store.rows(shard)
         rows, uri = self._rows[shard], self.store.shards[shard].uri
         key, place = rows.key[row], f"{uri}, row {row}"
+        try:
+            self.store.require_pictures()
+        except InputError as error:
+            return Picture(key=key, place=place, caption="", problem=str(error))
         return self.picture_at(uri, key=key, offset=int(rows.offset[row]), size=int(rows.size[row]), place=place)
 
     def picture_at(self, uri: str, *, key: str, offset: int, size: int, place: str) -> Picture:
