@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import json
 import logging
+import pkgutil
 import tarfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,8 @@ import jaxtyping
 import numpy as np
 import pytest
 from PIL import Image
+
+import distilclip.stages
 
 TINY_CLIP = {
     "embed_dim": 16,
@@ -27,6 +31,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Import every stage before the first test of a worker of xdist.
+
+    A stage that is imported while its command runs is parsed by jaxtyping's hook in one thread while another is at
+    work; Python 3.11 then fails at times with "AST constructor recursion depth mismatch".
+    """
+    if hasattr(session.config, "workerinput"):
+        for module in pkgutil.iter_modules(distilclip.stages.__path__, "distilclip.stages."):
+            importlib.import_module(module.name)
 
 
 @pytest.fixture(scope="session")

@@ -199,11 +199,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
 
 def sha256(path: str) -> str:
     """Return the SHA-256 of a file, as 64 hex digits."""
-    digest = hashlib.sha256()
-    with open_read(path) as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
+    return _digest(path, hashlib.sha256())
 
 
 def has_digest(path: str, digest: str) -> bool:
@@ -211,15 +207,16 @@ def has_digest(path: str, digest: str) -> bool:
 
     XXH3 takes a sixth of the time of SHA-256. It finds what changed by accident, not what somebody forged.
     """
-    return (sha256(path) if len(digest) == 64 else _xxh3(path)) == digest
-
-
-def _xxh3(path: str) -> str:
+    if len(digest) == 64:
+        return sha256(path) == digest
     import xxhash  # here: `distilclip --help` needs none
 
-    found = xxhash.xxh3_128()
+    return _digest(path, xxhash.xxh3_128()) == digest
+
+
+def _digest(path: str, found: Any) -> str:
     with open_read(path) as file:
-        while piece := file.read(1 << 20):
+        while piece := file.read(1 << 22):
             found.update(piece)
     return found.hexdigest()
 

@@ -156,9 +156,9 @@ def open_folder(path: str, *, stage: str, config: Any, inputs: Sequence[tuple[st
     _check_inputs_grown(inputs)
     digests, values = _input_digests(inputs), {"stage": stage, **config_values(config)}
     if "embed" in _changed_inputs(folder.path, digests) and not _holds_nothing(folder.path):
-        before_inputs = read_json(folder.child("inputs.json"))
-        for store in [given for given, input_stage in inputs if input_stage == "embed"][:1]:
-            _check_growth(folder.path, stage, store, before_inputs.get("embed"))
+        store = next((given for given, input_stage in inputs if input_stage == "embed"), None)
+        if store is not None:
+            _check_growth(folder.path, stage, store, read_json(folder.child("inputs.json")).get("embed"))
     if folder.finished and files.exists(folder.child("config.json")):
         before = _check_same(folder, values, config, digests)
         if before is not None and not _grown(before, values, config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from distilclip.data.limits import OnError, check_bad_ratio
@@ -53,6 +54,13 @@ class ErrorPolicy:
             )
         self.reasons[reason_of(error)] += 1
         self.first = self.first or f"{where}: {error}"
+
+    def count_rows(self, keys: Sequence[str], errors: Sequence[str], *, uri: str) -> None:
+        """Count the samples of a file that were judged before; an empty error is none."""
+        self.seen(len(keys))
+        for key, error in zip(keys, errors, strict=True):
+            if error:
+                self.bad(error, where=f"{uri}: {key}")
 
     def check(self, *, final: bool = False) -> None:
         """Raise `InputError` if more than `max_bad_ratio` is unusable; before `EARLY` samples only when `final`."""

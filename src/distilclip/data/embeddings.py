@@ -79,8 +79,10 @@ class Embeddings:
         there: Bool[np.ndarray, " n"] | None,
     ) -> Float[Tensor, "n dim"]:
         whole = embeddings.astype(np.float32)
-        here = np.ones(len(row), bool) if there is None else there
-        self._check_unit(whole[here], shard[here], row[here])
+        if there is None:
+            self._check_unit(whole, shard, row)
+        else:
+            self._check_unit(whole[there], shard[there], row[there])
         return torch.from_numpy(whole)
 
     def _check_unit(

@@ -328,6 +328,8 @@ class PairLoader(Dataset):
         self.table, self.parts, self.presentation = pairs.table, pairs.parts, presentation
         self.tellers = tellers
         self.texts = self.table if tellers is None else tellers.table
+        has = self.table.has_image  # of one pixel each, where no row has a picture
+        self._blank_sizes = presentation.sizes if has is None or has.any() else [1] * len(presentation.sizes)
         self.is_weighed = pairs.weights is not None
         self.draws = Draws(len(self.table)) if pairs.weights is None else Draws.of_weights(pairs.weights)
         self.embeddings = [Embeddings(store) for store in stores]
@@ -445,17 +447,12 @@ class PairLoader(Dataset):
         student_caption = captions[number]
         if has_text and shown.student_columns:
             student_caption = _text_for_student(telling[0], shown.student_columns, turn + row, where=telling[1])
-        pixels = self._blank()
         if has_image and sample.image is not None:
             with judge_memory(where):
                 pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
+        else:
+            pixels = [torch.zeros(3, size, size, dtype=torch.uint8) for size in self._blank_sizes]
         return _ShownPair(index, teller, captions[number], student_caption, pixels, view, number, len(captions))
-
-    def _blank(self) -> list[UInt8[Tensor, "3 _ _"]]:
-        """Return what stands for the picture of a row without one; of one pixel, where no row has any."""
-        has_image = self.table.has_image
-        sizes = self.presentation.sizes if has_image is None or has_image.any() else [1] * len(self.presentation.sizes)
-        return [torch.zeros(3, size, size, dtype=torch.uint8) for size in sizes]
 
     def _read(self, table: PairTable, index: int) -> tuple[Sample, str]:
         """Read a row's sample and say where it lies. Raises `InputError` where it is not the one that was embedded."""

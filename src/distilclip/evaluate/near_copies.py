@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +10,7 @@ from jaxtyping import Float16, Float32
 
 from distilclip import stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
-from distilclip.data.side_files import kept_rows
+from distilclip.data.side_files import kept_images
 from distilclip.data.store import Store
 from distilclip.devices import PRECISIONS
 from distilclip.errors import InputError
@@ -105,21 +104,13 @@ class TrainingImages:
         }
 
 
-def kept_images(store: Store, groups: str | None) -> Iterator[Float16[np.ndarray, "n dim"]]:
-    """Yield the image embeddings of each shard: of its rows with a picture, or of those that `groups` keeps."""
-    for shard in range(store.num_shards):
-        table = store.columns(shard, "valid", "has_image")
-        kept = kept_rows(store, shard, table["valid"].to_numpy(), groups)
-        rows = np.flatnonzero(kept & table["has_image"].to_numpy())
-        if len(rows):
-            yield store.image(shard)[rows]
-
-
 def similarity_to_store(
     image: Float16[np.ndarray, "m dim"], store: Store, *, groups: str | None = None, device: torch.device | str = "cpu"
 ) -> Float32[np.ndarray, " m"]:
     """Return the largest cosine of each picture to any row of a store that is valid, and kept by `groups`."""
     best = np.full(len(image), -1, np.float32)
-    for rows in kept_images(store, groups):
-        best = np.maximum(best, nearest_targets(image, rows, device=device).similarity)
+    for shard in range(store.num_shards):
+        rows = np.flatnonzero(kept_images(store, shard, groups))
+        if len(rows):
+            best = np.maximum(best, nearest_targets(image, store.image(shard)[rows], device=device).similarity)
     return best

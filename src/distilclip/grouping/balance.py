@@ -169,9 +169,8 @@ class Balance:
         """
         row = self._checked(row)
         joined = self.forest.below(self.threshold)
-        if (
-            self.rule in ("cover", "complete") and row != self.representative[row]
-        ):  # one link, which need not be in the forest
+        # By these rules one link joins a row to the one kept for it, which need not be in the forest.
+        if self.rule in ("cover", "complete") and row != self.representative[row]:
             ends = np.sort([[row], [self.representative[row]]], axis=0)
             joined = replace(joined, left=ends[0], right=ends[1], distance=self.distance[[row]].astype(np.float32))
         return explain_row(

@@ -83,10 +83,10 @@ def find_parts(choice: FileChoice) -> list[EmbeddingPart]:
                 f"{path}: embeddings are read from .npz, .npy, .parquet and .lance, not .{suffix}. Name such files, or "
                 "their folder."
             )
-    if len(kinds := {part.text is None for part in parts}) > 1:
+    if len({part.text is None for part in parts}) > 1:
         without = next(part for part in parts if part.text is None)
         raise InputError(
-            f"{without.image} has no text embeddings, and other files have: {kinds and 'give all of them'}, or "
+            f"{without.image} has no text embeddings, and other files have: give all of them, or "
             f"--text-column {NONE} to import the images alone."
         )
     return parts

@@ -29,11 +29,9 @@ def check_weights(found: Findings) -> None:
         if wrong := _find_wrong(table):
             found.add_fault(f"{found.child(name)}: {wrong}", remove=[name])
             continue
-        num_rows, num_drawn, num_whole = (
-            num_rows + len(table.row),
-            num_drawn + int((table.weight > 0).sum()),
-            num_whole + 1,
-        )
+        num_whole += 1
+        num_rows += len(table.row)
+        num_drawn += int((table.weight > 0).sum())
     for name, count in (("num_rows", num_rows), ("num_drawn", num_drawn)):
         if not found.faults and found.result.get(name, count) != count:
             text = f"{found.child('result.json')} says {name} {found.result[name]}; its files have {count}"

@@ -127,7 +127,8 @@ def _finish(
 
 
 def _first_finished(num_shards: int, pending: Sequence[tuple[int, str]]) -> int | None:
-    return next((shard for shard in range(num_shards) if shard not in dict(pending)), None)
+    missing = {shard for shard, _ in pending}
+    return next((shard for shard in range(num_shards) if shard not in missing), None)
 
 
 def _in_their_places(path: str, uris: Sequence[str]) -> list[str]:
@@ -367,10 +368,7 @@ def _count_finished(folder: str, shard: int, uri: str, policy: ErrorPolicy) -> b
 
 def _count_rows(folder: str, line: StoreShard, policy: ErrorPolicy) -> None:
     rows = read_shard_rows(folder, line.index)
-    policy.seen(len(rows))
-    for key, error in zip(rows.key, rows.error, strict=True):
-        if error:
-            policy.bad(error, where=f"{line.uri}: {key}")
+    policy.count_rows(rows.key, rows.error, uri=line.uri)
 
 
 def _check_source(folder: str, line: StoreShard, uri: str) -> None:

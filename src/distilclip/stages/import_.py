@@ -126,10 +126,7 @@ def _count_finished(folder: str, shard: int, policy: ErrorPolicy) -> bool:
     if line is None:
         return False
     rows = read_shard_rows(folder, shard)
-    policy.seen(len(rows))
-    for key, error in zip(rows.key, rows.error, strict=True):
-        if error:
-            policy.bad(error, where=f"{line.uri}: {key}")
+    policy.count_rows(rows.key, rows.error, uri=line.uri)
     return True
 
 

@@ -227,7 +227,7 @@ def _fit_to_rows(
     if idle:
         said += f" No row has what these terms compare, which are left out: {', '.join(idle)}."
     if all(name in idle for name, weight in method.weights.items() if weight):
-        usable = [name for name, term in TERMS.items() if term.applies(**sides) and "centers" not in term.needs]
+        usable = sorted(name for name, term in TERMS.items() if term.applies(**sides) and "centers" not in term.needs)
         raise InputError(
             f"{said} None is left: give one of {', '.join(usable)} a weight, as in `--terms feature 2000`."
         )
