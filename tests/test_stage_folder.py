@@ -28,6 +28,16 @@ def test_a_finished_folder_is_found_done(tmp_path: Path) -> None:
     assert again.result() == {"stage": "balance", "num_groups": 3}
 
 
+def test_what_a_killed_worker_was_writing_is_gone_when_the_stage_ends(tmp_path: Path) -> None:
+    out = tmp_path / "balance"
+    folder = stage_folder.open_folder(str(out), stage="balance", config=Config(out=str(out)))
+    (out / "labels").mkdir()
+    (out / "labels/000002.parquet.19941.bb5ae6ab.tmp").write_bytes(b"half of")
+    (out / "labels/000002.parquet").write_bytes(b"all of it")
+    folder.finish({})
+    assert [path.name for path in (out / "labels").iterdir()] == ["000002.parquet"]
+
+
 def test_another_config_is_an_error_that_says_what_differs(tmp_path: Path) -> None:
     out = str(tmp_path / "balance")
     stage_folder.open_folder(out, stage="balance", config=Config(out=out))

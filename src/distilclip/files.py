@@ -373,7 +373,8 @@ def remove_temporaries(folder: str, *, keep: str, shared: str) -> None:
         folders[:] = [f for f in folders if not os.path.exists(os.path.join(parent, f, keep))]
         for name in names:
             if is_temporary(name) and not name.startswith(f"{shared}."):
-                os.remove(os.path.join(parent, name))
+                with contextlib.suppress(FileNotFoundError):  # a process that was given up has renamed it
+                    os.remove(os.path.join(parent, name))
 
 
 def remove(path: str) -> None:

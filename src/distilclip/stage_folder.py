@@ -41,12 +41,20 @@ class Folder:
         """Whether the stage has written its result."""
         return files.exists(self.child("result.json"))
 
+    def remove_temporaries(self) -> None:
+        """Remove the unfinished files of killed processes, but for those of stages that lie in folders below."""
+        files.remove_temporaries(self.path, keep="config.json", shared=folder_lock.NAME)
+
     def result(self) -> dict[str, Any]:
         """Read the stage's result, as `finish` wrote it."""
         return read_json(self.child("result.json"))
 
     def finish(self, result: dict[str, Any]) -> dict[str, Any]:
-        """Write result.json, the last act of a stage, and give the folder back. No times: they vary from run to run."""
+        """Write result.json, the last act of a stage, and give the folder back. No times: they vary from run to run.
+
+        Before it, what killed workers of the stage left of files that they were writing is removed.
+        """
+        self.remove_temporaries()
         write_json(self.child("result.json"), {"stage": self.stage, **result})
         folder_lock.release(self.path)
         return self.result()
@@ -180,7 +188,7 @@ def _begin(folder: Folder, values: dict[str, Any], config: Any, digests: Mapping
     config_path, inputs_path = folder.child("config.json"), folder.child("inputs.json")
     is_new = not files.exists(config_path)
     before = None if is_new else _check_same(folder, values, config, digests)
-    files.remove_temporaries(folder.path, keep="config.json", shared=folder_lock.NAME)
+    folder.remove_temporaries()
     if before is not None:
         if _grown(before, values, config):
             _extend(folder, before, values, config)
