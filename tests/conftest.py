@@ -44,6 +44,16 @@ def pytest_collection_finish(session: pytest.Session) -> None:
             importlib.import_module(module.name)
 
 
+@pytest.fixture
+def set_threads() -> Iterator[Callable[[int], None]]:
+    """Set the number of threads that torch computes on, until the test ends: sums of later tests depend on it."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_clip_json() -> str:
     """An open_clip model config of two layers, 16 wide, 32 pixels."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import get_args
 
 import numpy as np
@@ -79,7 +80,9 @@ def test_every_two_rows_of_a_group_are_near_and_no_two_groups_could_be_joined() 
     assert (result.distance[valid & ~result.keep] < 2.5).all()
 
 
-def test_batches_and_threads_link_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_and_threads_link_the_same_rows(
+    monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
+) -> None:
     x = clouds(num=400, seed=2)
     group = balance(x, threshold=0.5, metric="euclidean").group
     assert np.bincount(group).max() > 50
@@ -88,7 +91,7 @@ def test_batches_and_threads_link_the_same_rows(monkeypatch: pytest.MonkeyPatch)
         link_completely, lambda rows: Points.of(x[rows], metric="euclidean"), group, batch_rows=40
     )
     monkeypatch.setattr(complete_linkage, "THREAD_ROWS", 2)
-    monkeypatch.setattr("torch.get_num_threads", lambda: 3)
+    set_threads(3)
     for found in (parts, link_completely(Points.of(x, metric="euclidean"), group)):
         np.testing.assert_array_equal(found[0], whole[0])
         np.testing.assert_array_equal(found[1], whole[1])

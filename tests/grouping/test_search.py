@@ -1,4 +1,5 @@
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -128,18 +129,16 @@ def test_a_dense_group_is_decided_for_few_of_its_pairs(monkeypatch: pytest.Monke
     assert sum(decided) < 0.2 * len(x) * (len(x) - 1) / 2
 
 
-def test_the_kind_of_product_and_the_number_of_threads_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_kind_of_product_and_the_number_of_threads_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
+) -> None:
     x = rows_of("bunches", n=3000)
     forests = []
     for product, threads in itertools.product((product_in_bfloat16, product_in_float32), (1, 2)):
         monkeypatch.setattr(module, "fastest_product", lambda product=product: product)
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
-            forests.append(forest_of(x, threshold=0.3, metric="euclidean", num_cells=16))
-            assert torch.get_num_threads() == threads
-        finally:
-            torch.set_num_threads(before)
+        set_threads(threads)
+        forests.append(forest_of(x, threshold=0.3, metric="euclidean", num_cells=16))
+        assert torch.get_num_threads() == threads
     for forest in forests[1:]:
         for name in ("left", "right", "distance"):
             assert getattr(forest, name).tobytes() == getattr(forests[0], name).tobytes()

@@ -71,11 +71,13 @@ def test_a_step_changes_the_state_of_its_rows_alone_in_any_block(way: str, monke
     assert torch.equal(*results)
 
 
-def test_threads_share_the_rows_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_share_the_rows_and_change_nothing(
+    monkeypatch: pytest.MonkeyPatch, set_threads: Callable[[int], None]
+) -> None:
     monkeypatch.setattr(row_adamw, "_ROWS_OF_A_THREAD", 1)
     results = []
     for num_threads in (1, 2):
-        monkeypatch.setattr(torch, "get_num_threads", lambda num_threads=num_threads: num_threads)
+        set_threads(num_threads)
         values, state = start(), RowMoments.zeros(K, DIM)
         update_rows_(values, gradients()[2], state, rows=torch.tensor(VISITS[2]), learning_rate=RATE)
         results.append(values)

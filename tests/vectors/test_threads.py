@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -9,18 +10,17 @@ import torch
 from distilclip.vectors.threads import in_threads
 
 
-def test_slices_cover_the_range_once() -> None:
-    seen, before = np.zeros(103, int), torch.get_num_threads()
+def test_slices_cover_the_range_once(set_threads: Callable[[int], None]) -> None:
+    seen = np.zeros(103, int)
 
     def add(start: int, stop: int) -> None:
         seen[start:stop] += 1
 
-    torch.set_num_threads(4)
+    set_threads(4)
     in_threads(add, 103)
     in_threads(add, 103, at_least=1000)  # too few for two threads
     assert (seen == 2).all()
     assert torch.get_num_threads() == 4
-    torch.set_num_threads(before)
 
 
 COUNT_THREADS = """
