@@ -128,6 +128,7 @@ print("finished", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_an_actor_that_is_ready_too_late_is_no_error(tmp_path: Path) -> None:
     done = run_driver(LATE, tmp_path).communicate(timeout=120)
     assert done[0] == "finished\n"

@@ -152,6 +152,7 @@ def test_what_cannot_be_written_is_named_before_anything_is_exported(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_model_of_pictures_that_are_no_squares_is_exported_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

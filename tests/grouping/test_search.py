@@ -38,7 +38,7 @@ def naive(x: np.ndarray, threshold: float, metric: str) -> tuple[np.ndarray, np.
     x = x.astype(np.float64)
     if metric == "cosine":
         x = x / np.linalg.norm(x, axis=1, keepdims=True)
-    squared = ((x[:, None] - x[None]) ** 2).sum(axis=2)
+    squared = np.stack([((row - x) ** 2).sum(axis=1) for row in x])
     distances = {"euclidean": np.sqrt(squared), "sqeuclidean": squared, "cosine": squared / 2}[metric]
     left, right = np.nonzero(np.triu(distances.astype(np.float32) < np.float32(threshold), k=1))
     return left, right, distances[left, right].astype(np.float32)
@@ -71,7 +71,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("num_cells", [1, 20])
 def test_every_near_pair_is_found_once(kind: str, num_cells: int, small_tiles: None) -> None:
-    x = rows_of(kind)
+    x = rows_of(kind, n=700 if kind in ("bunches", "sphere") else 400)  # else most pairs are near
     for metric, threshold in METRICS.items():
         left, right, distance = naive(x, threshold, metric)
         pairs = found(x, threshold=threshold, metric=metric, num_cells=num_cells)

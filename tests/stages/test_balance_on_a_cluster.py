@@ -34,7 +34,7 @@ def test_every_pair_of_rows_is_in_one_part() -> None:
     assert 2 * rows_of_budget(10**9, 1.0) * 512 <= 2**30
 
 
-@pytest.mark.parametrize("block_rows", [7, 40, 119])
+@pytest.mark.parametrize("block_rows", [pytest.param(7, marks=pytest.mark.slow), 40, 119])
 def test_blocks_change_nothing(tmp_path: Path, block_rows: int) -> None:
     store, _, _ = write_store(tmp_path / "store")
     assert run(store, tmp_path / "parts", block_rows=block_rows) == run(store, tmp_path / "whole")

@@ -98,8 +98,15 @@ IN_SIGHT = """(selector => [...document.querySelectorAll(selector)].filter(e => 
 
 
 @pytest.mark.browser
-@pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("scheme", "width"),
+    [
+        ("light", 1280),
+        pytest.param("light", 390, marks=pytest.mark.slow),
+        pytest.param("dark", 1280, marks=pytest.mark.slow),
+        ("dark", 390),
+    ],
+)
 def test_a_browser_shows_tables_and_pictures_without_errors_or_requests(
     run: Path, tmp_path: Path, width: int, scheme: str
 ) -> None:

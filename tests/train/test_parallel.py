@@ -105,7 +105,9 @@ def assert_equal(found: Outcome, expected: Outcome) -> None:
     )
 
 
-@pytest.mark.parametrize(("strategy", "world"), [("ddp", 2), ("fsdp", 2), ("ddp", 3)])
+@pytest.mark.parametrize(
+    ("strategy", "world"), [pytest.param("ddp", 2, marks=pytest.mark.slow), ("fsdp", 2), ("ddp", 3)]
+)
 def test_several_processes_give_the_loss_and_gradients_of_one(strategy: str, world: int, tiny_clip_json: str) -> None:
     local = N // world
     outcomes = run_ranks(world, on_a_rank, tiny_clip_json, strategy, (local, local // 2))[0]
@@ -139,7 +141,7 @@ def other_kinds_on_a_rank(architecture: str, strategy: str) -> list[Outcome]:
         ]
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_several_teachers_and_sigmoid_models_in_two_processes_as_in_one(strategy: str, tiny_clip_json: str) -> None:
     found = run_ranks(2, other_kinds_on_a_rank, tiny_clip_json, strategy)[0]
     expected = other_kinds_on_a_rank(tiny_clip_json, "ddp")
