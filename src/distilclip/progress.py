@@ -23,7 +23,7 @@ SUMMARIES = {
     "embed": "{num_valid:,} of {num_rows:,} pairs embedded, {num_invalid:,} could not be used",
     "import": "{num_valid:,} of {num_rows:,} rows imported, {num_normalised:,} of them scaled to unit length",
     "balance": "kept {num_kept:,} of {num_valid:,} images ({removed_ratio:.1%} removed)",
-    "select": "kept {num_kept:,} of {num_scored:,} pairs, those with a {score} {side} {threshold:.4g}",
+    "select": "kept {num_kept:,} of {num_scored:,} pairs, {description}",
     "cluster": "{num_labelled:,} images in {num_centers:,} clusters",
     "weigh": "{num_drawn:,} of {num_rows:,} rows are drawn; they vary as {effective_rows:,.0f} of equal weight",
     "train": "{num_samples_seen:,} samples seen, {num_parameters:,} parameters",

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import distilclip as dc
 from distilclip.report.load import load
 from distilclip.report.page import Page, build
 from distilclip.report.sections import GallerySize
@@ -115,6 +117,25 @@ def test_pairs_on_either_side_of_the_threshold_are_shown_with_their_distance(tmp
     assert "0.0701" in html[over : html.index("The representatives that stand for most others")]
     assert html[under:over].count("<img") == 2
     assert "of the removed lie over the threshold from the kept one" in html
+
+
+def test_a_selection_is_shown_with_its_cut_and_the_pairs_on_either_side(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    np.save(tmp_path / "values.npy", np.arange(24) / 10)
+    options = {"store": str(run / "embed"), "score": "column", "values": str(tmp_path / "values.npy"), "top": 0.5}
+    for out in ("one", "two"):
+        dc.stages.select(out=str(run / out), device="cpu", **options)
+    dc.stages.select(store=options["store"], out=str(run / "both"), groups=[str(run / "one"), str(run / "two")])
+    page = page_of(run)
+    text = page.html[page.html.index('id="selection"') : page.html.index('id="clusters"')]
+    assert {"scores.svg", "scores-2.svg"} <= set(page.figures)
+    assert text.count("<h3><code>") == 3
+    assert "A selection kept 11 of 22 pairs: those with a score of at least 1.2." in page.html
+    first = text[text.index("Pairs on either side of the cut") : text.index(f"{run}/two")]
+    shown = re.findall(r'class="measure">([^<]*)<', first)
+    assert shown[:4] == ["kept: 1.2", "1.1", "kept: 1.3", "1"]
+    assert first.count("<img") == 12
+    assert "No gallery" not in text
 
 
 def test_what_is_missing_is_named_with_the_stage_that_would_fill_it(tmp_path: Path) -> None:

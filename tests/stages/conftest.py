@@ -22,11 +22,12 @@ def write_store(
     same_file: Sequence[tuple[int, int]] = (),
     text_noise: float = 0.0,
     images: np.ndarray | None = None,
+    folders: Sequence[str] = (),
 ) -> tuple[str, np.ndarray, np.ndarray]:
     """A finished store of images of which a third are near-copies across shards; its rows, and which are valid.
 
     Of each pair in `same_file`, the second row's image file is that of the first. Texts are the images with noise.
-    With `images`, these are its rows, all valid.
+    With `images`, these are its rows, all valid. `folders` are those that the shards lie in.
     """
     random = np.random.default_rng(0)
     n = rows * shards
@@ -61,7 +62,12 @@ def write_store(
             table,
             image=x[here],
             text=text[here],
-            source=SourceFile(uri=f"{shard}.tar", num_bytes=1, sha256="s", truncated=False),
+            source=SourceFile(
+                uri=f"{folders[shard]}/{shard}.tar" if folders else f"{shard}.tar",
+                num_bytes=1,
+                sha256="s",
+                truncated=False,
+            ),
             teacher=TEACHER,
         )
         line = finished_shard(str(folder), shard)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import distilclip as dc
-from distilclip import cli
-from distilclip.data.side_files import read_groups
+from distilclip import cli, stage_folder
+from distilclip.data.side_files import read_groups, read_labels
 from distilclip.data.store import Store, split_id
 from distilclip.engine import Engine
 from distilclip.errors import InputError
@@ -64,10 +65,10 @@ def test_masks_combine_in_the_order_of_the_commands(store: tuple[str, np.ndarray
     path, _ = store
     groups, first, second = (str(tmp_path / name) for name in ("groups", "first", "second"))
     balanced = balance(BalanceConfig(store=path, out=groups, threshold=0.9, metric="euclidean", device="cpu"))
-    one = main(Config(store=path, out=first, score="clip-score", top=0.5, groups=groups, device="cpu"))
+    one = main(Config(store=path, out=first, score="clip-score", top=0.5, groups=(groups,), device="cpu"))
     assert one["num_scored"] == balanced["num_kept"] < balanced["num_valid"]
     two = main(
-        Config(store=path, out=second, score="neg-clip-loss", num_others=20, top=0.5, groups=first, device="cpu")
+        Config(store=path, out=second, score="neg-clip-loss", num_others=20, top=0.5, groups=(first,), device="cpu")
     )
     assert two["num_scored"] == one["num_kept"]
     assert not (kept(second) & ~kept(first)).any()
@@ -116,6 +117,76 @@ def test_every_copy_of_a_picture_of_an_evaluation_set_is_found_and_removed(tmp_p
     assert cli.main(["verify", out]) == 0
 
 
+def test_shares_of_the_same_pairs_are_combined(store: tuple[str, np.ndarray], tmp_path: Path) -> None:
+    """The upper third by one score and 60 % by another, both of all pairs: what both keep, in either order."""
+    path, _ = store
+    images = Store.open(path).image(0)[:30]
+    targets, _, _ = write_store(tmp_path / "targets", rows=20, shards=1, images=images[images.any(axis=1)][:20])
+    one, two, both, other = (str(tmp_path / name) for name in ("one", "two", "both", "other"))
+    common = ["--store", path, "--device", "cpu"]
+    assert cli.main(["select", *common, "--out", one, "--score", "clip-score", "--top", "0.3"]) == 0
+    assert cli.main(f"select --score norm-sim --targets {targets} --top 0.6 --out {two}".split() + common) == 0
+    assert cli.main(["select", *common, "--out", both, "--groups", one, two]) == 0
+    assert cli.main(["select", *common, "--out", other, "--groups", two, one]) == 0
+    np.testing.assert_array_equal(kept(both), kept(one) & kept(two))
+    np.testing.assert_array_equal(kept(other), kept(both))
+    result = stage_folder.require(both, stage="select")
+    assert (result["num_scored"], result["num_kept"]) == (kept(one).sum(), kept(both).sum())
+    assert 0 < result["num_kept"] < min(kept(one).sum(), kept(two).sum())
+    chained = main(Config(store=path, out=str(tmp_path / "third"), groups=(one, two), score="clip-score", top=1.0))
+    assert chained["num_scored"] == result["num_kept"]
+    assert [cli.main(["verify", folder]) for folder in (both, other)] == [0, 0]
+    shutil.copy(Path(one) / "groups" / "000001.parquet", Path(both) / "groups" / "000001.parquet")
+    (Path(both) / "result.json").write_text(json.dumps({**result, "digests": {}}))
+    assert cli.main(["verify", both]) == 1
+    none = str(tmp_path / "none")
+    main(Config(store=path, out=none, score="clip-score", below=float(scores_of(path).min()) + 1e-6, device="cpu"))
+    with pytest.raises(InputError, match="No pair is kept by all of"):
+        main(Config(store=path, out=str(tmp_path / "empty"), groups=(one, none)))
+
+
+def test_a_share_is_kept_of_every_folder_and_of_every_cluster(tmp_path: Path) -> None:
+    path, _, valid = write_store(tmp_path / "store", text_noise=1.0, folders=["data/a", "data/b", "data/a"])
+    scores, out = scores_of(path), str(tmp_path / "folders")
+    shard = np.repeat([0, 1, 2], 40)[valid]
+    result = main(Config(store=path, out=out, score="clip-score", top=0.3, within="folder", device="cpu"))
+    expected = np.zeros(len(scores), bool)
+    for shards in ([0, 2], [1]):
+        rows = np.flatnonzero(np.isin(shard, shards))
+        expected[rows[np.argsort(-scores[rows])[: round(0.3 * len(rows))]]] = True
+    np.testing.assert_array_equal(kept(out), expected)
+    counts = [(one["folder"], one["num_scored"], one["num_kept"]) for one in result["folders"]]
+    parts = [("data/a", shard != 1), ("data/b", shard == 1)]
+    assert counts == [(name, rows.sum(), (rows & expected).sum()) for name, rows in parts]
+    assert result["threshold"] is None
+    assert result["thresholds"]["smallest"] < result["thresholds"]["largest"]
+    clusters, out = str(tmp_path / "clusters"), str(tmp_path / "of-clusters")
+    dc.stages.cluster(store=path, out=clusters, num_centers=6, device="cpu")
+    options: dict[str, Any] = {"store": path, "score": "clip-score", "within": "cluster", "device": "cpu"}
+    best = main(Config(out=out, top=0.4, clusters=clusters, **options))
+    label = np.concatenate([read_labels(clusters, number).cluster for number in range(3)])
+    for cluster in np.unique(label):
+        rows = np.flatnonzero(label == cluster)
+        chosen = rows[np.argsort(-scores[rows])[: max(1, round(0.4 * len(rows)))]]
+        np.testing.assert_array_equal(rows[kept(out)[rows]], np.sort(chosen))
+    assert sum(bin["num_kept"] for bin in best["histogram"]) == best["num_kept"] == kept(out).sum()
+    assert sum(bin["num_scored"] for bin in best["histogram"]) == len(scores)
+    for folder, own in ((str(tmp_path / "folders"), result), (out, best)):
+        assert cli.main(["verify", folder]) == 0
+        name = Path(folder) / "groups" / "000001.parquet"
+        shutil.copy(Path(folder) / "groups" / "000000.parquet", name)
+        (Path(folder) / "result.json").write_text(json.dumps({**own, "digests": {}}))
+        assert cli.main(["verify", folder]) == 1
+    half = str(tmp_path / "half")
+    main(Config(store=path, out=half, score="clip-score", top=0.5, device="cpu"))
+    some = str(tmp_path / "some")
+    dc.stages.cluster(store=path, groups=half, out=some, num_centers=3, device="cpu")
+    with pytest.raises(InputError, match=r"some: row \d+ of shard 0 has no label. Cluster with the --groups"):
+        main(Config(out=str(tmp_path / "wrong"), top=0.4, clusters=some, **options))
+    again = main(Config(out=str(tmp_path / "right"), top=0.4, clusters=some, groups=(half,), **options))
+    assert again["num_scored"] == kept(half).sum()
+
+
 @pytest.mark.slow
 def test_engines_and_kills_change_no_byte(store: tuple[str, np.ndarray], tmp_path: Path) -> None:
     path, _ = store
@@ -153,6 +224,10 @@ def test_verify_finds_what_does_not_fit_and_select_makes_it_again(
     ("options", "message"),
     [
         ({"score": "clip-score"}, "one of --top .*, --at-least and --below"),
+        ({"groups": ("a",)}, "needs a --score .* or several --groups without"),
+        ({"groups": ("a", "b"), "top": 0.5}, "needs a --score .* or several --groups without"),
+        ({"score": "clip-score", "at_least": 0.2, "within": "folder"}, "--within folder .* needs --top"),
+        ({"score": "clip-score", "top": 0.2, "within": "cluster"}, "--within cluster and --clusters FOLDER belong"),
         ({"score": "clip-score", "top": 1.5}, "a share above 0 and at most 1"),
         ({"score": "norm-sim", "top": 0.5}, "--score norm-sim needs --targets"),
         ({"score": "clip-score", "top": 0.5, "values": "x.npy"}, "--score clip-score has no use for --values"),

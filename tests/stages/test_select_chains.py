@@ -62,26 +62,31 @@ def test_a_balance_of_a_selection_is_that_of_its_rows_alone(
         assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
 
 
-@pytest.mark.slow
-def test_engines_kills_and_cuts_of_a_balanced_selection_change_no_byte(
+def test_kills_and_cuts_of_a_balanced_selection_change_no_byte(
     selected: tuple[str, str, np.ndarray], tmp_path: Path
 ) -> None:
     store, groups, _ = selected
     options: dict[str, Any] = {"groups": groups, "threshold": 0.3, "max_threshold": 0.6, "rule": "complete"}
     result = balance.main(config(store, tmp_path / "whole", **options))
-    engine = Engine(engine="processes", engine_workers=2)
-    balance.main(config(store, tmp_path / "processes", block_rows=40, execution=engine, **options))
-    assert contents(tmp_path / "processes") == contents(tmp_path / "whole")
     for name in ("result.json", "groups/000001.parquet"):
-        (tmp_path / "processes" / name).unlink()
-    assert balance.main(config(store, tmp_path / "processes", **options, block_rows=40)) == result
-    assert contents(tmp_path / "processes") == contents(tmp_path / "whole")
+        (tmp_path / "whole" / name).unlink()
+    assert balance.main(config(store, tmp_path / "whole", **options)) == result
     cut = config(store, tmp_path / "cut", groups=groups, from_folder=str(tmp_path / "whole"), threshold=0.4)
     own = balance.main(config(store, tmp_path / "own", groups=groups, threshold=0.4, max_threshold=0.6))
     assert balance.main(cut) == own
     assert contents(tmp_path / "cut") == contents(tmp_path / "own")
     with pytest.raises(InputError, match=r"whole searched the rows of --groups .*selected, not None: give the same"):
         balance.main(config(store, tmp_path / "all", from_folder=str(tmp_path / "whole"), threshold=0.4))
+
+
+@pytest.mark.slow
+def test_processes_balance_a_selection_to_the_same_bytes(selected: tuple[str, str, np.ndarray], tmp_path: Path) -> None:
+    store, groups, _ = selected
+    options: dict[str, Any] = {"groups": groups, "threshold": 0.3, "max_threshold": 0.6, "rule": "complete"}
+    balance.main(config(store, tmp_path / "whole", **options))
+    engine = Engine(engine="processes", engine_workers=2)
+    balance.main(config(store, tmp_path / "processes", block_rows=40, execution=engine, **options))
+    assert contents(tmp_path / "processes") == contents(tmp_path / "whole")
 
 
 def test_verify_finds_a_balance_of_other_rows_than_its_selection(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -139,6 +139,12 @@ def kept_images(store: Store, shard: int, groups: str | None) -> Bool[np.ndarray
     table = store.columns(shard, "valid", "has_image")
     kept = kept_rows(store, shard, table["valid"].to_numpy(), groups)
     return kept & table["has_image"].to_numpy()
+
+
+def rows_kept_by_all(store: Store, shard: int, groups: Sequence[str]) -> Bool[np.ndarray, " r"]:
+    """Return which of the r rows of a shard are valid and kept by every one of some folders, as `kept_rows` does."""
+    valid = store.columns(shard, "valid")["valid"].to_numpy()
+    return np.logical_and.reduce([valid, *(kept_rows(store, shard, valid, folder) for folder in groups)])
 
 
 def scores_name(shard: int) -> str:

@@ -118,15 +118,16 @@ def open_findings(path: str) -> Findings | None:
     if RESULT not in contents:
         found.notes.append("unfinished (no result.json): only what is there is checked")
     for option, stage in STAGES_OF_INPUTS.items():
-        _check_input(found, option, contents.get("inputs.json", {}).get(stage))
+        inputs = contents.get("inputs.json", {})
+        known = [digest for name, digest in inputs.items() if name == stage or name.startswith(f"{stage} ")]
+        given = found.config.get(option)
+        for path, expected in zip([given] if isinstance(given, str) else given or [], known, strict=False):
+            _check_input(found, option, path, expected)
     return found
 
 
-def _check_input(found: Findings, option: str, expected: str | None) -> None:
+def _check_input(found: Findings, option: str, path: str, expected: str) -> None:
     """Compare a folder that this one was made from with what inputs.json says of it."""
-    path = found.config.get(option)
-    if not isinstance(path, str) or expected is None:
-        return
     if not files.exists(files.join(path, RESULT)):
         found.notes.append(f"{path}, which it was made from, is not there or unfinished")
     elif stage_folder.growth(path, expected) is not None:

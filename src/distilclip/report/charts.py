@@ -126,6 +126,18 @@ def cluster_chart(result: dict[str, Any], number: int) -> Chart:
     )
 
 
+def score_chart(result: dict[str, Any], score: str, number: int) -> Chart:
+    """Draw the scores of a folder of `select`, the `number`-th of the report, with the cut where all pairs have one."""
+    bins, threshold = result["histogram"], result["threshold"]
+    drawn: dict[str, Any] = {"name": score, "threshold": threshold}
+    return Chart(
+        name="scores" + (f"-{number + 1}" if number else ""),
+        svg=figures.score_histogram(bins, **drawn),
+        narrow=figures.score_histogram(bins, **drawn, width=figures.NARROW),
+        label=f"Number of pairs against the {score}, kept and removed; the table has the thresholds",
+    )
+
+
 def _training_title(name: str) -> str:
     """The words for a column of metrics.jsonl."""
     if not name.startswith(VALIDATED):

@@ -138,6 +138,33 @@ def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: flo
         return _svg(figure)
 
 
+def score_histogram(
+    bins: Sequence[Mapping[str, float]], *, name: str, threshold: float | None, width: float = WIDTH
+) -> str:
+    """Draw how many pairs have which score, and how many of them are kept; the dashed line is the `threshold`.
+
+    Of each range of scores, `bins` hold `low`, `high`, `num_scored` and `num_kept`. `width` is in inches.
+    """
+    low = [one["low"] for one in bins]
+    wide = [max(one["high"] - one["low"], 1e-6) for one in bins]
+    kept = [one["num_kept"] for one in bins]
+    removed = [one["num_scored"] - one["num_kept"] for one in bins]
+    with _style(f"scores {width}"):
+        figure, (axes,) = _panels(["number of pairs"], width=width, height=2.6, left=0.6, bottom=0.5, top=0.5)
+        axes.set_title("number of pairs", loc="left", fontsize=9.5, fontweight="bold", pad=22)
+        axes.bar(low, kept, width=wide, align="edge", color=PALETTE["--series-2"], label="kept")
+        axes.bar(low, removed, width=wide, bottom=kept, align="edge", color=PALETTE["--muted"], label="removed")
+        if threshold is not None:
+            axes.axvline(threshold, color=PALETTE["--ink"], linewidth=1, linestyle=(0, (4, 3)), label="cut")
+        axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+        axes.grid(axis="x", visible=False)
+        axes.set_xlabel(name, loc="right")
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=4 if width < WIDTH else 9))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
+        return _svg(figure)
+
+
 def cluster_sizes(after: Sequence[int], before: Sequence[int] | None, *, width: float = WIDTH) -> str:
     """Draw how many clusters have 0, 1, 2 to 3, 4 to 7, ... images, after balance and before it.
 

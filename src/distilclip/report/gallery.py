@@ -24,8 +24,8 @@ from distilclip.errors import InputError
 from distilclip.report.phrases import count
 
 SIDES = {
-    "under": "Just under the threshold: these were joined",
-    "over": "Just over it: these were not",
+    "under": "Just under the threshold: near enough to be joined",
+    "over": "Just over it: too far",
 }
 KINDS = {
     "largest": "The representatives that stand for most others",
@@ -52,7 +52,8 @@ class Strip:
     """Some samples of a group, pair or cluster, by their ids, and what stands over them.
 
     `distance` is that of each sample to the kept one, to the other of its pair, or to its center; None for a sample
-    that the others are compared with. `pictures` are filled in by `read_strips`.
+    that the others are compared with. In a selection it is the sample's score. `pictures` are filled in by
+    `read_strips`.
     """
 
     title: str = ""
@@ -120,6 +121,16 @@ def choose_removals(
 def choose_pairs(pairs: Sequence[Mapping[str, Any]], *, num_pairs: int) -> list[Strip]:
     """Take the first few of the pairs next to the threshold that `balance` lists: two sample ids and a distance."""
     return [Strip(samples=[p["left"], p["right"]], distance=[None, p["distance"]]) for p in pairs[:num_pairs]]
+
+
+def choose_borderline(borderline: Mapping[str, Sequence[Mapping[str, Any]]], *, num_pairs: int) -> list[Strip]:
+    """Put the pairs just kept beside those just removed, nearest to the cut first: two sample ids and their scores."""
+    kept, removed = ([*borderline[side][:num_pairs]] for side in ("kept", "removed"))
+    shown = [[*kept[at : at + 1], *removed[at : at + 1]] for at in range(max(len(kept), len(removed)))]
+    return [
+        Strip(samples=[p["id"] for p in both], distance=[p["score"] for p in both], kept=at < len(kept))
+        for at, both in enumerate(shown)
+    ]
 
 
 def choose_clusters(

@@ -20,6 +20,9 @@ def story(table: Table, results: Results) -> list[str]:
         removed = phrases.percent(folder.result["removed_ratio"])
         doubt = ", which is doubtful, see below" if folder.result.get("warnings") else ""
         paragraphs.append(f"Semantic balance kept {kept} of {valid} pictures ({removed} % removed{doubt}).")
+    for folder in results.finished("select"):
+        kept, scored = phrases.count(folder.result["num_kept"]), phrases.count(folder.result["num_scored"])
+        paragraphs.append(f"A selection kept {kept} of {scored} pairs: {folder.result['description']}.")
     return paragraphs or [f"Results of {phrases.number(len(results.folders), 'stage folder')}."]
 
 

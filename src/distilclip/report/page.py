@@ -16,7 +16,7 @@ from distilclip.report.headline import story
 from distilclip.report.leaks import copy_sections
 from distilclip.report.load import Results
 from distilclip.report.roles import Model, models
-from distilclip.report.sections import GallerySize, balance_sections, cluster_sections
+from distilclip.report.sections import GallerySize, balance_sections, cluster_sections, selection_sections
 from distilclip.sets.published import PublishedRow, published_notes
 from distilclip.sets.score import Score, title
 from distilclip.vectors.tolerance import equivalents
@@ -44,6 +44,7 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
     curves = training_charts(compared)
     standings = standings_chart(table)
     balances = balance_sections(results, size)
+    selections = selection_sections(results, size)
     clusterings = cluster_sections(results, size)
     leaks = copy_sections(results, size)
     absent = _absent(results, has_diagnostics=any(model.training and model.training.diagnostics for model in compared))
@@ -64,6 +65,7 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
         curves=curves,
         embeddings=[*results.finished("embed"), *results.finished("import")],
         balances=balances,
+        selections=selections,
         clusterings=clusterings,
         leaks=leaks,
         folders=sorted(results.folders, key=lambda f: STAGES.index(f.stage) if f.stage in STAGES else len(STAGES)),
@@ -71,7 +73,8 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
         absent=absent,
         palette=PALETTE,
     )
-    charts: list[Chart | None] = [standings, *curves, *(section.chart for section in (*balances, *clusterings))]
+    sections = (*balances, *selections, *clusterings)
+    charts: list[Chart | None] = [standings, *curves, *(section.chart for section in sections)]
     return Page(
         html=html,
         figures={f"{chart.name}.svg": chart.svg for chart in charts if chart is not None},

@@ -1,4 +1,4 @@
-"""Make the sections about balance and clusters from the stages' folders: a chart, a curve and picture strips each."""
+"""Make the sections about balance, selections and clusters from the stages' folders: charts and picture strips."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from distilclip import files
 from distilclip.data.side_files import kept_rows, read_groups, read_labels
 from distilclip.data.store import Store, sample_id
 from distilclip.errors import InputError
-from distilclip.report.charts import Chart, cluster_chart, threshold_chart
+from distilclip.report.charts import Chart, cluster_chart, score_chart, threshold_chart
 from distilclip.report.figures import CurvePoint
 from distilclip.report.gallery import (
     KINDS,
     SIDES,
     Strip,
+    choose_borderline,
     choose_clusters,
     choose_pairs,
     choose_removals,
@@ -43,7 +44,7 @@ class GallerySize:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What the page shows of one balance or cluster folder. `problem` says why there are no pictures.
+    """What the page shows of one folder of balance, select or cluster. `problem` says why there are no pictures.
 
     Of balance, `curve` holds a few points of the chart for the table, `chosen` the one nearest to the threshold, and
     `truth` what the made-up corpus knows of the choice.
@@ -94,6 +95,20 @@ def cluster_sections(results: Results, size: GallerySize) -> list[Section]:
     return found
 
 
+def selection_sections(results: Results, size: GallerySize) -> list[Section]:
+    """Return a section for every finished folder of `select`."""
+    found, number = [], 0
+    for record in results.finished("select"):
+        section = Section(record=record, chart=None, strips={}, problem="")
+        if "histogram" in record.result:  # a folder that only combines others has no scores
+            strips, problem = read_or_explain(_selection_strips, record, results, size)
+            score = record.config["column"] if record.result["score"] == "column" else record.result["score"]
+            chart = score_chart(record.result, score, number)
+            section, number = Section(record=record, chart=chart, strips=strips, problem=problem), number + 1
+        found.append(section)
+    return found
+
+
 def _truth(record: StageRecord, results: Results) -> Truth | None:
     try:
         return read_truth(record, open_store(record, results), results.finished("corpus"))
@@ -133,6 +148,12 @@ def _balance_strips(record: StageRecord, results: Results, size: GallerySize) ->
     }
     chosen |= {text: removals[kind] for kind, text in KINDS.items()}
     return read_strips(chosen, store, size=size.thumbnail)
+
+
+def _selection_strips(record: StageRecord, results: Results, size: GallerySize) -> Strips:
+    """Pairs just kept beside pairs just removed."""
+    chosen = choose_borderline(record.result["borderline"], num_pairs=3 * size.num_groups)
+    return read_strips({"Nearest to the cut": chosen}, open_store(record, results), size=size.thumbnail)
 
 
 def _cluster_strips(record: StageRecord, results: Results, size: GallerySize) -> Strips:

@@ -1,19 +1,20 @@
 """Score the pairs of a store and keep the best of them: a folder that later stages read as they read a balance.
 
 The scores of each shard are a file, so a run that was killed goes on; the cut needs the scores of all. Masks combine
-in the order of the commands: `--groups` names the balance, or the selection, whose kept pairs are scored.
+in the order of the commands: `--groups` names the balance, or the selection, whose kept pairs are scored. Shares of the
+same pairs are combined by several `--groups`: what all of them keep is scored, or without a score kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Bool, Float32
+from jaxtyping import Bool, Float32, Int
 
 from distilclip import digests, files, stage_folder
 from distilclip.configs.select import Config
@@ -22,9 +23,9 @@ from distilclip.data.side_files import (
     Scores,
     groups_name,
     groups_path,
-    kept_rows,
     read_groups,
     read_scores,
+    rows_kept_by_all,
     scores_name,
     write_groups,
     write_scores,
@@ -36,11 +37,13 @@ from distilclip.errors import InputError
 from distilclip.messages import say
 from distilclip.progress import progress
 from distilclip.row_weights import RowPlaces, read_row_values
-from distilclip.scoring.cut import Cut, cut_share, cut_value, on_side, share_curve
+from distilclip.scoring.cut import Cut, cut_share, cut_value, score_histogram, share_curve
 from distilclip.scoring.pair_scores import clip_score, neg_clip_loss, norm_similarity
+from distilclip.scoring.parts import list_folders, number_parts
 from distilclip.stages._targets import Targets
 
 NUM_EXAMPLES = 12  # pairs on either side of the cut, in the result
+MOST_FOLDERS = 100  # whose pairs are counted in the result
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -49,10 +52,13 @@ def main(config: Config) -> dict[str, Any]:
     if folder.finished:
         return folder.result()
     store = Store.open(config.store)
-    if config.groups is not None:
-        stage_folder.require(config.groups, stage="balance", store=config.store)
+    named = [(config.clusters, "cluster")] if config.clusters else []
+    for path, stage in [*((path, "balance") for path in config.groups), *named]:
+        stage_folder.require(path, stage=stage, store=config.store)
     _check_sides(config, store)
     shards = range(store.num_shards)
+    if config.score is None:
+        return _combine(config, folder, store)
     targets = Targets.of(config.targets, folder.path)
     targets.prepare(store, data_root=config.data_root, device=config.device, num_workers=config.num_workers)
     scorer = Scorer(config=config, folder=folder.path)
@@ -63,29 +69,32 @@ def main(config: Config) -> dict[str, Any]:
     scores = np.concatenate([table.score for table in tables])
     if not len(scores):
         raise InputError(f"{config.store}: no pair is valid and kept, so there is nothing to select from.")
-    cut = _cut(config, scores)
-    removed = {}
-    for shard, table in enumerate(tables):
-        keep = on_side(table.score, threshold=cut.threshold, side=cut.side)
-        _write_kept(folder.path, store, shard, config.groups, table.row[keep])
-        removed[shard] = table.row[~keep]
-    names = [name(shard) for shard in shards for name in (groups_name, scores_name)]
-    copies: dict[str, Any] = {}
+    rows = [table.row for table in tables]
+    part = number_parts(store, rows, within=config.within, clusters=config.clusters)
+    cut = _cut(config, scores, part)
+    keeps = _split(cut.keep, rows)
+    _write_kept(config, folder.path, store, [own[keep] for own, keep in zip(rows, keeps, strict=True)])
+    names, copies = _names(shards, groups_name, scores_name), {}
     if config.targets and cut.side == "below":
-        copies = targets.report(store, removed, threshold=cut.threshold, device=config.device)
+        removed = {shard: own[~keep] for shard, (own, keep) in enumerate(zip(rows, keeps, strict=True))}
+        copies = targets.report(store, removed, threshold=float(cut.threshold[0]), device=config.device)
         names += targets.names
         _say_copies(copies["targets"], cut)
     targets.remove()
+    thresholds = np.sort(cut.threshold[np.isfinite(cut.threshold)])
+    several = {"smallest": thresholds[0], "median": thresholds[len(thresholds) // 2], "largest": thresholds[-1]}
     return folder.finish(
         {
             "score": config.score,
-            "threshold": cut.threshold,
+            "within": config.within,
+            "threshold": float(thresholds[0]) if config.within == "all" else None,
             "side": cut.side,
-            "num_scored": len(scores),
-            "num_kept": cut.num_kept,
-            "removed_ratio": 1 - cut.num_kept / len(scores),
+            "thresholds": {name: float(value) for name, value in several.items()},
+            "description": _describe(config, cut),
+            **_count(store, rows, cut.keep),
             "curve": share_curve(scores),
-            "borderline": _borderline(tables, cut),
+            "histogram": score_histogram(scores, cut.keep),
+            "borderline": _borderline(rows, scores, cut, part),
             **copies,
             "digests": digests.digest_files(folder.path, names),
         }
@@ -97,9 +106,9 @@ _COMPARED = {"clip-score": ("image", "text"), "neg-clip-loss": ("image", "text")
 
 def _check_sides(config: Config, store: Store) -> None:
     """Raise `InputError` where a row that is to be scored lacks what the score compares."""
-    lacking = dict.fromkeys(_COMPARED.get(config.score, ()), 0)
+    lacking = dict.fromkeys(_COMPARED.get(config.score or "", ()), 0)
     for shard in range(store.num_shards if lacking else 0):
-        kept = _kept(store, shard, config.groups)
+        kept = rows_kept_by_all(store, shard, config.groups)
         for side in lacking:
             there = store.columns(shard, f"has_{side}").column(0).to_numpy()
             lacking[side] += int((kept & ~there).sum())
@@ -114,9 +123,62 @@ def _check_sides(config: Config, store: Store) -> None:
             )
 
 
-def _cut(config: Config, scores: Float32[np.ndarray, " n"]) -> Cut:
+def _combine(config: Config, folder: stage_folder.Folder, store: Store) -> dict[str, Any]:
+    """Keep what all of `--groups` keep, of the pairs that the first of them keeps; return the folder's result."""
+    shards = range(store.num_shards)
+    rows = [np.flatnonzero(rows_kept_by_all(store, shard, config.groups[:1])).astype(np.uint32) for shard in shards]
+    kept = [np.flatnonzero(rows_kept_by_all(store, shard, config.groups)).astype(np.uint32) for shard in shards]
+    if not sum(map(len, kept)):
+        raise InputError(f"No pair is kept by all of {', '.join(config.groups)}. Keep more by one of them.")
+    _write_kept(config, folder.path, store, kept)
+    keep = np.concatenate([np.isin(own, chosen) for own, chosen in zip(rows, kept, strict=True)])
+    return folder.finish(
+        {
+            "score": None,
+            "description": f"those that all of {len(config.groups)} folders keep",
+            **_count(store, rows, keep),
+            "digests": digests.digest_files(folder.path, _names(shards, groups_name)),
+        }
+    )
+
+
+def _names(shards: range, *names: Callable[[int], str]) -> list[str]:
+    return [name(shard) for shard in shards for name in names]
+
+
+def _split(values: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the values of the rows of each shard."""
+    return np.split(values, np.cumsum([len(own) for own in rows])[:-1])
+
+
+def _describe(config: Config, cut: Cut) -> str:
+    """Say in words which pairs are kept."""
+    name = config.column if config.score == "column" else config.score
+    if config.within != "all":
+        return f"the best {config.top:.3g} of each {config.within} by {name}"
+    side = "below" if cut.side == "below" else "of at least"
+    return f"those with a {name} {side} {cut.threshold[0]:.4g}"
+
+
+def _count(store: Store, rows: Sequence[np.ndarray], keep: Bool[np.ndarray, " n"]) -> dict[str, Any]:
+    """Count the pairs and those that are kept, in all and in the folders of most pairs."""
+    names, number = list_folders(store)
+    folder = np.repeat(number, [len(own) for own in rows])
+    scored, kept = (np.bincount(folder[which], minlength=len(names)) for which in (slice(None), keep))
+    most = np.sort(np.argsort(-scored, kind="stable")[:MOST_FOLDERS])
+    return {
+        "num_scored": len(keep),
+        "num_kept": int(keep.sum()),
+        "removed_ratio": 1 - int(keep.sum()) / len(keep),
+        "folders": [
+            {"folder": names[at], "num_scored": int(scored[at]), "num_kept": int(kept[at])} for at in most.tolist()
+        ],
+    }
+
+
+def _cut(config: Config, scores: Float32[np.ndarray, " n"], part: Int[np.ndarray, " n"] | None) -> Cut:
     if config.top is not None:
-        return cut_share(scores, share=config.top)
+        return cut_share(scores, share=config.top, part=part)
     if config.at_least is not None:
         return cut_value(scores, threshold=config.at_least, side="at-least")
     assert config.below is not None
@@ -137,7 +199,7 @@ class Scorer:
 
     def _score_shard(self, store: Store, score: Callable[[int, np.ndarray], np.ndarray], shard: int) -> int:
         if not files.exists(files.join(self.folder, scores_name(shard))):
-            rows = np.flatnonzero(_kept(store, shard, self.config.groups))
+            rows = np.flatnonzero(rows_kept_by_all(store, shard, self.config.groups))
             write_scores(self.folder, shard, Scores(rows.astype(np.uint32), score(shard, rows).astype(np.float32)))
         return store.shards[shard].num_rows
 
@@ -171,14 +233,9 @@ class Scorer:
         return against_others
 
 
-def _kept(store: Store, shard: int, groups: str | None) -> Bool[np.ndarray, " r"]:
-    valid = store.columns(shard, "valid")["valid"].to_numpy()
-    return kept_rows(store, shard, valid, groups)
-
-
 def _draw_pairs(store: Store, config: Config) -> np.ndarray:
     """Draw the sample ids of the pairs that every pair is compared with, ascending: the same in every worker."""
-    kept = [np.flatnonzero(_kept(store, shard, config.groups)) for shard in range(store.num_shards)]
+    kept = [np.flatnonzero(rows_kept_by_all(store, shard, config.groups)) for shard in range(store.num_shards)]
     ids = np.concatenate([sample_id(shard, rows.astype(np.uint32)) for shard, rows in enumerate(kept)])
     if len(ids) < 2:
         raise InputError(f"{store.path}: neg-clip-loss compares pairs with others, and {len(ids)} is kept.")
@@ -202,18 +259,19 @@ def _own_values(config: Config, store: Store, shard: int, rows: np.ndarray) -> F
     return values.astype(np.float32)
 
 
-def _write_kept(folder: str, store: Store, shard: int, groups: str | None, kept: np.ndarray) -> None:
-    """Write the groups of a shard, those of the balance or each row its own, with what is kept now."""
-    if files.exists(groups_path(folder, shard)):
-        return
-    if groups is None:
-        row = np.flatnonzero(_kept(store, shard, None)).astype(np.uint32)
-        ids, distance = sample_id(shard, row), np.zeros(len(row), np.float32)
-        table = Groups(row=row, group=ids, representative=ids, distance=distance, keep=np.isin(row, kept))
-    else:
-        before = read_groups(groups, shard)
-        table = Groups(**{**vars(before), "keep": before.keep & np.isin(before.row, kept)})
-    write_groups(folder, shard, table)
+def _write_kept(config: Config, folder: str, store: Store, kept: Sequence[np.ndarray]) -> None:
+    """Write the groups of every shard, those of the first of `--groups` or each row its own, with what is kept now."""
+    for shard, rows in enumerate(kept):
+        if files.exists(groups_path(folder, shard)):
+            continue
+        if config.groups:
+            before = read_groups(config.groups[0], shard)
+            table = Groups(**{**vars(before), "keep": np.isin(before.row, rows)})
+        else:
+            row = np.flatnonzero(rows_kept_by_all(store, shard, ())).astype(np.uint32)
+            ids, distance = sample_id(shard, row), np.zeros(len(row), np.float32)
+            table = Groups(row=row, group=ids, representative=ids, distance=distance, keep=np.isin(row, rows))
+        write_groups(folder, shard, table)
 
 
 def _say_copies(targets: list[dict[str, Any]], cut: Cut) -> None:
@@ -223,18 +281,21 @@ def _say_copies(targets: list[dict[str, Any]], cut: Cut) -> None:
         unreadable = f"; {num_bad:,} further pictures could not be read" if num_bad else ""
         say(
             f"select: {found['name']}: {found['num_near']:,} of {found['num_pictures']:,} pictures ({share:.2%}) have "
-            f"a copy in the data (cosine of {cut.threshold:g} or more); {found['num_rows']:,} rows are copies"
+            f"a copy in the data (cosine of {cut.threshold[0]:g} or more); {found['num_rows']:,} rows are copies"
             f"{unreadable}"
         )
 
 
-def _borderline(tables: list[Scores], cut: Cut) -> dict[str, Any]:
-    """List the pairs nearest to the cut on either side: what to look at before trusting it."""
-    ids = np.concatenate([sample_id(shard, table.row) for shard, table in enumerate(tables)])
-    scores = np.concatenate([table.score for table in tables])
-    kept = on_side(scores, threshold=cut.threshold, side=cut.side)
+def _borderline(
+    rows: Sequence[np.ndarray], scores: Float32[np.ndarray, " n"], cut: Cut, part: Int[np.ndarray, " n"] | None
+) -> dict[str, Any]:
+    """List the pairs nearest to the cut of their part on either side: what to look at before trusting it."""
+    ids = np.concatenate([sample_id(shard, own) for shard, own in enumerate(rows)])
+    threshold = cut.threshold[np.zeros(len(ids), np.int64) if part is None else part]
     found = {}
-    for name, rows in (("kept", np.flatnonzero(kept)), ("removed", np.flatnonzero(~kept))):
-        nearest = rows[np.argsort(np.abs(scores[rows] - cut.threshold), kind="stable")[:NUM_EXAMPLES]]
-        found[name] = [{"id": int(ids[at]), "score": float(scores[at])} for at in nearest]
+    for name, chosen in (("kept", np.flatnonzero(cut.keep)), ("removed", np.flatnonzero(~cut.keep))):
+        nearest = chosen[np.argsort(np.abs(scores[chosen] - threshold[chosen]), kind="stable")[:NUM_EXAMPLES]]
+        found[name] = [
+            {"id": int(ids[at]), "score": float(scores[at]), "threshold": float(threshold[at])} for at in nearest
+        ]
     return found
