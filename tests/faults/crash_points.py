@@ -48,7 +48,7 @@ def drill(folder: Path, *, size: Size) -> list[Outcome]:
     if not small:
         started = time.monotonic()
         large = stage_cases.make(folder / "large", shards=10, rows=40, stages=("embed", "balance", "cluster"))
-        sampled = [kill_everywhere(large, name, at_most=12) for name in ("embed", "balance", "cluster", "train")]
+        sampled = [kill_everywhere(large, name, at_most=250) for name in ("embed", "balance", "cluster", "train")]
         how = "Points drawn by chance in runs over ten shards of forty pairs."
         outcomes.append(outcome("The same holds for larger runs.", how, sampled, started))
     return outcomes
