@@ -107,6 +107,67 @@ def test_several_calls_share_their_workers_and_each_has_its_own_function(engine:
     assert len(processes) <= (engine.engine_workers or 1)
 
 
+def prepare_look(folder: str) -> Callable[[int], str]:
+    """Say which GPU a worker sees, once there are three workers."""
+
+    def look(part: int) -> str:
+        (Path(folder) / str(os.getpid())).touch()
+        deadline = time.monotonic() + 60
+        while len(list(Path(folder).iterdir())) < 3 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+
+    return look
+
+
+@pytest.mark.parametrize(
+    ("device", "visible", "expected"),
+    [("auto", "", ["0", "0", "1"]), ("cuda", "4, 7", ["4", "4", "7"]), ("cpu", "", ["none"] * 3)],
+)
+def test_every_process_has_a_gpu_in_turn(
+    device: str, visible: str, expected: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    engine = Engine(engine="processes", engine_workers=3)
+    look = functools.partial(prepare_look, str(tmp_path))
+    assert sorted(seen for _, seen in map_parts(look, range(3), engine=engine, device=device)) == expected
+
+
+def test_without_a_number_there_is_a_process_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
+    with connected(Engine(engine="processes"), device="auto") as workers:
+        assert workers._num_workers == 5  # type: ignore[attr-defined]
+    with connected(Engine(engine="processes"), device="cpu") as workers:
+        assert workers._num_workers == os.cpu_count()  # type: ignore[attr-defined]
+
+
+GPUS_OF_RAY = """
+import functools, ray
+from distilclip.engine import Engine, connected
+from tests.test_engine import prepare_look
+
+ray.init(address="local", num_cpus=4, num_gpus=3, include_dashboard=False, log_to_driver=False)
+for device in ("auto", "cuda"):
+    with connected(Engine(engine="ray"), device=device) as workers:
+        found = [seen for _, seen in workers.map_parts(functools.partial(prepare_look, "FOLDER/" + device), range(3))]
+    assert sorted(found) == ["0", "1", "2"], found
+ray.shutdown()
+print("finished", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_every_actor_has_a_gpu_of_its_own_by_default(tmp_path: Path) -> None:
+    for device in ("auto", "cuda"):
+        (tmp_path / device).mkdir()
+    code = GPUS_OF_RAY.replace("FOLDER", str(tmp_path))
+    ended = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert "finished" in ended.stdout, ended.stderr
+
+
 # One CPU and three actors wanted: two are ready when the work is done, and what they were to prepare is gone.
 LATE = """
 import functools, os, ray, time

@@ -45,7 +45,7 @@ class Engine:
     engine_address: str | None = changeable(None)
     """address of a running Ray cluster, as HOST:PORT or auto (default: $RAY_ADDRESS, or start one on this machine)"""
     engine_workers: int | None = changeable(None)
-    """number of parts computed at the same time (default: one per core; on Ray with --device cuda, one per GPU)"""
+    """number of parts computed at the same time (default: one per GPU where --device takes them, else one per core)"""
 
     def __post_init__(self) -> None:
         if self.engine_address is not None and self.engine != "ray":
@@ -73,7 +73,8 @@ def map_parts(
         prepare: picklable (a `functools.partial` of a module's function, or an object); it may load a model.
         parts: what to compute, in the order in which it is begun. Each may run twice: it must be idempotent.
         engine: where they are computed, and by how many workers.
-        device: what a part computes on; with cuda, every worker on Ray gets a GPU of its own.
+        device: what a part computes on; with `cuda`, and with `auto` where there are any, every worker gets a GPU of
+            its own, or as few others on it as there can be.
 
     Yields each part with its result, as they finish. An exception in a part stops everything and is raised here.
 
@@ -94,16 +95,16 @@ def connected(engine: Engine, *, device: str = "cpu") -> Iterator[Workers]:
     if engine.engine == "local":
         yield _Here()
     elif engine.engine == "processes":
-        with contextlib.closing(_Processes(engine.engine_workers or os.cpu_count() or 1)) as processes:
+        gpus = _visible_gpus() if device in ("auto", "cuda") else []
+        num_workers = engine.engine_workers or len(gpus) or os.cpu_count() or 1
+        with contextlib.closing(_Processes(num_workers, gpus)) as processes:
             yield processes
     else:
         ray = _import_ray()
-        num_gpus = 1.0 if device.startswith("cuda") else 0.0
-        with (
-            _cluster(ray, engine.engine_address),
-            contextlib.closing(_Actors(ray, engine.engine_workers, num_gpus)) as actors,
-        ):
-            yield actors
+        with _cluster(ray, engine.engine_address):
+            takes_gpu = device.startswith("cuda") or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+            with contextlib.closing(_Actors(ray, engine.engine_workers, float(takes_gpu))) as actors:
+                yield actors
 
 
 class _Here:
@@ -136,8 +137,8 @@ def _compute(call: int, load: Callable[[], Callable[[], Callable[[Any], Any]]], 
 class _Processes:
     """Computes in processes of this machine, which end with this one, however it ends."""
 
-    def __init__(self, num_workers: int) -> None:
-        self._num_workers, self._num_calls = num_workers, 0
+    def __init__(self, num_workers: int, gpus: Sequence[str]) -> None:
+        self._num_workers, self._gpus, self._num_calls = num_workers, gpus, 0
         self._pool: ProcessPoolExecutor | None = None
 
     def map_parts(
@@ -150,7 +151,7 @@ class _Processes:
         todo = list(parts)
         deaths = 0
         while todo:
-            pool = self._pool = self._pool or _start_pool(self._num_workers)
+            pool = self._pool = self._pool or _start_pool(self._num_workers, self._gpus)
             finished: set[int] = set()
             running: dict[Future[Any], int] = {}
             try:
@@ -178,9 +179,29 @@ class _Processes:
             self._pool = None
 
 
-def _start_pool(num_workers: int) -> ProcessPoolExecutor:
+def _start_pool(num_workers: int, gpus: Sequence[str]) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_end_with_parent)
+    places = context.SimpleQueue()  # the GPU of each worker, in turn
+    for worker in range(num_workers if gpus else 0):
+        places.put(gpus[worker % len(gpus)])
+    begin = functools.partial(_begin, places if gpus else None)
+    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=begin)
+
+
+def _begin(places: Any) -> None:
+    """Begin as a worker: with its own GPU, before torch looks for them, and not longer than its parent."""
+    if places is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = places.get()
+    _end_with_parent()
+
+
+def _visible_gpus() -> list[str]:
+    """Return the GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    import torch
+
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    count = torch.cuda.device_count()
+    return named[:count] if named else [str(number) for number in range(count)]
 
 
 def _end_with_parent() -> None:

@@ -49,7 +49,7 @@ class Config:
     block_rows: int | None = changeable(None)
     """number of rows in a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
     device: str = changeable("auto")
-    """auto (CUDA, then MPS, then CPU) or a torch device; on Ray, cuda gives each worker a GPU of its own"""
+    """auto (CUDA, then MPS, then CPU) or a torch device; each worker of --engine gets a GPU of its own"""
     execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:

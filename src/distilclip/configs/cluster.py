@@ -21,7 +21,7 @@ class Config:
     groups: str | None = None
     """folder of `balance` or `select`: cluster kept images only (default: every valid image)"""
     device: str = changeable("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device; on Ray, cuda gives each worker a GPU of its own"""
+    """auto (CUDA, then MPS, then CPU), or a torch device; each worker of --engine gets a GPU of its own"""
     execution: Engine = field(default_factory=Engine)
 
     def inputs(self) -> list[tuple[str, str]]:

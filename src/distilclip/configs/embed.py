@@ -49,7 +49,7 @@ class Config:
     max_bad_ratio: float = changeable(0.05)
     """stop when more than this share of the samples is unusable"""
     device: str = changeable("auto")
-    """auto (CUDA, then MPS, then CPU), or a torch device"""
+    """auto (CUDA, then MPS, then CPU), or a torch device; each worker of --engine gets a GPU of its own"""
     num_workers: int = changeable(2)
     """number of processes that read and decode for a teacher (0: decode in the main process)"""
     execution: Engine = field(default_factory=Engine)

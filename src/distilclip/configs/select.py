@@ -56,7 +56,7 @@ class Config:
     num_workers: int = changeable(2)
     """number of processes that read and decode the pictures of evaluation sets (0: the main process does it)"""
     device: str = changeable("auto")
-    """auto (CUDA, then MPS, then CPU) or a torch device; on Ray, cuda gives each worker a GPU of its own"""
+    """auto (CUDA, then MPS, then CPU) or a torch device; each worker of --engine gets a GPU of its own"""
     execution: Engine = field(default_factory=Engine)
 
     def __post_init__(self) -> None:
