@@ -32,6 +32,7 @@ from distilclip.sets.open import load_set
 from distilclip.sets.score import Score
 
 SHARE = 0.5  # of the pairs, in every half
+WRONG = 0.3  # of the captions of the corpus
 FIRST = 0.3  # what balance removes where the CLIP score then takes the rest
 TOKENS = {"context_length": 24, "vocab_size": 49408}
 IMAGE = {"timm_pool": "max", "timm_proj": "linear"}
@@ -57,7 +58,10 @@ METHODS: dict[str, dict[str, str]] = {
     "balance, CLIP score, weights": {"groups": BALANCE_SCORE, "row_weights": "chosen/weights"},
     "balance, captions of group": {"groups": BALANCE_HALF, "captions": "of-group"},
     "balance, CLIP score, captions of group": {"groups": BALANCE_SCORE, "captions": "of-group"},
+    "CLIP score, as many as are right": {"groups": "chosen/select/clip-score-right"},
+    "all pairs, none of them wrong": {"store": "prepared/embed-right"},
 }
+OF_CORPUS = ("CLIP score, as many as are right", "all pairs, none of them wrong")
 
 
 def main() -> int:
@@ -71,6 +75,8 @@ def main() -> int:
     parser.add_argument("--num-centers", type=int, default=100)
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
     given = parser.parse_args()
+    if given.data == "icons":
+        given.methods = [method for method in given.methods if method not in OF_CORPUS]
     out = Path(given.out)
     train = prepare(out, given)
     store = Store.open(str(out / "prepared/embed"))
@@ -94,9 +100,10 @@ def prepare(out: Path, given: argparse.Namespace) -> list[str]:
     """Make what all methods share: pairs, teacher, store, balances and clusters; return the tars."""
     place = out / "prepared"
     if given.data == "corpus":
-        noisy, clean = place / "corpus", place / "clean"
-        run("corpus", "--out", noisy, "--seed", 1, "--wrong-captions", 0.3)
+        noisy, right, clean = (place / name for name in ("corpus", "right", "clean"))
+        run("corpus", "--out", noisy, "--seed", 1, "--wrong-captions", WRONG)
         pattern = f"{noisy}/train/*.tar"
+        run("corpus", "--out", right, "--seed", 1)
         if not given.teacher:
             run("corpus", "--out", clean)
     else:
@@ -105,6 +112,9 @@ def prepare(out: Path, given: argparse.Namespace) -> list[str]:
         data = f"{clean}/train/*.tar" if given.data == "corpus" else f"{given.icons}/train-*.tar"
         train(place / "teacher", TEACHER, 600, 0, "--data", data)
     run("embed", "--data", pattern, "--model", teacher_of(out, given), "--out", place / "embed")
+    if given.data == "corpus":
+        pairs = ("--data", f"{right}/train/*.tar", "--model", teacher_of(out, given))
+        run("embed", *pairs, "--out", place / "embed-right")
     half, shared = place / "balance/half", ("--store", place / "embed", "--metric", "cosine")
     run("balance", *shared, "--target-removed", 1 - SHARE, "--max-threshold", 0.5, "--out", half)
     run("balance", *shared, "--target-removed", FIRST, "--from-folder", half, "--out", place / "balance/first")
@@ -133,6 +143,8 @@ def choose(out: Path, store: Store, given: argparse.Namespace) -> None:
         column = ("--score", "column", "--values", place / f"{name}.npy", "--top", SHARE)
         run(*select, *column, "--out", place / f"select/{name}")
     run(*select, "--score", "clip-score", "--top", SHARE, "--out", place / "select/clip-score")
+    if given.data == "corpus":
+        run(*select, "--score", "clip-score", "--top", 1 - WRONG, "--out", place / "select/clip-score-right")
     weigh, clusters = ("weigh", "--store", store.path), ("--clusters", out / "prepared/cluster")
     run(*weigh, *clusters, "--quota", SHARE, "--quota-rows", "farthest", "--out", place / "quota")
     balanced = ("--groups", out / "prepared/balance/first", "--top", SHARE / (1 - FIRST))
@@ -164,10 +176,10 @@ def student(out: Path, method: str, seed: int, num_steps: int) -> str:
     """Train a student; return it as evaluate takes it."""
     name = re.sub(r"\W+", "-", method).strip("-").lower()
     options: list[object] = []
-    for option, value in METHODS[method].items():
+    for option, value in ({"store": "prepared/embed"} | METHODS[method]).items():
         options += [f"--{option.replace('_', '-')}", value if option == "captions" else out / value]
     folder = out / "students" / f"{name}-{seed}"
-    train(folder, STUDENT, num_steps, seed, "--store", out / "prepared/embed", *options)
+    train(folder, STUDENT, num_steps, seed, *options)
     return f"{method}={folder}"
 
 
