@@ -21,7 +21,7 @@ test-versions: .venv/installed
 	$(BIN)/uv pip install -q --python .venv-$$1/bin/python --resolution $$2 -e '.[dev]' && \
 	OMP_NUM_THREADS=1 .venv-$$1/bin/python -m pytest -q -n 2 --dist loadgroup -W ignore::DeprecationWarning -W ignore::FutureWarning -m "not slow and not browser" || exit 1; done
 
-# Every fault drill in full, at most 25 minutes; writes docs/reliability.md. Finished drills in runs/torture are kept.
+# Every fault drill in full, about three hours; writes docs/reliability.md. Finished drills in runs/torture are kept.
 torture: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults
 
