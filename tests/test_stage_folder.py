@@ -38,6 +38,17 @@ def test_what_a_killed_worker_was_writing_is_gone_when_the_stage_ends(tmp_path: 
     assert [path.name for path in (out / "labels").iterdir()] == ["000002.parquet"]
 
 
+def test_unfinished_files_of_a_model_go_and_those_of_a_stage_in_a_folder_below_stay(tmp_path: Path) -> None:
+    for name in ("model", "embed"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "model.safetensors.19941.bb5ae6ab.tmp").write_bytes(b"half of")
+    (tmp_path / "embed/env.json").write_text("{}")
+    stage_folder.Folder(str(tmp_path), "export").remove_temporaries()
+    assert len(list((tmp_path / "model").iterdir())) == 1
+    assert len(list((tmp_path / "embed").iterdir())) == 3
+
+
 def test_another_config_is_an_error_that_says_what_differs(tmp_path: Path) -> None:
     out = str(tmp_path / "balance")
     stage_folder.open_folder(out, stage="balance", config=Config(out=out))

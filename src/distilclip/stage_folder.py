@@ -43,7 +43,7 @@ class Folder:
 
     def remove_temporaries(self) -> None:
         """Remove the unfinished files of killed processes, but for those of stages that lie in folders below."""
-        files.remove_temporaries(self.path, keep="config.json", shared=folder_lock.NAME)
+        files.remove_temporaries(self.path, keep="env.json", shared=folder_lock.NAME)
 
     def result(self) -> dict[str, Any]:
         """Read the stage's result, as `finish` wrote it."""

@@ -21,6 +21,7 @@ KEPT = ROOT / "runs" / "torture"
 PAGE = ROOT / "docs" / "reliability.md"
 DRILLS = (
     "crash_points",
+    "crash_points_by_chance",
     "failing_operations",
     "two_at_once",
     "terminated_stages",

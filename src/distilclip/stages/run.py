@@ -115,6 +115,7 @@ def _run(
         standing = look_at(step, steps) if step.path in chosen else Standing(step=step, state="left out")
         note = f"is {shared[step.path]}" if step.path in shared else "finished before"
         if standing.state in ("finished", "left out"):
+            folder_lock.remove_stale(step.config.out)
             say(f"{number}/{len(steps)} {step.path} ({standing.state if standing.state == 'left out' else note})")
             continue
         say(f"{number}/{len(steps)} {standing}" if standing.reasons else f"{number}/{len(steps)} {step.path}")
