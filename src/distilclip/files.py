@@ -271,6 +271,16 @@ def atomic_write(path: str) -> Iterator[Any]:
         raise
 
 
+@contextlib.contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Let the errors of a block name a path instead of their own, which tells a user nothing."""
+    try:
+        yield
+    except OSError as error:
+        _name_file(error, path)
+        raise
+
+
 def _name_file(error: OSError, path: str) -> None:
     """Put a file's name into an error: a write says none, and nobody knows the temporary one."""
     error.filename = path
@@ -373,7 +383,8 @@ def remove_temporaries(folder: str, *, keep: str, shared: str) -> None:
         folders[:] = [f for f in folders if not os.path.exists(os.path.join(parent, f, keep))]
         for name in names:
             if is_temporary(name) and not name.startswith(f"{shared}."):
-                with contextlib.suppress(FileNotFoundError):  # a process that was given up has renamed it
+                # FileNotFoundError: a process that was given up has renamed it
+                with naming(folder), contextlib.suppress(FileNotFoundError):
                     os.remove(os.path.join(parent, name))
 
 

@@ -230,7 +230,8 @@ def _remove_temporaries(folder: str) -> None:
     """Remove what processes that were killed while they wrote a lock left of it."""
     for name in os.listdir(folder):
         if name.startswith(f"{NAME}.") and files.is_temporary(name):
-            os.remove(os.path.join(folder, name))
+            with files.naming(folder):
+                os.remove(os.path.join(folder, name))
 
 
 def _begin_beating() -> None:

@@ -86,6 +86,25 @@ except InputError as error:
     print(error)
 """
 
+# Loader processes that can make no file in the temporary folder, where their sockets lie.
+NO_ROOM = """
+import errno, os, torch
+from multiprocessing import util
+from torch.utils.data import Dataset
+from distilclip.data.workers import map_tasks
+
+class Rows(Dataset):
+    def __getitem__(self, task):
+        return task, torch.full((1000,), task)
+
+def full():
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/tmp/pymp-1")
+
+util.get_temp_dir = full
+found = list(map_tasks(Rows(), range(5), num_workers=2))
+assert all((rows == task).all() for task, rows in found) and len(found) == 5
+"""
+
 # Loader processes whose storage does not answer.
 HUNG = """
 import time
@@ -194,6 +213,18 @@ def test_results_arrive_where_shared_memory_is_too_small() -> None:
         os.killpg(job.pid, signal.SIGKILL) if job.poll() is None else None
     assert job.returncode == 0, errors
     assert errors.count("--shm-size") == errors.count("\n") == 1
+
+
+def test_results_arrive_where_the_temporary_folder_is_full() -> None:
+    """Torch sends a result's memory through a socket, from a thread whose errors nobody hears."""
+    job = start(NO_ROOM)
+    try:
+        _, errors = job.communicate(timeout=60)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL) if job.poll() is None else None
+    assert job.returncode == 0, errors
+    assert errors.count("$TMPDIR") == errors.count("\n") == 1
+    assert "No space left on device: '/tmp/pymp-1'" in errors
 
 
 @pytest.mark.slow

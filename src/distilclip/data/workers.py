@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing import reduction
 from typing import Any
 
 import torch
@@ -58,7 +60,7 @@ def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) 
     while (result := _wait(arriving)) is not _END:
         if isinstance(result, _Copied):
             if not warned:
-                say(f"Shared memory is too small ({result.error}): {_COPIED}")
+                say(f"No shared memory can be had ({result.error}): {_COPIED}")
             result, warned = pickle.loads(result.content), True
         if isinstance(result, InputError):
             raise result
@@ -68,7 +70,7 @@ def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) 
 _END = object()
 _COPIED = (
     "loader processes copy their results through pipes, which is slower. Give more shared memory (docker run "
-    "--shm-size=8g, or --ipc=host), or lower --num-workers."
+    "--shm-size=8g, or --ipc=host) or room in the temporary folder ($TMPDIR), or lower --num-workers."
 )
 
 
@@ -160,14 +162,25 @@ class _TensorSharer(pickle.Pickler):
 
 
 def _share(result: Any) -> Any:
-    """Move a result of a loader process to shared memory, or copy it where that is full.
+    """Move a result of a loader process to shared memory, or copy it where that cannot be.
 
-    Without this a thread of the loader process would find it full, and drop the result: the parent would wait for ever.
+    Without this a thread of the loader process would find out, and drop the result: the parent would wait for ever.
     """
     if get_worker_info() is None:
         return result
     try:
+        _open_socket()
         _TensorSharer(io.BytesIO()).dump(result)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         return _Copied(pickle.dumps(result), str(error).splitlines()[0])
     return result
+
+
+@functools.cache
+def _open_socket() -> None:
+    """Open the socket of this process from which its parent fetches what results share. It is a file.
+
+    Raises `OSError` where the temporary folder has no room for it, or is read-only.
+    """
+    with open(os.devnull) as file:
+        reduction.DupFd(file.fileno())
