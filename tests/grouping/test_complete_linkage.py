@@ -121,7 +121,9 @@ def test_a_chain_that_is_too_long_is_named_and_the_curve_ends_where_it_begins(mo
     assert 0.1 < result.max_threshold < 0.9
     unlike = np.unique(x, axis=0, return_index=True)[1]
     longest = np.bincount(balance(x, threshold=result.max_threshold, metric="euclidean").group[unlike]).max()
-    beyond = balance(x, threshold=np.nextafter(np.float32(result.max_threshold), 1).item(), metric="euclidean")
+    beyond = balance(
+        x, threshold=np.nextafter(np.float32(result.max_threshold), np.float32(1)).item(), metric="euclidean"
+    )
     assert longest <= 60 < np.bincount(beyond.group[unlike]).max()
     with pytest.raises(InputError, match=r"target_removed=0.97 is out of reach of rule=complete: it fits up to"):
         balance(x, target_removed=0.97, metric="euclidean", rule="complete", max_threshold=0.9)

@@ -44,7 +44,8 @@ def test_forest_has_the_weight_of_scipys_and_the_groups_of_the_graph_at_every_th
     keep = np.unique(left * 60 + right, return_index=True)[1]  # scipy would add parallel edges up
     order = np.lexsort((distance,))
     keep = order[np.unique((left * 60 + right)[order], return_index=True)[1]]
-    graph = coo_array((distance[keep], (left[keep], right[keep])), shape=(60, 60))
+    ends = (left[keep].astype(np.int32), right[keep].astype(np.int32))  # scipy 1.14 takes no others
+    graph = coo_array((distance[keep], ends), shape=(60, 60))
     assert forest.distance.sum() == pytest.approx(minimum_spanning_tree(graph).sum())
     for threshold in np.linspace(0, 1.2, 13):
         near = distance < np.float32(threshold)
