@@ -203,26 +203,26 @@ def test_loader_processes_end_with_their_parent() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="shared memory is a folder on Linux")
-def test_results_arrive_where_shared_memory_is_too_small() -> None:
-    if not can_mount():
-        pytest.skip("no right to mount a small /dev/shm")
-    job = start(LARGE, within=SMALL_MEMORY)
+def errors_of(job: subprocess.Popen[str]) -> str:
+    """Wait for a job that must end well; what it wrote as errors. One that hangs is killed with all its processes."""
     try:
         _, errors = job.communicate(timeout=60)
     finally:
         os.killpg(job.pid, signal.SIGKILL) if job.poll() is None else None
     assert job.returncode == 0, errors
+    return errors
+
+
+def test_results_arrive_where_shared_memory_is_too_small() -> None:
+    if not can_mount():
+        pytest.skip("no right to mount a small /dev/shm")
+    errors = errors_of(start(LARGE, within=SMALL_MEMORY))
     assert errors.count("--shm-size") == errors.count("\n") == 1
 
 
 def test_results_arrive_where_the_temporary_folder_is_full() -> None:
     """Torch sends a result's memory through a socket, from a thread whose errors nobody hears."""
-    job = start(NO_ROOM)
-    try:
-        _, errors = job.communicate(timeout=60)
-    finally:
-        os.killpg(job.pid, signal.SIGKILL) if job.poll() is None else None
-    assert job.returncode == 0, errors
+    errors = errors_of(start(NO_ROOM))
     assert errors.count("$TMPDIR") == errors.count("\n") == 1
     assert "No space left on device: '/tmp/pymp-1'" in errors
 

@@ -22,7 +22,7 @@ from distilclip.data.store import Store
 from distilclip.errors import InputError
 from distilclip.integrity.findings import Findings, input_of, list_parts, read_or_report
 from distilclip.scoring.cut import cut_share, on_side
-from distilclip.scoring.parts import number_parts
+from distilclip.scoring.parts import number_parts, split_by_shard
 
 Tables = tuple[Scores | None, Groups]
 """The scores and groups of a shard; there are no scores where only --groups are combined."""
@@ -100,5 +100,5 @@ def _expect_rows(
         found.notes.append(f"what it keeps is not compared with what it was made from: {error}")
         return {}
     cut = cut_share(np.concatenate([table.score for table in scores.values()]), share=found.config["top"], part=part)
-    keeps = np.split(cut.keep, np.cumsum([len(own) for own in rows])[:-1])
+    keeps = split_by_shard(cut.keep, rows)
     return {shard: own[keep] for shard, own, keep in zip(scores, rows, keeps, strict=True)}

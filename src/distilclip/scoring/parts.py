@@ -16,7 +16,13 @@ def list_folders(store: Store) -> tuple[list[str], Int64[np.ndarray, " shards"]]
     """Return the folders that the shards lie in, sorted, and the number of each shard's folder."""
     found = [shard.uri.rpartition("/")[0] for shard in store.shards]
     names = sorted(set(found))
-    return names, np.array([names.index(name) for name in found], np.int64)
+    number = {name: at for at, name in enumerate(names)}
+    return names, np.array([number[name] for name in found], np.int64)
+
+
+def split_by_shard(values: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Return the values of the rows of each shard, from those of all rows one after the other."""
+    return np.split(values, np.cumsum([len(own) for own in rows])[:-1])
 
 
 def number_parts(
@@ -43,9 +49,9 @@ def number_parts(
 
 def _labels(clusters: str, shard: int, rows: Integer[np.ndarray, " m"]) -> Int64[np.ndarray, " m"]:
     labels = read_labels(clusters, shard)
-    if not np.isin(rows, labels.row).all():
-        row = int(rows[~np.isin(rows, labels.row)][0])
+    lacking = rows[~np.isin(rows, labels.row)]
+    if len(lacking):
         raise InputError(
-            f"{clusters}: row {row} of shard {shard} has no label. Cluster with the --groups given here, or with none."
+            f"{clusters}: row {lacking[0]} of shard {shard} has no label. Cluster with the --groups given here, or with none."
         )
     return labels.cluster[np.searchsorted(labels.row, rows)].astype(np.int64)

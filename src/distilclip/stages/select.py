@@ -39,7 +39,7 @@ from distilclip.progress import progress
 from distilclip.row_weights import RowPlaces, read_row_values
 from distilclip.scoring.cut import Cut, cut_share, cut_value, score_histogram, share_curve
 from distilclip.scoring.pair_scores import clip_score, neg_clip_loss, norm_similarity
-from distilclip.scoring.parts import list_folders, number_parts
+from distilclip.scoring.parts import list_folders, number_parts, split_by_shard
 from distilclip.stages._targets import Targets
 
 NUM_EXAMPLES = 12  # pairs on either side of the cut, in the result
@@ -72,7 +72,7 @@ def main(config: Config) -> dict[str, Any]:
     rows = [table.row for table in tables]
     part = number_parts(store, rows, within=config.within, clusters=config.clusters)
     cut = _cut(config, scores, part)
-    keeps = _split(cut.keep, rows)
+    keeps = split_by_shard(cut.keep, rows)
     _write_kept(config, folder.path, store, [own[keep] for own, keep in zip(rows, keeps, strict=True)])
     names, copies = _names(shards, groups_name, scores_name), {}
     if config.targets and cut.side == "below":
@@ -127,11 +127,11 @@ def _combine(config: Config, folder: stage_folder.Folder, store: Store) -> dict[
     """Keep what all of `--groups` keep, of the pairs that the first of them keeps; return the folder's result."""
     shards = range(store.num_shards)
     rows = [np.flatnonzero(rows_kept_by_all(store, shard, config.groups[:1])).astype(np.uint32) for shard in shards]
-    kept = [np.flatnonzero(rows_kept_by_all(store, shard, config.groups)).astype(np.uint32) for shard in shards]
-    if not sum(map(len, kept)):
+    keeps = [rows_kept_by_all(store, shard, config.groups)[own] for shard, own in enumerate(rows)]
+    keep = np.concatenate(keeps)
+    if not keep.any():
         raise InputError(f"No pair is kept by all of {', '.join(config.groups)}. Keep more by one of them.")
-    _write_kept(config, folder.path, store, kept)
-    keep = np.concatenate([np.isin(own, chosen) for own, chosen in zip(rows, kept, strict=True)])
+    _write_kept(config, folder.path, store, [own[kept] for own, kept in zip(rows, keeps, strict=True)])
     return folder.finish(
         {
             "score": None,
@@ -144,11 +144,6 @@ def _combine(config: Config, folder: stage_folder.Folder, store: Store) -> dict[
 
 def _names(shards: range, *names: Callable[[int], str]) -> list[str]:
     return [name(shard) for shard in shards for name in names]
-
-
-def _split(values: np.ndarray, rows: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Return the values of the rows of each shard."""
-    return np.split(values, np.cumsum([len(own) for own in rows])[:-1])
 
 
 def _describe(config: Config, cut: Cut) -> str:
