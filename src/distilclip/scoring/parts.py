@@ -52,7 +52,7 @@ def _labels(clusters: str, shard: int, rows: Integer[np.ndarray, " m"]) -> Int64
     lacking = rows[~np.isin(rows, labels.row)]
     if len(lacking):
         raise InputError(
-            f"{clusters}: row {lacking[0]} of shard {shard} has no label. Cluster with the --groups given here, or with "
-            "none."
+            f"{clusters}: row {lacking[0]} of shard {shard} has no label. Cluster with the --groups given here, or "
+            "with none."
         )
     return labels.cluster[np.searchsorted(labels.row, rows)].astype(np.int64)
