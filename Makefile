@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST := $(BIN)/python -m pytest --jaxtyping-packages=distilclip,beartype.beartype -n 2 --dist loadgroup
 
-.PHONY: demo test test-slow test-versions torture fuzz audit check format layout bench clean
+.PHONY: demo test test-slow test-versions torture fuzz audit check format layout bench docs clean
 
 demo: .venv/installed
 	$(BIN)/distilclip demo --out runs/demo
@@ -47,6 +47,12 @@ layout: .venv/installed
 bench: .venv/installed
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/run_all.py
+
+# The manual, with Sphinx; warnings are errors.
+docs: .venv/installed
+	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m sphinx -q -W --keep-going -E -b html docs runs/manual
+	@echo "The manual: runs/manual/index.html"
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -87,21 +87,27 @@ def build_config(config_type: Any, options: Mapping[str, Any], *, stage: str) ->
 def describe_options(config_type: Any) -> dict[str, str]:
     """Return the sentence that stands below each option in the source, those of groups included; "" where none does."""
     hints = typing.get_type_hints(config_type)
-    try:
-        body: list[Any] = ast.parse(inspect.getsource(config_type)).body[0].body  # type: ignore[attr-defined]
-    except OSError:  # a program without its sources
-        body = []
-    sentences: dict[Any, Any] = {
-        ast.unparse(line.target): after.value.value
-        for line, after in itertools.pairwise(body)
-        if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-    }
+    kinds = [kind for kind in reversed(config_type.__mro__) if dataclasses.is_dataclass(kind)]
+    sentences = {name: text for kind in kinds for name, text in _read_sentences(kind).items()}
     found: dict[str, str] = {}
     for field in dataclasses.fields(config_type):
         group = hints[field.name]
         own = {field.name: sentences.get(field.name, "")}
         found |= describe_options(group) if dataclasses.is_dataclass(group) else own
     return found
+
+
+def _read_sentences(kind: Any) -> dict[str, str]:
+    """Return the sentences below the fields of one dataclass, without those that it inherits."""
+    try:
+        body: list[Any] = ast.parse(inspect.getsource(kind)).body[0].body  # type: ignore[attr-defined]
+    except OSError:  # a program without its sources
+        body = []
+    return {
+        ast.unparse(line.target): after.value.value
+        for line, after in itertools.pairwise(body)
+        if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+    }
 
 
 def _fill(config_type: Any, options: dict[str, Any]) -> Any:
