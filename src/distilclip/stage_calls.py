@@ -104,7 +104,7 @@ def _read_sentences(kind: Any) -> dict[str, str]:
     except OSError:  # a program without its sources
         body = []
     return {
-        ast.unparse(line.target): after.value.value
+        ast.unparse(line.target): str(after.value.value)
         for line, after in itertools.pairwise(body)
         if isinstance(line, ast.AnnAssign) and isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
     }
