@@ -3,7 +3,7 @@
     python examples/python/own_loop.py --store STORE --out tower.pt
 
 The teacher is a store of `distilclip embed`, so it never runs here. The tower learns to put each picture where the
-teacher has put it. `ddp_losses.py` beside this file does the same on several processes.
+teacher has put it. `ddp_losses.py` beside this file runs on several processes.
 """
 
 from __future__ import annotations
