@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import io
 import json
@@ -33,8 +34,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
 
 
+def pytest_sessionstart() -> None:
+    """Leave the garbage collector out while millions of objects are made by imports and collection."""
+    gc.disable()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Import every stage before the first test of a worker of xdist.
+    """Import every stage before the first test of a worker of xdist, and spare the collector what stays for good.
 
     A stage that is imported while its command runs is parsed by jaxtyping's hook in one thread while another is at
     work; Python 3.11 then fails at times with "AST constructor recursion depth mismatch".
@@ -42,6 +52,9 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if hasattr(session.config, "workerinput"):
         for module in pkgutil.iter_modules(distilclip.stages.__path__, "distilclip.stages."):
             importlib.import_module(module.name)
+    gc.collect()
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture

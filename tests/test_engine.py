@@ -215,7 +215,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_processes_end_with_their_driver(number: int, tmp_path: Path) -> None:
     driver = run_driver(LEFT, tmp_path)
     wait_until(lambda: len(list(tmp_path.glob("worker-*"))) == 2)

@@ -118,7 +118,10 @@ def test_the_image_processor_takes_the_same_steps(tiny_clip: Clip, tmp_path: Pat
         assert difference.mean() < 0.3 * level
 
 
-@pytest.mark.parametrize(("size", "patch"), [(224, 32), (240, 16), (336, 32)])
+@pytest.mark.parametrize(
+    ("size", "patch"),
+    [(224, 32), pytest.param(240, 16, marks=pytest.mark.slow), pytest.param(336, 32, marks=pytest.mark.slow)],
+)
 def test_a_model_of_common_size_is_written_and_prepares_pictures_as_open_clip_does(
     size: int, patch: int, tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ def train_on_hung_data(settings: train.Config, marks: str, rank: int, world: int
     train.main(settings)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_a_signal_while_the_data_hangs_ends_the_processes(
     world: int, pair_tars: Callable[..., list[str]], tiny_clip_json: str, tmp_path: Path
 ) -> None:

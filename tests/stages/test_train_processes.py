@@ -123,7 +123,7 @@ def test_sigkill_with_a_sharded_head_and_rerun_give_the_undisturbed_bytes(
     assert contents(killed / "checkpoints") == contents(undisturbed / "checkpoints")
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_signals_save_and_the_run_goes_on_from_there(
     world: int, cid: dict[str, Any], tiny_clip_json: str, tmp_path: Path
 ) -> None:
