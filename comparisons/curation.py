@@ -174,13 +174,18 @@ def semdedup(store: Store, clusters: str) -> np.ndarray:
 
 def student(out: Path, method: str, seed: int, num_steps: int) -> str:
     """Train a student; return it as evaluate takes it."""
-    name = re.sub(r"\W+", "-", method).strip("-").lower()
+    name = name_of(method)
     options: list[object] = []
     for option, value in ({"store": "prepared/embed"} | METHODS[method]).items():
         options += [f"--{option.replace('_', '-')}", value if option == "captions" else out / value]
     folder = out / "students" / f"{name}-{seed}"
     train(folder, STUDENT, num_steps, seed, *options)
-    return f"{method}={folder}"
+    return f"{name}={folder}"
+
+
+def name_of(method: str) -> str:
+    """Return the name of a method's students."""
+    return re.sub(r"\W+", "-", method).strip("-").lower()
 
 
 def sets_of(out: Path, given: argparse.Namespace) -> list[str]:
@@ -231,7 +236,7 @@ def table(out: Path, given: argparse.Namespace, *, seeds: int, tails: dict[str, 
     for method in ("teacher", *given.methods):
         cells = []
         for name in measures:
-            own, base = values[method, name], values["random half", name]
+            own, base = values[name_of(method), name], values["random-half", name]
             cell = f"{statistics.fmean(own):.1f}"
             if len(own) > 1 and method != "teacher":
                 paired = [a - b for a, b in zip(own, base, strict=True)]

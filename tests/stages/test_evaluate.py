@@ -194,6 +194,11 @@ def test_model_names(spec: str, expected: tuple[str, str]) -> None:
     assert split_model(spec) == expected
 
 
+def test_a_name_with_a_space_is_refused() -> None:
+    with pytest.raises(InputError, match=r"'all pairs' cannot name a model\. A name has letters"):
+        split_model("all pairs=runs/student")
+
+
 def test_weights_belong_to_models_by_name() -> None:
     assert weights_by_name(["w.safetensors"], ["a"]) == {"a": "w.safetensors"}
     assert weights_by_name(["b=w.pt"], ["a", "b"]) == {"b": "w.pt"}

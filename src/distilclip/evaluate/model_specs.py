@@ -9,10 +9,16 @@ from distilclip.errors import InputError, did_you_mean
 
 
 def split_model(spec: str) -> tuple[str, str]:
-    """Split `[NAME=]MODEL` into name and model; without a name, it is the last part of the model's path or id."""
+    """Split `[NAME=]MODEL` into name and model; without a name, it is the last part of the model's path or id.
+
+    Raises `InputError` for a name that has other characters than letters, digits and `. + - _`.
+    """
     match = re.fullmatch(r"([\w.+-]+)=(.+)", spec)
     if match:
         return match[1], match[2]
+    name, equals, _ = spec.partition("=")
+    if equals and not re.search(r"[/:]", name):
+        raise InputError(f"{spec!r}: {name!r} cannot name a model. A name has letters, digits and any of . + - _")
     return re.split(r"[/:]", spec.rstrip("/"))[-1], spec
 
 
