@@ -67,6 +67,17 @@ def test_a_batch_joins_pixels_tokens_teacher_and_label_by_key(joined: dict[str, 
             assert np.abs(batch.pixels[i].double().mean((1, 2)).numpy() - mean).max() < 80  # a crop of it
 
 
+def test_a_batch_of_many_tasks_is_that_of_one(joined: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = list(stream(batch_size=7, **joined).batches(stop=3))
+    monkeypatch.setattr("distilclip.data.stream.TASK_ROWS", 3)
+    opened = stream(batch_size=7, **joined)
+    assert [len(rows) for _, rows, _ in opened._tasks(1)] == [3, 2, 2]
+    for num_workers in (0, 2):
+        found = list(opened.batches(stop=3, num_workers=num_workers))
+        assert len(found) == len(expected)
+        assert all(same(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_an_epoch_shows_every_kept_valid_row_once(joined: dict[str, str]) -> None:
     opened = stream(batch_size=5, **joined)
     assert opened.num_rows == 3 * (7 - 2)  # without the unusable row and the one that is not kept

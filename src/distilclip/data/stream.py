@@ -45,6 +45,8 @@ from distilclip.errors import InputError
 from distilclip.mixture import Weighting, read_parts
 
 MAX_REPLACEMENTS = 16
+TASK_ROWS = 256
+"""Most rows of one task of a loader process, so that the shared memory for results does not grow with the batch."""
 READ_AHEAD = 64  # samples under way at once: more than a disk's queue, fewer than the shards that stay open
 
 
@@ -125,6 +127,42 @@ class Batch:
             elif isinstance(value, tuple):
                 pinned[name] = tuple(tensor.pin_memory() for tensor in value)
         return dataclasses.replace(self, **pinned)
+
+    @classmethod
+    def of_parts(cls, parts: Iterator[Batch], num_rows: int) -> Batch:
+        """Join parts until they have `num_rows` rows; several are copied, each as it comes, into page-locked memory.
+
+        So no more than one of them is held in the memory that loader processes share.
+        """
+        first = next(parts)
+        if len(first) == num_rows:
+            return first
+
+        def allocate(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                return value.new_empty(num_rows, *value.shape[1:], pin_memory=torch.cuda.is_available())
+            if isinstance(value, tuple):
+                return tuple(map(allocate, value))
+            return [] if isinstance(value, list) else value
+
+        def put(value: Any, into: Any, done: int) -> None:
+            if isinstance(value, Tensor):
+                into[done : done + len(value)] = value
+            elif isinstance(value, tuple):
+                for one, place in zip(value, into, strict=True):
+                    put(one, place, done)
+            elif isinstance(value, list):
+                into += value
+
+        whole = {name: allocate(value) for name, value in vars(first).items()}
+        part, done = first, 0
+        while True:
+            for name, value in vars(part).items():
+                put(value, whole[name], done)
+            done += len(part)
+            if done == num_rows:
+                return cls(**whole)
+            part = next(parts)
 
 
 def open_stream(
@@ -277,13 +315,23 @@ class PairStream:
         Raises:
             InputError: a shard is not the one that was embedded, or more samples fail than the policy allows.
         """
-        tasks = (self.rows_at(step) for step in range(start, stop))
-        for batch in map_tasks(self.loader, tasks, num_workers=num_workers):
+        local = self.batch_size // self.world
+        tasks = (task for step in range(start, stop) for task in self._tasks(step))
+        parts = map_tasks(self.loader, tasks, num_workers=num_workers, pinned=local <= TASK_ROWS)
+        for _ in range(start, stop):
+            batch = Batch.of_parts(parts, local)
             self.policy.seen(len(batch))
             for where, error in batch.bad:
                 self.policy.bad(error, where=where)
             self.policy.check()
             yield batch
+
+    def _tasks(self, step: int) -> Iterator[tuple[int, Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
+        """Yield what `rows_at` says of a step in tasks of at most `TASK_ROWS` rows, nearly alike in size."""
+        epoch, rows, repeats = self.rows_at(step)
+        num_tasks = -(-len(rows) // TASK_ROWS)
+        for part in zip(np.array_split(rows, num_tasks), np.array_split(repeats, num_tasks), strict=True):
+            yield epoch, *part
 
     def _order(self, epoch: int) -> tuple[Int64[np.ndarray, " rows"], int]:
         """Return the shuffled places of an epoch, and the shift of its draws."""

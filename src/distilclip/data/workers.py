@@ -30,11 +30,15 @@ _CHECK_SECONDS = 10  # between two looks at whether the loader processes are ali
 Tokenize = Callable[[list[str]], Tensor]  # in a loader process: captions to token ids [n, context]
 
 
-def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) -> Iterator[Any]:
+def map_tasks(
+    dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int, pinned: bool = True
+) -> Iterator[Any]:
     """Yield `dataset[task]` of every task, in order, computed a few ahead in `num_workers` processes (0: in this one).
 
     A task that fails for the user's data *returns* its `InputError`, which is raised here: raised in a worker it would
-    arrive as a traceback in a message. Where shared memory is full (Docker gives 64 MB), results are copied instead.
+    arrive as a traceback in a message. Results lie in shared memory, at most 2 `num_workers` of them and the one that
+    the caller holds; where it is full (Docker gives 64 MB), they are copied instead. With `pinned` a thread moves them
+    to page-locked memory, where there is a CUDA GPU.
 
     Raises:
         InputError: a task's own; or a loader process was killed, or none has answered in `MOST_SECONDS`.
@@ -51,7 +55,7 @@ def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int) 
         num_workers=num_workers,
         collate_fn=_share,
         worker_init_fn=_leave_signals_to_parent,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pinned and torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws its base seed from the global random state
         **parallel,
     )
