@@ -30,9 +30,7 @@ _CHECK_SECONDS = 10  # between two looks at whether the loader processes are ali
 Tokenize = Callable[[list[str]], Tensor]  # in a loader process: captions to token ids [n, context]
 
 
-def map_tasks(
-    dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int, pinned: bool = True
-) -> Iterator[Any]:
+def map_tasks(dataset: Dataset[Any], tasks: Iterable[Any], *, num_workers: int, pinned: bool = True) -> Iterator[Any]:
     """Yield `dataset[task]` of every task, in order, computed a few ahead in `num_workers` processes (0: in this one).
 
     A task that fails for the user's data *returns* its `InputError`, which is raised here: raised in a worker it would
