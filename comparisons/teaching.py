@@ -1,0 +1,66 @@
+"""Compare ways to teach a student: the task alone, CLIP-KD, CLIP-CID, and the preset `distil`, over several seeds.
+
+    python comparisons/teaching.py corpus --out runs/teaching-corpus
+    python comparisons/teaching.py icons --out runs/teaching-icons --icons FOLDER
+
+All students see equally many pairs in equally many steps. Each method has the learning rate that served it best in
+docs/log.md. Finished steps are kept. The table goes to OUT/table.md, with the share of the gap between the task alone
+and the teacher that each method closes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import sys
+from pathlib import Path
+
+from _students import STUDENT, TEACHER, evaluate, find_tails, parse, prepare_teacher, run, sets_of, table, train_student
+
+METHODS: dict[str, tuple[object, ...]] = {
+    "alone": (),
+    "CLIP-KD, as published": ("--objective", "clip-kd"),
+    "CLIP-CID, as published": ("--objective", "clip-cid", "--clusters"),
+    "distil": ("--objective", "distil", "--learning-rate", 8e-3),
+}
+
+
+def main() -> int:
+    given = parse(__doc__ or "", list(METHODS), num_steps=200)
+    out = Path(given.out)
+    teacher = prepare_teacher(out, given)
+    tars = prepare(out, given, teacher)
+    sets = sets_of(out / "prepared/clean", given)
+    for seed in range(given.seeds):
+        students = [student(out, method, seed, given) for method in given.methods]
+        evaluate(out, [f"teacher={teacher}", *students], seed, sets)
+        tails = find_tails(tars, sets)
+        text = table(out, given.methods, seeds=seed + 1, tails=tails, base="alone", head="taught by")
+        (out / "table.md").write_text(text)
+        print(text, flush=True)
+    return 0
+
+
+def prepare(out: Path, given: argparse.Namespace, teacher: str) -> list[str]:
+    """Make what all methods share: pairs, store and clusters; return the tars."""
+    place = out / "prepared"
+    pattern = f"{given.icons}/train-0000[0-7].tar"
+    if given.data == "corpus":
+        run("corpus", "--out", place / "clean")
+        pattern = f"{place}/clean/train/*.tar"
+    run("embed", "--data", pattern, "--model", teacher, "--out", place / "embed")
+    run("cluster", "--store", place / "embed", "--num-centers", given.num_centers, "--out", place / "cluster")
+    return sorted(glob.glob(pattern))
+
+
+def student(out: Path, method: str, seed: int, given: argparse.Namespace) -> str:
+    """Train a student; return it as evaluate takes it."""
+    place = out / "prepared"
+    options = ["--store", place / "embed", *METHODS[method]]
+    options += [place / "cluster"] if options[-1] == "--clusters" else []
+    shape = {**STUDENT, "embed_dim": TEACHER["embed_dim"]} if method == "distil" else STUDENT
+    return train_student(out, method, seed, given.num_steps, *options, shape=shape)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
