@@ -80,11 +80,13 @@ def name_of(method: str) -> str:
     return re.sub(r"\W+", "-", method).strip("-").lower()
 
 
-def train_student(out: Path, method: str, seed: int, num_steps: int, *options: object) -> str:
+def train_student(
+    out: Path, method: str, seed: int, num_steps: int, *options: object, model: dict[str, Any] = STUDENT
+) -> str:
     """Train a student of a method; return it as evaluate takes it."""
     name = name_of(method)
     folder = out / "students" / f"{name}-{seed}"
-    train(folder, STUDENT, num_steps, seed, *options)
+    train(folder, model, num_steps, seed, *options)
     return f"{name}={folder}"
 
 

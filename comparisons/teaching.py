@@ -58,8 +58,8 @@ def student(out: Path, method: str, seed: int, given: argparse.Namespace) -> str
     place = out / "prepared"
     options = ["--store", place / "embed", *METHODS[method]]
     options += [place / "cluster"] if options[-1] == "--clusters" else []
-    shape = {**STUDENT, "embed_dim": TEACHER["embed_dim"]} if method == "distil" else STUDENT
-    return train_student(out, method, seed, given.num_steps, *options, shape=shape)
+    model = {**STUDENT, "embed_dim": TEACHER["embed_dim"]} if method == "distil" else STUDENT
+    return train_student(out, method, seed, given.num_steps, *options, model=model)
 
 
 if __name__ == "__main__":

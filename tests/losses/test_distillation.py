@@ -13,6 +13,7 @@ from distilclip.losses.distillation import (
     gradient,
     hide_patches,
     interactive,
+    queued,
     relational,
     row_divergence,
 )
@@ -279,3 +280,30 @@ def test_shapes_that_differ_are_named_with_the_remedy() -> None:
         relational(narrow, short)
     with pytest.raises(ValueError, match="image has 3 rows, text 2"):
         augmented(torch.ones(3, 4), torch.ones(2, 4), scale=1.0)
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_queued_equals_the_formula_and_its_gradient_is_right(
+    unit_rows: Callable[..., Tensor], block: int | None
+) -> None:
+    own, target, queue = unit_rows(5, 4, seed=1), unit_rows(5, 4, seed=2).detach(), unit_rows(6, 4, seed=3).detach()
+    scale = torch.tensor(3.0, dtype=torch.float64, requires_grad=True)
+
+    def loss(own: Tensor, scale: Tensor) -> Tensor:
+        return queued(own, target, queue, scale=scale, teacher_scale=20.0, block=block)
+
+    naive = 0.0
+    for u, e in zip(own.detach(), target, strict=True):
+        log_p = torch.stack([3.0 * u @ q for q in queue]).log_softmax(0)
+        log_q = torch.stack([20.0 * e @ q for q in queue]).log_softmax(0)
+        naive += float((log_q.exp() * (log_q - log_p)).sum()) / len(own)
+    assert float(loss(own, scale).detach()) == pytest.approx(naive, rel=1e-9)
+    assert torch.autograd.gradcheck(loss, (own, scale))
+
+
+def test_queued_by_hand() -> None:
+    """The teacher is log 3 nearer to the queue's first row, the student as near to both: 3/4, 1/4 to 1/2, 1/2."""
+    target, own = torch.tensor([[1.0, 0.0]]), torch.tensor([[math.sqrt(0.5), math.sqrt(0.5)]])
+    found = queued(own, target, torch.eye(2), scale=5.0, teacher_scale=math.log(3))
+    assert float(found) == pytest.approx(math.log(2) + 0.75 * math.log(0.75) + 0.25 * math.log(0.25), abs=1e-6)
+    assert float(queued(target, target, torch.eye(2), scale=LOG3, teacher_scale=LOG3)) == pytest.approx(0, abs=1e-6)

@@ -17,6 +17,7 @@ from distilclip.models.heads import Heads
 from distilclip.train.class_head import ClassHead
 from distilclip.train.objective import Objective
 from distilclip.train.settings import Optimization
+from tests.train.made import fill_queues
 
 N, DIM, TEACHER_DIM = 7, 8, 5
 HAS_IMAGE, HAS_TEXT = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool(), torch.tensor([1, 0, 1, 1, 1, 1, 0]).bool()
@@ -84,7 +85,7 @@ def make_features(dim: int, seed: int) -> Features:
 def test_a_term_sees_the_rows_that_have_what_it_compares(term: str) -> None:
     """Its value is that of the batch without the others, whose embeddings get no gradient."""
     torch.manual_seed(0)
-    heads = Heads(DIM, TEACHER_DIM, augmented=True)
+    heads = fill_queues(Heads(DIM, TEACHER_DIM, augmented=True, queue_length=6))
     student, teacher = make_features(DIM, 1), make_features(TEACHER_DIM, 2)
     head = ClassHead(F.normalize(torch.randn(4, TEACHER_DIM), dim=1), Optimization())
     labels, method = torch.arange(N) % 4, Objective(**{"task": 0.0, term: 1.0})
@@ -111,7 +112,7 @@ def test_a_term_sees_the_rows_that_have_what_it_compares(term: str) -> None:
 
 
 def test_without_such_rows_a_term_is_0(unit_rows: Callable[..., Tensor]) -> None:
-    heads = Heads(DIM, DIM, augmented=True)
+    heads = fill_queues(Heads(DIM, DIM, augmented=True, queue_length=6))
     student, teacher = make_features(DIM, 1), make_features(DIM, 2)
     sides = Sides.of(torch.ones(N).bool(), torch.zeros(N).bool(), RankRows.alone(N))
     values = Objective(task=1.0, relational=1.0, feature=1.0).terms(student, teacher, heads=heads, sides=sides)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from distilclip.losses.features import Features
+from distilclip.losses.features import Features, RankRows, Sides
 from distilclip.models.heads import Heads
 
 
@@ -42,3 +42,23 @@ def test_scales_start_at_the_papers_temperature() -> None:
     heads = Heads(8, 8)
     for term in ("instance", "interactive", "augmented"):
         assert torch.isclose(heads.scale(term), torch.tensor(1 / 0.07))
+
+
+def test_a_queue_holds_the_last_rows_of_any_batches() -> None:
+    """Three batches of 4 rows, the last one of 9, in a queue of 6."""
+    heads, seen = Heads(8, 8, queue_length=6), torch.zeros(0, 8)
+    assert heads.queued("image").shape == (0, 8)
+    for seed, num_rows in enumerate((4, 4, 4, 9)):
+        teacher = features(num_rows, 8, seed)
+        heads.remember([teacher], RankRows.alone(num_rows), None)
+        seen = torch.cat([seen, teacher.image])[-6:]
+        assert sorted(heads.queued("image").tolist()) == sorted(seen.tolist())
+    assert {"queue.image", "queue.num_text"} <= set(heads.state_dict())
+
+
+def test_a_queue_takes_only_the_rows_that_a_teacher_saw() -> None:
+    heads, teacher = Heads(8, 8, queue_length=6), features(4, 8, 0)
+    has_image, has_text = torch.tensor([True, False, True, False]), torch.tensor([False, True, True, True])
+    heads.remember([teacher], RankRows.alone(4), Sides.of(has_image, has_text, RankRows.alone(4)))
+    assert torch.equal(heads.queued("image"), teacher.image[has_image])
+    assert torch.equal(heads.queued("text"), teacher.text[has_text])

@@ -31,8 +31,8 @@ def prepared(pair_tars: Callable[..., list[str]], tiny_clip_folder: str, tmp_pat
 
 @pytest.fixture
 def cid(prepared: Prepared) -> dict[str, Any]:
-    """CLIP-CID with sampled classes, a moving average and masked pictures: everything that has state or draws."""
-    terms = {"sample_rate": 0.8, "masked": 1.0}
+    """CLIP-CID with sampled classes, a moving average, masked pictures and a queue: all that has state or draws."""
+    terms = {"sample_rate": 0.8, "masked": 1.0, "queue": 1.0, "queue_length": 20.0}
     common = {"store": prepared.store, "clusters": prepared.clusters, "objective": "clip-cid", "terms": terms}
     return {**common, "num_steps": 6, "average_decay": 0.5, "centers_learning_rate": 1e-2}
 

@@ -14,7 +14,18 @@ from distilclip.train.parallel import build_towers
 from distilclip.train.settings import Execution, Optimization
 from distilclip.train.step import Inputs, Student
 
-TEACHER_DIM, NUM_CENTERS = 10, 9
+TEACHER_DIM, NUM_CENTERS, QUEUE = 10, 9, 6
+
+
+def fill_queues(heads: Heads) -> Heads:
+    """Put the same rows of earlier batches into the queues on every rank: five pictures and seven captions."""
+    generator = torch.Generator().manual_seed(5)
+    for one in heads.each():
+        assert one.queue is not None
+        dim = one.queued("image").shape[1]
+        for side, number in (("image", 5), ("text", 7)):
+            one.queue.push(side, F.normalize(torch.randn(number, dim, generator=generator), dim=1))
+    return heads
 
 
 def make_student(
@@ -30,7 +41,10 @@ def make_student(
     clip = create_clip(architecture, seed=seed)
     torch.manual_seed(seed + 1)
     weights = (1.0, *(2.0 for _ in other_dims))
-    heads = Heads(clip.dim, TEACHER_DIM, augmented=augmented, other_dims=other_dims, weights=weights)
+    heads = Heads(
+        clip.dim, TEACHER_DIM, augmented=augmented, queue_length=QUEUE, other_dims=other_dims, weights=weights
+    )
+    fill_queues(heads)
     centers = F.normalize(torch.randn(NUM_CENTERS, TEACHER_DIM), dim=1)
     first, stop = class_range(NUM_CENTERS, distributed.rank(), distributed.world())
     optimization = Optimization(centers_learning_rate=1e-3)

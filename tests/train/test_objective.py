@@ -17,6 +17,7 @@ from distilclip.models.heads import Heads
 from distilclip.train.class_head import ClassHead
 from distilclip.train.objective import Objective, objective
 from distilclip.train.settings import Optimization
+from tests.train.made import fill_queues
 
 N, STUDENT_DIM, TEACHER_DIM, NUM_CENTERS = 6, 8, 5, 7
 
@@ -30,7 +31,7 @@ def features(dim: int, seed: int) -> Features:
 @pytest.fixture
 def heads() -> Heads:
     torch.manual_seed(0)
-    return Heads(STUDENT_DIM, TEACHER_DIM, augmented=True)
+    return fill_queues(Heads(STUDENT_DIM, TEACHER_DIM, augmented=True, queue_length=6))
 
 
 def classes(labels: torch.Tensor) -> StepClasses:
@@ -104,8 +105,12 @@ def test_a_term_without_its_teacher_is_an_error(heads: Heads) -> None:
         objective("clip-kd").terms(features(STUDENT_DIM, 1), None, heads=heads)
 
 
-@pytest.mark.parametrize(("term", "message"), [("masked", "'masked' needs masked_image"), ("cluster", "needs classes")])
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [("masked", "'masked' needs masked_image"), ("cluster", "needs classes"), ("queue", "queue_length")],
+)
 def test_a_term_without_what_it_needs_is_an_error(term: str, message: str, heads: Heads) -> None:
+    heads.queue = None
     with pytest.raises(ValueError, match=message):
         Objective(**{term: 1.0}).terms(features(STUDENT_DIM, 1), features(TEACHER_DIM, 2), heads=heads)
 
@@ -123,7 +128,16 @@ def test_a_term_with_a_weight_that_is_not_computed_is_an_error(monkeypatch: pyte
 def test_objectives_of_one_content_are_equal_and_name_every_value() -> None:
     method = objective("clip-kd")
     assert method == Objective(relational=1.0, feature=2000.0, interactive=1.0) != Objective()
-    assert list(method.values) == [*TERMS, "alpha", "temperature", "class_scale", "sample_rate", "gamma", "mask_ratio"]
+    assert list(method.values) == [
+        *TERMS,
+        "alpha",
+        "temperature",
+        "class_scale",
+        "sample_rate",
+        "gamma",
+        "mask_ratio",
+        "queue_length",
+    ]
     assert pickle.loads(pickle.dumps(method)) == method
     with pytest.raises(AttributeError, match="no term or constant 'featur'"):
         _ = method.featur

@@ -39,6 +39,8 @@ class Outcome:
     norm: float
     agreement: float | None
     gradient_norms: dict[str, float]
+    queue: Tensor
+    """of pictures, after the step"""
 
 
 def one_step(
@@ -59,6 +61,8 @@ def one_step(
     held = [c.grad.clone() for c in centers if c.grad is not None]
     norm = clip_gradients_(student.parameters(), sharded=centers, max_norm=0.5)
     assert result.diagnosis is not None
+    assert result.rows is not None
+    student.heads.remember(result.teachers, result.rows.here, result.rows.sides)
     return Outcome(
         loss=summed(result.loss),
         terms={name: summed(value) for name, value in result.terms.items()},
@@ -68,6 +72,7 @@ def one_step(
         norm=float(norm),
         agreement=result.diagnosis.agreement,
         gradient_norms=result.diagnosis.gradient_norms,
+        queue=student.heads.queued("image").clone(),
     )
 
 
@@ -94,6 +99,7 @@ def assert_equal(found: Outcome, expected: Outcome) -> None:
     assert found.norm == pytest.approx(expected.norm, rel=1e-5)
     assert found.agreement == pytest.approx(expected.agreement, abs=1e-5)
     assert found.gradient_norms == pytest.approx(expected.gradient_norms, rel=1e-4)
+    assert torch.equal(found.queue, expected.queue)
     assert set(found.gradients) == set(expected.gradients)
     for name, gradient in expected.gradients.items():
         assert (found.gradients[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-7, name

@@ -10,6 +10,7 @@ from distilclip import losses
 from distilclip.losses.features import Features
 from distilclip.models.heads import Heads
 from distilclip.train.objective import Objective
+from tests.train.made import fill_queues
 
 ALL = Objective(relational=1.0, feature=1.0, interactive=1.0, instance=1.0, augmented=1.0, gradient=1.0)
 
@@ -26,7 +27,7 @@ def trainable(student: Features) -> Features:
 
 def heads_of(*dims: int, weights: tuple[float, ...]) -> Heads:
     torch.manual_seed(0)
-    return Heads(8, dims[0], augmented=True, other_dims=dims[1:], weights=weights)
+    return fill_queues(Heads(8, dims[0], augmented=True, queue_length=6, other_dims=dims[1:], weights=weights))
 
 
 def test_every_term_is_the_weighted_mean_of_each_teachers_own() -> None:
@@ -76,7 +77,7 @@ def test_every_teachers_heads_are_trained_and_saved() -> None:
     for name in ("image_projection.weight", "others.0.image_projection.weight", "others.0.fuse_text.weight"):
         assert dict(heads.named_parameters())[name].grad is not None
         assert name in heads.state_dict()
-    assert len(heads.log_scales()) == 6
+    assert len(heads.log_scales()) == 8
 
 
 def test_a_student_with_a_bias_learns_by_the_sigmoid_loss() -> None:

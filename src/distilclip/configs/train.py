@@ -61,8 +61,8 @@ class Config:
     """folder of `cluster`: centers and labels for the cluster term"""
     live_teacher: str | None = None
     """a live teacher instead of a store's: a folder, hf-hub:ORG/NAME, or ARCHITECTURE=WEIGHTS for an open_clip name"""
-    objective: Literal["clip", "clip-cid", "clip-kd", "clip-cid-kd"] = "clip"
-    """the method: a named set of term weights; clip-cid-kd is both papers' terms in one sum"""
+    objective: Literal["clip", "clip-cid", "clip-kd", "clip-cid-kd", "distil"] = "clip"
+    """the method: a named set of term weights; distil is ours, clip-cid-kd both papers' terms in one sum"""
     terms: dict[str, float] = field(default_factory=dict)
     """weights and constants that replace the method's own, such as `feature 1000 alpha 0.9`"""
     batch_size: int = 256

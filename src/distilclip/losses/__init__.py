@@ -9,6 +9,7 @@ from distilclip.losses.distillation import (
     interactive,
     intramodal,
     one_feature,
+    queued,
     relational,
 )
 from distilclip.losses.sigmoid import sigmoid, sigmoid_relational
@@ -26,6 +27,7 @@ __all__ = [
     "intramodal",
     "one_feature",
     "positions",
+    "queued",
     "relational",
     "sample_classes",
     "sigmoid",

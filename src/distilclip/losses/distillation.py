@@ -122,6 +122,37 @@ def intramodal(
     return sum_over_rows(queries, keys, scale, divergence_, count=rows.count, block=block or row_block(keys))
 
 
+def queued(
+    student: Float[Tensor, "n dim"],
+    teacher: Float[Tensor, "n dim"],
+    queue: Float[Tensor, "k dim"],
+    *,
+    scale: Float[Tensor, ""] | float,
+    teacher_scale: Float[Tensor, ""] | float,
+    count: int | None = None,
+    block: int | None = None,
+) -> Float[Tensor, ""]:
+    """Return relational distillation against a queue: of pictures to the teacher's of earlier batches, or of texts.
+
+        1/n sum_i KL( softmax_j(b E_i . Q_j) || softmax_j(s u_i . Q_j) )
+
+    u are the student's embeddings in the teacher's space, E the teacher's, Q the queue, b the teacher's scale, s a
+    scale of the student's. A small batch so has thousands of pictures to place each of its own among, for no pass of
+    any tower. With `count`, the global number of rows (default: n), the ranks' results add up. Source: Fang et al. 2021
+    (SEED), equation 4, which has the teacher's own embedding of the row in the queue, too; here the row is not in it.
+    """
+    return row_divergence(
+        student,
+        queue,
+        teacher,
+        queue,
+        scale=scale,
+        teacher_scale=teacher_scale,
+        count=count,
+        block=block,
+    )
+
+
 _LEFT_OUT = -1e4  # a logit whose exponential is 0 beside any other
 
 

@@ -24,6 +24,7 @@ from distilclip.losses.distillation import (
     interactive,
     intramodal,
     one_feature,
+    queued,
     relational,
 )
 from distilclip.losses.features import Features, RankRows, Sides
@@ -57,6 +58,9 @@ class TermHeads(Protocol):
 
     def scale(self, term: str) -> Tensor:
         """Return a term's own scale."""
+
+    def queued(self, side: str) -> Tensor:
+        """Return the teacher's embeddings of one side, `image` or `text`, of the batches before."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,6 +183,20 @@ def _intramodal(given: TeacherInputs) -> Tensor:
     if given.sides is not None:
         return _add_sides(within, student, teacher, given.sides)
     return within(student.image, teacher.image, rows=given.rows) + within(student.text, teacher.text, rows=given.rows)
+
+
+@computes("queue")
+def _queue(given: TeacherInputs) -> Tensor:
+    scale, total = given.heads.scale("queue"), nothing(given.student)
+    for side in ("image", "text"):
+        own, target, keys = getattr(given.projected, side), getattr(given.teacher, side), given.heads.queued(side)
+        part = None if given.sides is None else getattr(given.sides, side)
+        if len(keys) and (part is None or len(part)):
+            count = given.rows.count if part is None else len(part)
+            own, target = (own, target) if part is None else (own[part.mine], target[part.mine])
+            value = queued(own, target, keys, scale=scale, teacher_scale=given.teacher.scale, count=count)
+            total = total + value / 2
+    return total + scale * 0
 
 
 def _add_sides(loss: Callable[..., Tensor], student: Features, teacher: Features, sides: Sides) -> Tensor:

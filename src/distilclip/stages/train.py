@@ -387,7 +387,14 @@ def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[St
     weights = [1.0, *config.weight_of_store.values()]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return Heads(clip.dim, dims[0], augmented=method.needs("fusion"), other_dims=dims[1:], weights=weights)
+        return Heads(
+            clip.dim,
+            dims[0],
+            augmented=method.needs("fusion"),
+            queue_length=int(method.constants.queue_length) if method.needs("queue") else 0,
+            other_dims=dims[1:],
+            weights=weights,
+        )
 
 
 def _teacher(

@@ -214,6 +214,8 @@ class _Steps:
                 assert student.class_head is not None
                 student.class_head.update(result.classes, share=share)
             student.limit_scales()
+            if result.rows is not None:
+                student.heads.remember(result.teachers, result.rows.here, result.rows.sides)
             if training.average is not None:
                 training.average.update(student.clip.model)
         return learning_rate

@@ -19,6 +19,7 @@ _MISSING = {
     "teacher": "compares with a teacher: pass the teacher's features",
     "masks": "needs masked_image, the student's embeddings of masked images",
     "centers": "needs classes, the centers and labels of the step",
+    "queue": "needs the batches before: make the heads with a queue_length",
 }
 
 
@@ -54,7 +55,7 @@ class Objective(Weights):
         """
         rows = rows or RankRows.alone(len(student))
         used = [find_term(name) for name, weight in self.weights.items() if weight]
-        given = {"teacher": teacher, "masks": masked_image, "centers": classes}
+        given = {"teacher": teacher, "masks": masked_image, "centers": classes, "queue": heads.queue}
         for term in used:
             for need in term.needs:
                 if need in given and given[need] is None:

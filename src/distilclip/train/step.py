@@ -42,6 +42,14 @@ class Diagnosis:
         return norms if self.agreement is None else {"agreement": self.agreement, **norms}
 
 
+@dataclass(frozen=True)
+class BatchRows:
+    """Which rows of a global batch are here, and what each has (None: all have both sides)."""
+
+    here: RankRows
+    sides: Sides | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What this process's rows add to the loss and to its unweighted terms: sums over processes are the step's."""
@@ -56,6 +64,9 @@ class StepResult:
     """the student's, of the rows here: `image`, `text` and `masked`"""
     diagnosis: Diagnosis | None = None
     """where it was asked for"""
+    teachers: tuple[Features, ...] = ()
+    """of the rows here"""
+    rows: BatchRows | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,14 +228,6 @@ def measure_terms(
     return dict(zip(values, summed.tolist(), strict=True))
 
 
-@dataclass(frozen=True)
-class BatchRows:
-    """Which rows of a global batch are here, and what each has (None: all have both sides)."""
-
-    here: RankRows
-    sides: Sides | None = None
-
-
 def _run_towers(
     student: Student, inputs: Inputs, part: slice, masks: Bool[Tensor, "n rows columns"] | None
 ) -> list[Float[Tensor, "_ dim"]]:
@@ -286,6 +289,8 @@ def _evaluate(
         classes=classes,
         embeddings={name: leaf.detach() for name, leaf in zip(("image", "text", "masked"), leaves, strict=False)},
         diagnosis=diagnosis,
+        teachers=() if teacher is None else (teacher, *inputs.others),
+        rows=rows,
     )
 
 
