@@ -62,7 +62,11 @@ def one_step(
     norm = clip_gradients_(student.parameters(), sharded=centers, max_norm=0.5)
     assert result.diagnosis is not None
     assert result.rows is not None
+    before = {name: value.clone() for name, value in student.heads.named_buffers()}
     student.heads.remember(result.teachers, result.rows.here, result.rows.sides)
+    queue = student.heads.queued("image").clone()
+    for name, value in student.heads.named_buffers():  # the next step has the queue of this one
+        value.copy_(before[name])
     return Outcome(
         loss=summed(result.loss),
         terms={name: summed(value) for name, value in result.terms.items()},
@@ -72,7 +76,7 @@ def one_step(
         norm=float(norm),
         agreement=result.diagnosis.agreement,
         gradient_norms=result.diagnosis.gradient_norms,
-        queue=student.heads.queued("image").clone(),
+        queue=queue,
     )
 
 
