@@ -1,4 +1,4 @@
-"""Run the whole pipeline on a made-up corpus, in minutes on two CPU cores: a teacher, three students, one page."""
+"""Run the whole pipeline on a made-up corpus, in minutes on two CPU cores: a teacher, four students, one page."""
 
 from __future__ import annotations
 
