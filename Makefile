@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 TEST := $(BIN)/python -m pytest --jaxtyping-packages=distilclip,beartype.beartype -n 2 --dist loadgroup
 
-.PHONY: demo test test-slow test-versions torture fuzz audit check format layout bench docs clean
+.PHONY: demo test test-slow test-versions torture fuzz audit check format layout bench results docs clean
 
 demo: .venv/installed
 	$(BIN)/distilclip demo --out runs/demo
@@ -47,6 +47,10 @@ layout: .venv/installed
 bench: .venv/installed
 	$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -c constraints.txt -e '.[bench]'
 	$(BIN)/python benchmarks/run_all.py
+
+# The tables of docs/results.md: about an hour and a half; with ICONS=FOLDER as long again.
+results: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/python comparisons/results.py --icons "$(ICONS)"
 
 # The manual, with Sphinx; warnings are errors.
 docs: .venv/installed

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import csv
+import glob
+import io
 import json
 import math
 import re
@@ -93,10 +96,35 @@ def train_student(
 def sets_of(corpus: Path, given: argparse.Namespace) -> list[str]:
     """Return the sets to evaluate on, none of which was trained on; `corpus` is the folder of a corpus."""
     if given.data == "icons":
-        return [f"concepts=tar:{given.icons}/zero-shot", f"names=pairs:{given.icons}/val-*.tar"]
+        concepts = Path(given.out) / "prepared/zero-shot"
+        write_concepts(concepts, given.icons)
+        return [f"concepts=tar:{concepts}", f"names=pairs:{given.icons}/val-*.tar"]
     place = corpus / "eval"
     names = ("shape", "colour", "shape_colour_unseen", "sketch")
     return [*(f"{name}=tar:{place}/{name}" for name in names), f"retrieval=pairs:{place}/retrieval/*.tar"]
+
+
+def write_concepts(out: Path, icons: str) -> None:
+    """Make a labelled set of the validation icons: its classes are the concepts that 25 training sets or more draw."""
+    with open(f"{icons}/concepts.tsv") as file:
+        table = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    names = sorted(row["concept"] for row in table if int(row["train_sets"]) >= 25 and int(row["val_icons"]) > 0)
+    label = {name: str(number).encode() for number, name in enumerate(names)}
+    out.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(out / "test-00000.tar", "w") as made:
+        for path in sorted(glob.glob(f"{icons}/val-*.tar")):
+            with tarfile.open(path) as tar:
+                contents = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+            for name, content in contents.items():
+                key = name.removesuffix(".json")
+                if key != name and (concept := json.loads(content)["concept"]) in label:
+                    for ending, data in (("png", contents[f"{key}.png"]), ("cls", label[concept])):
+                        member = tarfile.TarInfo(f"{key}.{ending}")
+                        member.size = len(data)
+                        made.addfile(member, io.BytesIO(data))
+    (out / "classnames.txt").write_text("\n".join(names) + "\n")
+    templates = ("{}", "{} outline", "{} filled", "{} solid", "{} line")  # the captions' words
+    (out / "templates.txt").write_text("\n".join(templates) + "\n")
 
 
 def evaluate(out: Path, models: list[str], seed: int, sets: list[str]) -> None:

@@ -4,7 +4,7 @@
     python comparisons/curation.py icons --out runs/curation-icons --icons FOLDER
 
 `corpus` makes pairs of which 41 % are copies and 30 % have the caption of another. `icons` takes a folder with
-train-*.tar, val-*.tar and a labelled set zero-shot/. Finished steps are kept: the same command goes on, with more
+train-*.tar, val-*.tar and concepts.tsv. Finished steps are kept: the same command goes on, with more
 --seeds or --methods, too. The table goes to OUT/table.md.
 """
 

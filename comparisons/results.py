@@ -33,7 +33,7 @@ def main() -> int:
         print(f"results: {name} on the {data}, {number} of {len(wanted)}", file=sys.stderr, flush=True)
         out = given.runs / f"{name}-{data}"
         options = ["--seeds", str(given.seeds), "--out", str(out)]
-        options += ["--icons", given.icons] if data == "icons" else []
+        options += ["--icons", given.icons, "--num-steps", "400"] if data == "icons" else []
         began = time.monotonic()
         subprocess.run([sys.executable, str(HERE / f"{name}.py"), data, *options], check=True)
         write_block(f"{name}-{data}", (out / "table.md").read_text(), seconds=time.monotonic() - began)
