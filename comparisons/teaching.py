@@ -19,11 +19,13 @@ FAST = 8e-3  # four times the rate of the others, which the task alone does not 
 METHODS: dict[str, tuple[object, ...]] = {
     "alone": (),
     "CLIP-KD, as published": ("--objective", "clip-kd"),
-    "CLIP-CID, as published": ("--objective", "clip-cid", "--clusters"),
+    "CLIP-CID, as published": ("--objective", "clip-cid", "--clusters", "@cluster"),
     "CLIP-KD, FD 200, 4 x rate": ("--objective", "clip-kd", "--terms", "feature", 200, "--learning-rate", FAST),
-    "CLIP-CID, 4 x rate": ("--objective", "clip-cid", "--learning-rate", FAST, "--clusters"),
+    "CLIP-CID, 4 x rate": ("--objective", "clip-cid", "--clusters", "@cluster", "--learning-rate", FAST),
     "distil": ("--objective", "distil", "--learning-rate", FAST),
+    "distil, best half by CLIP score": ("--objective", "distil", "--learning-rate", FAST, "--groups", "@select"),
 }
+"""The options of train; `@` stands for the folder of what was prepared."""
 
 
 def main() -> int:
@@ -51,15 +53,16 @@ def prepare(out: Path, given: argparse.Namespace, teacher: str) -> list[str]:
         pattern = f"{place}/clean/train/*.tar"
     run("embed", "--data", pattern, "--model", teacher, "--out", place / "embed")
     run("cluster", "--store", place / "embed", "--num-centers", given.num_centers, "--out", place / "cluster")
+    run("select", "--store", place / "embed", "--score", "clip-score", "--top", 0.5, "--out", place / "select")
     return sorted(glob.glob(pattern))
 
 
 def student(out: Path, method: str, seed: int, given: argparse.Namespace) -> str:
     """Train a student; return it as evaluate takes it."""
     place = out / "prepared"
-    options = ["--store", place / "embed", *METHODS[method]]
-    options += [place / "cluster"] if options[-1] == "--clusters" else []
-    model = {**STUDENT, "embed_dim": TEACHER["embed_dim"]} if method == "distil" else STUDENT
+    options = [place / str(word)[1:] if str(word).startswith("@") else word for word in METHODS[method]]
+    options += ["--store", place / "embed"]
+    model = {**STUDENT, "embed_dim": TEACHER["embed_dim"]} if method.startswith("distil") else STUDENT
     return train_student(out, method, seed, given.num_steps, *options, model=model)
 
 
