@@ -139,9 +139,9 @@ def test_every_process_has_a_gpu_in_turn(
 def test_without_a_number_there_is_a_process_for_each_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 5)
     with connected(Engine(engine="processes"), device="auto") as workers:
-        assert workers._num_workers == 5  # type: ignore[attr-defined]
+        assert workers.num_workers == 5
     with connected(Engine(engine="processes"), device="cpu") as workers:
-        assert workers._num_workers == os.cpu_count()  # type: ignore[attr-defined]
+        assert workers.num_workers == os.cpu_count()
 
 
 GPUS_OF_RAY = """

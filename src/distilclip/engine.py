@@ -58,6 +58,10 @@ class Engine:
 class Workers(Protocol):
     """Where the parts of several calls are computed; see `connected`."""
 
+    @property
+    def num_workers(self) -> int:
+        """How many parts are computed at the same time, where there are as many."""
+
     def map_parts(
         self, prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]
     ) -> Iterator[tuple[Part, Result]]:
@@ -110,6 +114,8 @@ def connected(engine: Engine, *, device: str = "cpu") -> Iterator[Workers]:
 class _Here:
     """Computes in this process."""
 
+    num_workers = 1
+
     def map_parts(
         self, prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]
     ) -> Iterator[tuple[Part, Result]]:
@@ -138,20 +144,20 @@ class _Processes:
     """Computes in processes of this machine, which end with this one, however it ends."""
 
     def __init__(self, num_workers: int, gpus: Sequence[str]) -> None:
-        self._num_workers, self._gpus, self._num_calls = num_workers, gpus, 0
+        self.num_workers, self._gpus, self._num_calls = num_workers, gpus, 0
         self._pool: ProcessPoolExecutor | None = None
 
     def map_parts(
         self, prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]
     ) -> Iterator[tuple[Part, Result]]:
         self._num_calls += 1
-        num_threads = max(1, (os.cpu_count() or 1) // min(self._num_workers, len(parts)))
+        num_threads = max(1, (os.cpu_count() or 1) // min(self.num_workers, len(parts)))
         load = functools.partial(pickle.loads, pickle.dumps(prepare))
         compute = functools.partial(_compute, self._num_calls, load, num_threads)
         todo = list(parts)
         deaths = 0
         while todo:
-            pool = self._pool = self._pool or _start_pool(self._num_workers, self._gpus)
+            pool = self._pool = self._pool or _start_pool(self.num_workers, self._gpus)
             finished: set[int] = set()
             running: dict[Future[Any], int] = {}
             try:
@@ -223,18 +229,23 @@ class _Actors:
     """
 
     def __init__(self, ray: Any, num_workers: int | None, num_gpus: float) -> None:
-        self._ray, self._num_workers, self._num_gpus = ray, num_workers, num_gpus
+        self._ray, self._most_workers, self._num_gpus = ray, num_workers, num_gpus
         self._worker = ray.remote(num_cpus=1, num_gpus=num_gpus)(_Worker)
         self._num_calls = 0
         self._free: list[Any] = []
         self._late: dict[Any, Any] = {}  # what actors will answer to no call any more, and which are then free
+
+    @property
+    def num_workers(self) -> int:
+        """As many as were asked for, or as the cluster has room for now."""
+        return self._most_workers or _room(self._ray, self._num_gpus)
 
     def map_parts(
         self, prepare: Callable[[], Callable[[Part], Result]], parts: Sequence[Part]
     ) -> Iterator[tuple[Part, Result]]:
         self._num_calls += 1
         shared = [self._ray.put(prepare)]  # in a list, so that an actor fetches it once and not for each part
-        num_workers = min(len(parts), self._num_workers or _room(self._ray, self._num_gpus))
+        num_workers = min(len(parts), self.num_workers)
         todo = collections.deque(parts)
         busy: dict[Any, tuple[Any, Part]] = {}
         deaths = 0

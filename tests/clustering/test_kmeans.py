@@ -174,8 +174,8 @@ def test_when_a_fit_is_finished() -> None:
 
 def test_a_fit_that_changes_nothing_ends_early(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = []
-    objective = CenterSums.objective
-    monkeypatch.setattr(CenterSums, "objective", lambda *given: rounds.append(0) or objective(*given))
+    tally = CenterSums.tally
+    monkeypatch.setattr(CenterSums, "tally", lambda *given: rounds.append(0) or tally(*given))
     x, _ = blobs()
     settled = kmeans(x, num_centers=6, num_iterations=1000)
     assert len(rounds) < 50

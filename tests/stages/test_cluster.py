@@ -154,15 +154,15 @@ def test_machines_with_other_codes_may_go_on(tmp_path: Path, monkeypatch: pytest
     result = main(Config(out=str(tmp_path / "whole"), **config))
     assert len(result["objectives"]) > 2
     kinds = itertools.cycle([np.int8, np.float32])
-    prepare = fit_parts.Rounds.prepare
+    prepare = fit_parts.Rounds.prepare_sums
 
-    def prepare_elsewhere(self: fit_parts.Rounds, number: int) -> Callable[[fit_parts.ShardRun], None]:
+    def prepare_elsewhere(self: fit_parts.Rounds, number: int) -> Callable[[fit_parts.Range], None]:
         kind = next(kinds)
         for module in (fit_parts, sketches):
             monkeypatch.setattr(module, "fastest_code", lambda: kind)
         return prepare(self, number)
 
-    monkeypatch.setattr(fit_parts.Rounds, "prepare", prepare_elsewhere)
+    monkeypatch.setattr(fit_parts.Rounds, "prepare_sums", prepare_elsewhere)
     assert main(Config(out=str(tmp_path / "mixed"), **config)) == result
     assert contents(tmp_path / "mixed") == contents(tmp_path / "whole")
 

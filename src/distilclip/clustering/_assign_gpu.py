@@ -8,6 +8,7 @@ from jaxtyping import BFloat16, Bool, Float32, Float64, Int
 from torch import Tensor
 
 from distilclip.clustering._assign_cpu import SLACK
+from distilclip.clustering.sums import DeviceSums
 from distilclip.vectors.kernels import ROUNDING, float32_sums
 from distilclip.vectors.points import Points
 
@@ -42,15 +43,24 @@ class DeviceCenters:
 
     @torch.no_grad()
     def update(
-        self, labels: Int[np.ndarray, " n"], points: Points, rows: Int[np.ndarray, " n"]
+        self,
+        labels: Int[np.ndarray, " n"],
+        points: Points,
+        rows: Int[np.ndarray, " n"],
+        sums: DeviceSums | None = None,
     ) -> Float32[np.ndarray, " n"]:
-        """Write the rows' labels; return the cosine distances. Rows travel as they are stored."""
+        """Write the rows' labels and add the rows to `sums`; return the cosine distances.
+
+        Rows travel as they are stored, once.
+        """
         distance = np.empty(len(rows), np.float32)
         for start in range(0, len(rows), ROWS):
             here = slice(start, min(start + ROWS, len(rows)))
             values = torch.from_numpy(points.values[rows[here]]).to(self.centers.device)
             scale = torch.from_numpy(points.scale[rows[here]]).to(self.centers.device)
             label, best = self.nearest(values, scale)
+            if sums is not None:
+                sums.add_block(values, scale, label)
             labels[here] = label.cpu().numpy()
             distance[here] = (1 - best).clamp_(min=0).cpu().numpy()
         return distance

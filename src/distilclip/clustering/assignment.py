@@ -19,6 +19,7 @@ from jaxtyping import Float32, Int
 from distilclip.clustering._assign_cpu import CenterSketches, update_labels
 from distilclip.clustering._assign_gpu import DeviceCenters
 from distilclip.clustering.sketches import Sketches, choose_projection
+from distilclip.clustering.sums import CenterSums, DeviceSums
 from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Projection
 
@@ -67,12 +68,29 @@ class Assignment:
         sketches = Sketches.of(self._projection, points, rows) if on_cpu else None
         return RowState.unlabelled(len(rows), sketches)
 
-    def update(self, state: RowState, points: Points, rows: Int[np.ndarray, " n"]) -> Float32[np.ndarray, " n"]:
-        """Find the rows' labels, in place; return the cosine distances to their centers."""
+    def begin_sums(self) -> CenterSums | DeviceSums:
+        """Return the sums of no rows, where the rows are compared."""
         if isinstance(self._ready, DeviceCenters):
-            return self._ready.update(state.labels, points, rows)
+            return DeviceSums(*self.centers.shape, self._ready.centers.device)
+        return CenterSums.zero(*self.centers.shape)
+
+    def update(
+        self,
+        state: RowState,
+        points: Points,
+        rows: Int[np.ndarray, " n"],
+        *,
+        sums: CenterSums | DeviceSums | None = None,
+    ) -> Float32[np.ndarray, " n"]:
+        """Find the rows' labels, in place, and add the rows to `sums`; return the cosine distances to their centers."""
+        if isinstance(self._ready, DeviceCenters):
+            assert not isinstance(sums, CenterSums), "rows on a device are summed there"
+            return self._ready.update(state.labels, points, rows, sums)
         assert state.sketches is not None, "rows of the CPU have sketches"
-        return update_labels(state.labels, state.sketches, points, rows, self._ready)
+        distance = update_labels(state.labels, state.sketches, points, rows, self._ready)
+        if sums is not None:
+            sums.add(points, rows, state.labels)
+        return distance
 
     def assign(
         self, points: Points, rows: Int[np.ndarray, " n"]

@@ -23,7 +23,7 @@ from torch import Tensor
 from distilclip.clustering.assignment import Assignment, RowState
 from distilclip.clustering.fit_options import FitOptions
 from distilclip.clustering.sketches import choose_projection
-from distilclip.clustering.sums import CenterSums
+from distilclip.clustering.sums import CenterSums, Tally, split
 from distilclip.devices import resolve_device
 from distilclip.errors import InputError
 from distilclip.vectors.points import Points, as_rows
@@ -100,7 +100,7 @@ def kmeans(
     points = Points.of(x, metric="cosine")
     start = start_fit(len(points), lambda rows: (points, rows), options, initial=initial, device=device)
     part = _RowsInMemory(points, start, device)
-    fit_centers(start.centers, [], part.compute_round, options)
+    fit_centers([], part.assign, part.move, options)
     labels, distance = part.state.labels, part.distance
     if len(start.rows) < len(points):  # the fit was on a sample: label all rows
         labels, distance = part.assignment.assign(points, np.arange(len(points)))
@@ -113,23 +113,33 @@ def kmeans(
 
 
 class _RowsInMemory:
-    """Compute the rounds of rows in memory: one part, whose labels and sums stay here from round to round."""
+    """The rounds of rows in memory: one part, whose labels and sums stay here from round to round."""
 
     def __init__(self, points: Points, start: Start, device: torch.device | None) -> None:
         self._points, self._start, self._device = points, start, device
         self._sums = CenterSums.zero(*start.centers.shape)
-        self.assignment = Assignment(start.centers, start.projection, device=device)
+        self.assignment = self._assignment()
         self.state = self.assignment.begin(points, start.rows)
         self.distance = np.empty(0, np.float32)
 
-    def compute_round(self, centers: Float32[np.ndarray, "k dim"], objectives: Sequence[float]) -> CenterSums:
-        """Return the sums of the rows of each cluster; only rows that changed their cluster are added up anew."""
+    def assign(self) -> Tally:
+        """Label all rows; only those that changed their cluster are added up anew."""
         before = self.state.labels.copy()
-        if objectives:
-            self.assignment = Assignment(centers, self._start.projection, device=self._device)
         self.distance = self.assignment.update(self.state, self._points, self._start.rows)
         self._sums.move(self._points, self._start.rows, before, self.state.labels)
-        return self._sums
+        return self._sums.tally(self._start.centers)
+
+    def move(self, tally: Tally) -> bool:
+        """Move the centers to their rows, in place; return whether any changed."""
+        pairs = tally.splits()
+        moved = self._sums.renew(self._start.centers, tally.length).any() or len(pairs) > 0
+        split(self._start.centers, pairs)
+        if moved:
+            self.assignment = self._assignment()
+        return bool(moved)
+
+    def _assignment(self) -> Assignment:
+        return Assignment(self._start.centers, self._start.projection, device=self._device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,28 +179,28 @@ def start_fit(
 
 
 def fit_centers(
-    centers: Float32[np.ndarray, "k dim"],
     objectives: list[float],
-    compute_round: Callable[[Float32[np.ndarray, "k dim"], Sequence[float]], CenterSums],
+    assign: Callable[[], Tally],
+    move: Callable[[Tally], bool],
     options: FitOptions,
     *,
     report: Callable[[float, int], None] = lambda objective, num_empty: None,
 ) -> None:
-    """Move the centers, in place, round by round until the fit is finished; the loop of all k-means here.
+    """Move centers round by round until the fit is finished; the loop of all k-means here, which holds no centers.
 
     Args:
-        centers: the first ones, or those of the round to go on with.
         objectives: of the rounds before; each round adds its own. Their number is the number of the round.
-        compute_round: given centers and objectives, assigns all rows and returns the sums of each cluster's rows.
+        assign: assigns all rows to the centers of the round.
+        move: begins the next round with the centers that the rows ask for; returns whether any differs.
         options: when to stop.
         report: is told the objective and the number of empty clusters after each assignment.
     """
     while True:
-        sums = compute_round(centers, objectives)
-        objectives.append(sums.objective(centers))
-        report(objectives[-1], int((sums.count == 0).sum()))
+        tally = assign()
+        objectives.append(tally.objective)
+        report(objectives[-1], tally.num_empty)
         # Centers that rows were just assigned to are the last ones, or else they move; if none can, they are, too.
-        if is_finished(objectives, sums.count, options) or not sums.renew(centers):
+        if is_finished(objectives, tally.count, options) or not move(tally):
             return
 
 

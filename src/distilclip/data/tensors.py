@@ -87,6 +87,21 @@ def read_tensors(path: str) -> dict[str, np.ndarray]:
     }
 
 
+def read_rows(path: str, name: str, start: int, stop: int) -> np.ndarray:
+    """Read the rows from `start` to before `stop` of one array of a safetensors file, and nothing else but its header.
+
+    Raises:
+        InputError: the file is no safetensors file, or is cut.
+    """
+    with Reader(path) as reader:
+        place = read_header(reader).places[name]
+        offset, length = place.row(start)
+        content = reader.read(offset, (stop - start) * length)
+    if len(content) != (stop - start) * length:
+        raise InputError(f"{path} ends within the rows {start} to {stop} of {name}: it is cut. Write it again.")
+    return np.frombuffer(content, place.dtype).reshape(stop - start, *place.shape[1:])
+
+
 @dataclass(frozen=True)
 class TensorPlace:
     """Where a tensor lies in its file: `start` is its first byte."""

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float32, Int
+from jaxtyping import Int
 
 from distilclip import digests, files, stage_folder
-from distilclip.clustering.fit_parts import Labelling, Rounds, shard_runs
+from distilclip.clustering.fit_parts import Rounds, choose_num_parts, shard_ranges
 from distilclip.clustering.kmeans import REPAIRS, fit_centers, gini, size_histogram, start_fit
-from distilclip.clustering.sums import CenterSums
+from distilclip.clustering.label_parts import Labelling
+from distilclip.clustering.sums import Tally
 from distilclip.configs.cluster import Config
 from distilclip.data.images import ImageMatrix
-from distilclip.data.side_files import CENTERS_FILE, kept_images, labels_name, write_centers
+from distilclip.data.side_files import CENTERS_FILE, kept_images, labels_name
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
 from distilclip.engine import Workers, connected
@@ -57,31 +58,41 @@ def main(config: Config) -> dict[str, Any]:
 
 def _fit(config: Config, folder: stage_folder.Folder, images: ImageMatrix, workers: Workers) -> None:
     """Write centers.safetensors, and before it fit.json; each round is a checkpoint."""
-    rounds = Rounds(store=config.store, folder=folder.child(ROUNDS), device=config.device)
-    number = rounds.current(config.fit.num_iterations + REPAIRS)
-    objectives = [] if number is None else rounds.objectives(number)
-    centers = _start(config, rounds, images) if number is None else np.array(rounds.centers(number))
+    rounds = Rounds(
+        store=config.store,
+        folder=folder.child(ROUNDS),
+        device=config.device,
+        num_centers=config.fit.num_centers,
+        dim=images.store.dim,
+    )
+    number = rounds.resume(config.fit.num_iterations + REPAIRS)
+    if number is None:
+        _start(config, rounds, images)
+    objectives = rounds.objectives(number or 0)
     rows = rounds.rows()
-    per_shard = np.diff(np.searchsorted(rows, images.starts)).tolist()
-    # With as many rows as centers, the sums of a part take at most four times the bytes of its rows.
-    parts = shard_runs(per_shard, least=len(rows) if config.execution.engine == "local" else config.fit.num_centers)
+    num_parts = choose_num_parts(len(rows), num_centers=rounds.num_centers, num_workers=workers.num_workers)
+    parts = shard_ranges(np.diff(np.searchsorted(rows, images.starts)).tolist(), num_parts=num_parts)
 
-    def compute_round(centers: Float32[np.ndarray, "k dim"], objectives: Sequence[float]) -> CenterSums:
+    def assign() -> Tally:
         number = len(objectives)
-        rounds.begin(number, centers, objectives)
-        _map(partial(rounds.prepare, number), parts, workers, f"round {number} of {folder.path}")
-        return rounds.sums(number, parts)
+        _map(partial(rounds.prepare_sums, number), parts, workers, f"round {number} of {folder.path}")
+        _map(partial(rounds.prepare_move, number, parts), rounds.ranges, workers, f"its centers, {folder.path}")
+        return rounds.tally(number)
+
+    def move(tally: Tally) -> bool:
+        return rounds.begin_next(len(objectives) - 1, tally, objectives)
 
     def report(objective: float, num_empty: int) -> None:
         say(f"cluster: round {len(objectives) - 1}: objective {objective:.6f}, {num_empty} empty clusters")
 
-    fit_centers(centers, objectives, compute_round, config.fit, report=report)
+    fit_centers(objectives, assign, move, config.fit, report=report)
     stage_folder.write_json(folder.child("fit.json"), {"num_fitted": len(rows), "objectives": objectives})
-    _write_centers(folder.path, centers, images.store)
+    last = partial(rounds.prepare_centers, len(objectives) - 1)
+    _map(last, [folder.path], workers, f"write the centers of {folder.path}")
 
 
-def _start(config: Config, rounds: Rounds, images: ImageMatrix) -> Float32[np.ndarray, "k dim"]:
-    """Choose the rows to fit to and write them down; return the first centers."""
+def _start(config: Config, rounds: Rounds, images: ImageMatrix) -> None:
+    """Choose the rows to fit to and first centers, and begin the first round with them."""
     images.count_pictureless(stage="cluster")
     kept = _kept_rows(images, config.groups)
 
@@ -89,9 +100,7 @@ def _start(config: Config, rounds: Rounds, images: ImageMatrix) -> Float32[np.nd
         return Points.of(images.take(kept[rows]), metric="cosine"), np.arange(len(rows))
 
     start = start_fit(len(kept), read, config.fit, device=resolve_device(config.device))
-    rounds.write_rows(kept[start.rows])
-    rounds.write_projection(start.projection)
-    return start.centers
+    rounds.start(kept[start.rows], start.projection, start.centers)
 
 
 def _kept_rows(images: ImageMatrix, groups: str | None) -> Int[np.ndarray, " n"]:
@@ -100,10 +109,6 @@ def _kept_rows(images: ImageMatrix, groups: str | None) -> Int[np.ndarray, " n"]
     for shard, start in enumerate(images.starts[:-1]):
         kept.append(start + np.flatnonzero(kept_images(images.store, shard, groups)))
     return np.concatenate(kept)
-
-
-def _write_centers(path: str, centers: Float32[np.ndarray, "k dim"], store: Store) -> None:
-    write_centers(path, centers, {f"teacher_{name}": str(store.teacher[name]) for name in ("name", "digest")})
 
 
 def _map(prepare: Callable[[], Callable[[Any], Any]], parts: Any, workers: Workers, description: str) -> None:
