@@ -73,7 +73,7 @@ def compare(name: str, cases: Sequence[Case], notes: Mapping[str, Callable[[], l
     said = {what: note() for what, note in (notes or {}).items() if re.search(only, what)}
     _print_table(name, rows)
     print("\n".join(line for lines in said.values() for line in lines))
-    print(json.dumps({"name": name, "cases": rows, "notes": said, "machine": _machine()}))
+    print(json.dumps({"name": name, "cases": rows, "notes": said, "machine": machine()}))
 
 
 def _arguments(description: str) -> argparse.Namespace:
@@ -153,7 +153,8 @@ def _status_kb(field: str) -> int:
     raise KeyError(field)
 
 
-def _machine() -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Processor, Python and packages of this machine."""
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]

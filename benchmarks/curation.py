@@ -16,62 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _embeddings import clip_like
 from _harness import Case, compare, is_quick
+from _stores import SHARD, described, finish_store, write_store
 from safetensors.numpy import load_file
 
 from distilclip import stage_folder
 from distilclip.data.side_files import read_groups
-from distilclip.data.store import Rows, SourceFile, StoreShard, finished_shard, write_manifest, write_shard
 from distilclip.stages import balance, select
 
-SHARD = 10_000
-TEACHER = {
-    "name": "made up",
-    "digest": "d",
-    "preprocessing": "{}",
-    "tokenizer": "t",
-    "precision": "fp32",
-    "scale": 100.0,
-}
 PLACE = Path(tempfile.mkdtemp(prefix="distilclip-bench-"))
-
-
-def write_store(path: Path, image: np.ndarray, text: np.ndarray) -> list[StoreShard]:
-    """Write a finished store of made-up pairs; return the lines of its manifest."""
-    lines = []
-    for shard, first in enumerate(range(0, len(image), SHARD)):
-        num = len(image[first : first + SHARD])
-        rows = Rows(
-            [f"{row:06d}" for row in range(num)],
-            np.arange(num, dtype=np.uint64),
-            np.ones(num, np.uint32),
-            np.ones(num, bool),
-            [""] * num,
-            np.zeros((num, 32), np.uint8),
-        )
-        own, source = slice(first, first + num), SourceFile(uri=f"{shard:06d}.tar", num_bytes=1, sha256="s")
-        write_shard(str(path), shard, rows, image=image[own], text=text[own], source=source, teacher=TEACHER)
-        lines.append(described(path, shard))
-    finish_store(path, lines, dim=image.shape[1])
-    return lines
-
-
-def described(path: Path, shard: int) -> StoreShard:
-    found = finished_shard(str(path), shard)
-    assert found is not None
-    return found
-
-
-def finish_store(path: Path, lines: Sequence[StoreShard], *, dim: int) -> None:
-    write_manifest(str(path), list(lines), dim=dim, teacher=TEACHER)
-    for name in ("config", "result"):
-        (path / f"{name}.json").write_text(json.dumps({"stage": "embed"}))
 
 
 def pairs(num_rows: int, dim: int) -> tuple[np.ndarray, np.ndarray]:

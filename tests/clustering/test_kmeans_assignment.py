@@ -9,6 +9,7 @@ from distilclip.clustering.assignment import Assignment, assign
 from distilclip.clustering.fit_options import FitOptions
 from distilclip.clustering.kmeans import first_centers, sample_rows
 from distilclip.clustering.sketches import Sketches, choose_projection
+from distilclip.clustering.sums import CenterSums, DeviceSums
 from distilclip.vectors.points import Points
 from distilclip.vectors.projection import Projection
 
@@ -54,6 +55,18 @@ def test_labels_are_those_of_all_inner_products(
     product = unit(x) @ centers.astype(np.float64).T
     np.testing.assert_array_equal(labels, product.argmax(axis=1))
     np.testing.assert_allclose(distance, 1 - product.max(axis=1), atol=1e-7)
+
+
+def test_a_device_sums_the_rows_that_it_labels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_assign_gpu, "ROWS", 64)
+    x, centers = rows(300), unit(rows(9, seed=1)).astype(np.float32)
+    points, chosen = Points.of(x, metric="cosine"), np.arange(0, 300, 2)
+    labels, sums = np.empty(150, np.int32), DeviceSums(9, 24, CPU)
+    _assign_gpu.DeviceCenters(torch.from_numpy(centers)).update(labels, points, chosen, sums)
+    expected = CenterSums.zero(9, 24)
+    expected.add(points, chosen, labels)
+    assert sums.on_host().total.tobytes() == expected.total.tobytes()
+    assert sums.on_host().count.tolist() == np.bincount(labels, minlength=9).tolist()
 
 
 @pytest.mark.parametrize("find", [assign, on_device])

@@ -7,7 +7,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from distilclip import files
-from distilclip.data.tensors import read_metadata, read_tensors, write_tensors
+from distilclip.data.tensors import read_metadata, read_rows, read_tensors, write_tensors
 from distilclip.errors import InputError
 
 ARRAYS = {
@@ -35,6 +35,19 @@ def test_what_the_safetensors_package_writes_is_read(tmp_path: Path) -> None:
     save_file({k: np.ascontiguousarray(v) for k, v in ARRAYS.items()}, path, metadata={"a": "1"})
     for name, array in read_tensors(path).items():
         assert np.array_equal(array, ARRAYS[name])
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_some_rows_are_read_and_a_cut_file_is_an_error(tmp_path: Path, remote: bool) -> None:
+    local = tmp_path / "a.safetensors"
+    path = f"file://{local}" if remote else str(local)
+    write_tensors(path, ARRAYS, {})
+    assert np.array_equal(read_rows(path, "image", 1, 3), ARRAYS["image"][1:3])
+    assert np.array_equal(read_rows(path, "text", 0, 3), ARRAYS["text"])
+    local.write_bytes(local.read_bytes()[:-8])
+    assert np.array_equal(read_rows(path, "text", 0, 2), ARRAYS["text"][:2])
+    with pytest.raises(InputError, match="ends within the rows 1 to 3 of text"):
+        read_rows(path, "text", 1, 3)
 
 
 @pytest.mark.parametrize("remote", [False, True])

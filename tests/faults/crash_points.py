@@ -20,7 +20,7 @@ KINDS = frozenset({"open", "write", *CHANGES})
 BOOKS = {"env.json", "inputs.json", "lock.json", "metrics.jsonl", "cache.json", "fit.json"}
 """Files that every run writes."""
 AS_ONE = {
-    r"/rounds/(rows|projection|sketches-\d+|labels-\d+|\d+/sums-[\d-]*)$": "/rounds/part",
+    r"/rounds/(rows|projection|sketches-\d+|labels-\d+|\d+/begun|\d+/(centers|sums|tally)-[\d-]*)$": "/rounds/part",
     r"/(checkpoints/step-\d+)/.*": r"/\1",
     r"/(clip_benchmark/.*|table)$": "/tables",
     r"/(figures/.*|index)$": "/page",

@@ -12,13 +12,17 @@ import numpy as np
 import pytest
 
 from distilclip.clustering import fit_parts, sketches
+from distilclip.clustering import kmeans as kmeans_module
+from distilclip.clustering.assignment import Assignment
 from distilclip.clustering.fit_options import FitOptions
 from distilclip.clustering.kmeans import kmeans
+from distilclip.clustering.sums import CenterSums, Tally
 from distilclip.data.side_files import read_centers, read_labels
 from distilclip.engine import Engine
 from distilclip.errors import InputError
-from distilclip.stages import balance
+from distilclip.stages import balance, cluster
 from distilclip.stages.cluster import Config, main
+from distilclip.vectors.points import Points
 from tests.stages.conftest import contents, write_store
 
 SHARDS = [("one", 120, 1), ("three", 40, 3), ("twelve", 10, 12)]  # name, rows of a shard, shards: the same rows
@@ -83,28 +87,86 @@ def test_a_kill_after_any_file_leaves_the_same_bytes(tmp_path: Path) -> None:
         assert contents(cut) == contents(whole)
 
 
-def test_centers_are_those_of_kmeans_whatever_the_shards_and_the_engine(tmp_path: Path) -> None:
-    stores = [write_store(tmp_path / name, rows=rows, shards=shards) for name, rows, shards in SHARDS]
-    _, x, valid = stores[0]
+def divide(monkeypatch: pytest.MonkeyPatch, *, parts: int, numbers: int) -> None:
+    """Let a round have so many parts, and so many numbers in a range of centers."""
+    monkeypatch.setattr(cluster, "choose_num_parts", lambda *_, **__: parts)
+    monkeypatch.setattr(fit_parts, "NUMBERS", numbers)
+
+
+@pytest.mark.parametrize(("shards", "parts", "numbers"), [(0, 1, 1 << 22), (1, 3, 32), (2, 5, 1)])
+def test_centers_are_those_of_kmeans_whatever_the_shards_and_the_parts(
+    shards: int, parts: int, numbers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, rows, num_shards = SHARDS[shards]
+    store, x, valid = write_store(tmp_path / "store", rows=rows, shards=num_shards)
     whole = kmeans(x[valid], num_centers=6, num_iterations=2, seed=3)
-    for number, (store, _, _) in enumerate(stores):
-        for engine in ("local", "processes") if number == 1 else ("local",):
-            out = str(tmp_path / f"{number}{engine}")
-            result = main(
-                Config(
-                    store=store,
-                    out=out,
-                    fit=FIT,
-                    device="cpu",
-                    execution=Engine(engine=engine),
-                )
-            )
-            assert read_centers(out).tobytes() == whole.centers.tobytes()
-            labels = np.concatenate([read_labels(out, shard).cluster for shard in range(SHARDS[number][2])])
-            np.testing.assert_array_equal(labels, whole.labels)
-            assert result["objective"] == pytest.approx(whole.objective)
-            assert len(result["objectives"]) == 3
-            assert not (Path(out) / "rounds").exists()
+    divide(monkeypatch, parts=parts, numbers=numbers)
+    out = str(tmp_path / "out")
+    result = main(Config(store=store, out=out, fit=FIT, device="cpu"))
+    assert read_centers(out).tobytes() == whole.centers.tobytes()
+    labels = np.concatenate([read_labels(out, shard).cluster for shard in range(num_shards)])
+    np.testing.assert_array_equal(labels, whole.labels)
+    assert result["objective"] == pytest.approx(whole.objective)
+    assert len(result["objectives"]) == 3
+    assert not (Path(out) / "rounds").exists()
+
+
+def test_empty_clusters_are_split_across_ranges_as_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(points: Points, rows: np.ndarray, *, num_centers: int, **_: Any) -> np.ndarray:
+        return points.block(rows[np.arange(num_centers) // 2]).numpy()  # of two equal centers the second gets no row
+
+    monkeypatch.setattr(kmeans_module, "first_centers", twice)
+    store, x, valid = write_store(tmp_path / "store")
+    whole = kmeans(x[valid], num_centers=9, num_iterations=4)
+    divide(monkeypatch, parts=3, numbers=32)
+    empty: list[int] = []
+    splits = Tally.splits
+    monkeypatch.setattr(Tally, "splits", lambda tally: empty.append(tally.num_empty) or splits(tally))
+    main(Config(store=store, out=str(tmp_path / "out"), fit=FitOptions(num_centers=9, num_iterations=4), device="cpu"))
+    assert empty[0] == 4
+    assert read_centers(str(tmp_path / "out")).tobytes() == whole.centers.tobytes()
+
+
+def forbidden(*_: Any, **__: Any) -> Any:
+    raise AssertionError("this is for workers")
+
+
+def test_processes_give_the_bytes_of_kmeans_and_the_driver_adds_up_no_sums(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, x, valid = write_store(tmp_path / "store")
+    whole = kmeans(x[valid], num_centers=6, num_iterations=2, seed=3)
+    for method in ("zero", "add", "tally", "renew"):
+        monkeypatch.setattr(CenterSums, method, forbidden)
+    monkeypatch.setattr(fit_parts.Rounds, "centers", forbidden)
+    out = str(tmp_path / "out")
+    execution = Engine(engine="processes", engine_workers=2)
+    result = main(Config(store=store, out=out, fit=FIT, device="cpu", execution=execution))
+    assert read_centers(out).tobytes() == whole.centers.tobytes()
+    assert result["objective"] == pytest.approx(whole.objective)
+
+
+def test_a_part_that_was_cut_off_is_summed_anew_without_a_search(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, _, _ = write_store(tmp_path / "store")
+    config = {"store": store, "fit": FIT, "device": "cpu"}
+    result = main(Config(out=str(tmp_path / "whole"), **config))
+    with monkeypatch.context() as interrupted:
+        interrupted.setattr(fit_parts.Rounds, "_move", forbidden)
+        with pytest.raises(AssertionError, match="for workers"):
+            main(Config(out=str(tmp_path / "cut"), **config))
+    rounds = fit_parts.Rounds(store=store, folder=str(tmp_path / "cut" / "rounds"), device="cpu", num_centers=6, dim=16)
+    (sums,) = (tmp_path / "cut" / "rounds" / "0000").glob("sums-*")
+    before = sums.read_bytes()
+    sums.unlink()
+    with monkeypatch.context() as searching:
+        searching.setattr(Assignment, "update", forbidden)
+        rounds.prepare_sums(0)(fit_parts.Range(0, 3))
+    assert sums.read_bytes() == before
+    divide(monkeypatch, parts=2, numbers=1 << 22)  # as with other workers
+    assert main(Config(out=str(tmp_path / "cut"), **config)) == result
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -138,7 +200,7 @@ def write_or_die(*arguments):
 fit_parts.write_tensors = write_or_die
 main(Config(**eval(sys.argv[2])))
 """
-    for kill_at in (6, 13):  # in the middle of the first round, and of a later one
+    for kill_at in (6, 13, 16):  # among the shards of a round, among its centers, and among the shards of the next
         cut = tmp_path / f"cut{kill_at}"
         arguments = [str(kill_at), repr({"out": str(cut), **config})]
         died = subprocess.run([sys.executable, "-c", begun, *arguments], env=dict(os.environ), check=False)

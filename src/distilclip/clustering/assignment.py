@@ -70,9 +70,10 @@ class Assignment:
 
     def begin_sums(self) -> CenterSums | DeviceSums:
         """Return the sums of no rows, where the rows are compared."""
+        num_centers, dim = self.centers.shape
         if isinstance(self._ready, DeviceCenters):
-            return DeviceSums(*self.centers.shape, self._ready.centers.device)
-        return CenterSums.zero(*self.centers.shape)
+            return DeviceSums(num_centers, dim, self._ready.centers.device)
+        return CenterSums.zero(num_centers, dim)
 
     def update(
         self,
