@@ -173,10 +173,10 @@ def run(place: Path, *, num_rows: int, dim: int, num_centers: int, quick: bool) 
     name = f"{num_rows:,} x {dim}, {num_centers:,} centers, {NUM_ROUNDS} rounds"
     said = (
         f"{name} on two Ray nodes of one core: driver {driver:.2f} s of {part['rounds_s']:.0f} s, "
-        f"{driver / part['rounds_s']:.2%} ({part['between_s']:.2f} s between waves, {part['handing_out_s']:.2f} s of CPU "
-        f"in them); first waves {part['sums_s']:.0f} s, second {part['move_s']:.1f} s; peak memory "
-        f"{found['peak_mb']:,.0f} MB of the driver, {found['worker_peak_mb']:,.0f} MB of a worker. First centers, before: "
-        f"{part['start_s']:.0f} s of {seconds:.0f} s in all."
+        f"{driver / part['rounds_s']:.2%} ({part['between_s']:.2f} s between waves, {part['handing_out_s']:.2f} s of "
+        f"CPU in them); first waves {part['sums_s']:.0f} s, second {part['move_s']:.1f} s; peak memory "
+        f"{found['peak_mb']:,.0f} MB of the driver, {found['worker_peak_mb']:,.0f} MB of a worker. First centers, "
+        f"before: {part['start_s']:.0f} s of {seconds:.0f} s in all."
     )
     case = {
         "case": name,
