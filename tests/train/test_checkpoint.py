@@ -5,6 +5,7 @@ from pathlib import Path
 
 import open_clip
 import pytest
+import safetensors.torch
 import torch
 
 from distilclip import stage_folder
@@ -75,6 +76,18 @@ def test_training_goes_on_from_a_checkpoint_bit_for_bit(tmp_path: Path, tiny_cli
     assert resumed.policy.reasons == {"truncated image": 2}
     update(resumed)
     assert all(torch.equal(a, b) for a, b in zip(state(undisturbed), state(resumed), strict=True))
+
+
+def test_a_checkpoint_from_before_a_term_was_added_lacks_its_scale(tmp_path: Path, tiny_clip_json: str) -> None:
+    training, folder = build(tiny_clip_json, 0), str(tmp_path / "step")
+    save_checkpoint(folder, training, Progress())
+    heads = safetensors.torch.load((tmp_path / "step/heads.safetensors").read_bytes())
+    del heads["queue_log_scale"]
+    (tmp_path / "step/heads.safetensors").write_bytes(safetensors.torch.save(heads))
+    resumed = build(tiny_clip_json, 1)
+    load_checkpoint(folder, resumed)
+    assert torch.equal(resumed.student.heads.state_dict()["image_projection.weight"], heads["image_projection.weight"])
+    assert float(resumed.student.heads.scale("queue")) == pytest.approx(1 / 0.07)
 
 
 def test_open_clip_loads_a_checkpoint_as_it_is(tmp_path: Path, tiny_clip_json: str) -> None:

@@ -104,7 +104,8 @@ def load_checkpoint(folder: str, training: Training) -> Progress:
         averaged = _read(folder, WEIGHTS_FILE)
         for name, value in training.average.values.items():
             place_(value, averaged[name])
-    student.heads.load_state_dict(_read(folder, "heads.safetensors"))
+    scales = {name: value for name, value in student.heads.state_dict().items() if name.endswith("_log_scale")}
+    student.heads.load_state_dict(scales | _read(folder, "heads.safetensors"))  # an older version had fewer terms
     _load_optimizer_state(training, _read(folder, "optimizer.safetensors"))
     if student.class_head is not None:
         student.class_head.load(files.join(folder, "centers"))
