@@ -139,6 +139,7 @@ def write_balance(folder: Path, store: Path) -> None:
                 keep=np.array([int(row) not in removed_for for row in rows]),
             ),
         )
+    side_files.write_forest(str(folder), forest_edges())
     curve = [
         {"threshold": 0.01 * step, "num_groups": 22 - step, "removed_ratio": step / 22, "largest_group": 1 + step // 2}
         for step in range(15)
@@ -163,6 +164,24 @@ def write_balance(folder: Path, store: Path) -> None:
     write_stage(folder, "balance", result, store=str(store), threshold=0.07, metric="sqeuclidean")
 
 
+def forest_edges() -> side_files.ForestEdges:
+    """Fourteen edges, one below each step of the curve: stars around row 0 of both shards, which a last one joins."""
+    rows = [row for row in range(NUM_ROWS) if row != 3]
+    ends = [(sample_id(k % 2, 0), sample_id(k % 2, rows[1 + k // 2])) for k in range(13)]
+    ends.append((sample_id(0, 0), sample_id(1, 0)))
+    left, right = (np.array(column, np.uint64) for column in zip(*ends, strict=True))
+    return side_files.ForestEdges(left=left, right=right, distance=(0.01 * np.arange(14) + 0.005).astype(np.float32))
+
+
+def naive_largest(left: list[int], right: list[int]) -> int:
+    """The size of the largest group, by relabelling all rows at every edge."""
+    label = {row: row for row in {*left, *right}}
+    for a, b in zip(left, right, strict=True):
+        old, new = label[b], label[a]
+        label = {row: new if own == old else own for row, own in label.items()}
+    return max([list(label.values()).count(own) for own in label.values()], default=1)
+
+
 def write_cluster(folder: Path, store: Path) -> None:
     """Three clusters of the kept rows, of unequal size."""
     for shard in range(NUM_SHARDS):
@@ -170,6 +189,7 @@ def write_cluster(folder: Path, store: Path) -> None:
         cluster = np.array([0, 0, 0, 0, 1, 1, 2], np.uint32)
         distance = np.linspace(0.1, 0.7, len(rows), dtype=np.float32)
         side_files.write_labels(str(folder), shard, side_files.Labels(row=rows, cluster=cluster, distance=distance))
+    side_files.write_centers(str(folder), np.eye(3, DIM, dtype=np.float32))
     sizes = {"largest": 8, "smallest": 2, "gini": 0.286, "histogram": [0, 0, 1, 1, 1]}
     before = {"largest": 14, "smallest": 2, "gini": 0.4, "histogram": [0, 0, 1, 0, 2]}
     result = {"num_centers": 3, "objective": 0.41, "num_labelled": 14, "sizes": sizes, "sizes_before_balance": before}

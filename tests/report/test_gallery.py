@@ -64,6 +64,28 @@ def test_no_group_is_shown_twice_and_order_does_not_matter() -> None:
     assert choose(samples[order], kept[order], distance[order], num_groups=5) == chosen
 
 
+def test_the_first_page_is_the_same_however_many_follow() -> None:
+    random = np.random.default_rng(0)
+    kept, samples, distance = random.integers(0, 40, 300), np.arange(1000, 1300), random.random(300)
+    one = choose(samples, kept, distance, num_groups=3)
+    several = choose(samples, kept, distance, num_groups=3, num_pages=4)
+    assert {kind: strips[:3] for kind, strips in several.items()} == one
+    shown = [strip.samples[0] for kind in KINDS for strip in several[kind]]
+    assert len(shown) == len(set(shown)) == 36
+    many = choose(samples, kept, distance, num_groups=3, num_pages=99)
+    assert sum(map(len, many.values())) == len(np.unique(kept)), "pages end where the groups do"
+
+
+def test_pages_of_clusters_run_from_both_ends_and_meet_once() -> None:
+    cluster = np.repeat(np.arange(9), np.arange(1, 10))
+    samples = np.arange(len(cluster), dtype=np.uint64)
+    found = choose_clusters(
+        samples, cluster, np.zeros(len(cluster), np.float32), num_clusters=2, num_pictures=1, num_pages=9
+    )
+    assert [s.title for s in found["largest"]] == [f"Cluster {n}" for n in (8, 7, 6, 5, 4)]
+    assert [s.title for s in found["smallest"]] == [f"Cluster {n}" for n in (0, 1, 2, 3)]
+
+
 def test_nothing_removed_gives_an_empty_gallery() -> None:
     empty = np.array([])
     assert choose(empty, empty, empty) == {"largest": [], "random": [], "borderline": []}

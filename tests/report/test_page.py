@@ -13,7 +13,7 @@ import pytest
 
 import distilclip as dc
 from distilclip.report.load import load
-from distilclip.report.page import Page, build
+from distilclip.report.page import Page, build, script, sha256
 from distilclip.report.sections import GallerySize
 from distilclip.sets.published import PublishedRow, published_rows
 from tests.conftest import write_tar
@@ -56,7 +56,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 
 def test_captions_and_titles_are_text_never_markup(page: Page) -> None:
     elements = Elements(page.html)
-    assert not elements.named("script")
+    assert elements.named("script") == [{"type": "application/json", "id": "page-data"}, {}]
     assert not elements.named("b")
     assert any(image["alt"] == NASTY for image in elements.named("img"))
     assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
@@ -74,6 +74,21 @@ def test_the_page_refers_to_nothing_outside_itself(page: Page) -> None:
     assert "@import" not in style
     policy = next(meta for meta in elements.named("meta") if meta.get("http-equiv") == "Content-Security-Policy")
     assert str(policy["content"]).startswith("default-src 'none'")
+
+
+def test_the_only_script_is_the_pages_own_and_no_caption_can_end_it(page: Page) -> None:
+    found = re.findall(r"<script[^>]*>(.*?)</script>", page.html, flags=re.DOTALL)
+    values, code = found
+    assert code == script()
+    assert f"script-src 'sha256-{sha256(code)}'" in page.html
+    assert not set("<>&") & set(values)
+    captions = [picture[3] for picture in json.loads(values)["sliders"][0]["pictures"]]
+    assert NASTY in captions
+
+
+def test_no_script_writes_markup(page: Page) -> None:
+    for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser", "</script"):
+        assert word not in script()
 
 
 def test_every_anchor_leads_to_a_section(page: Page) -> None:

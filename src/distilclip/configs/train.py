@@ -13,10 +13,9 @@ from distilclip.errors import InputError, did_you_mean
 from distilclip.methods import weights_of
 from distilclip.mixture import Weighting, read_parts
 from distilclip.options import changeable, check_at_least, extendable
-from distilclip.sets.specs import VALIDATED, check_unique, expand_groups, parse_spec
+from distilclip.sets.specs import HELD_OUT, VALIDATED, check_unique, expand_groups, parse_spec
 from distilclip.stage_folder import NO_STAGE, folders_of, stage_of
 from distilclip.train.settings import (
-    HELD_OUT,
     MEASURES,
     Checkpoints,
     Execution,

@@ -10,16 +10,20 @@ from markupsafe import Markup
 
 from distilclip.report import figures
 from distilclip.report.comparison import Cell, Table
+from distilclip.report.load import Series
 from distilclip.report.roles import Model
 from distilclip.sets.score import title
-from distilclip.sets.specs import VALIDATED
+from distilclip.sets.specs import HELD_OUT, VALIDATED
+
+HELD_OUT_COLUMNS = f"{VALIDATED}{HELD_OUT}/"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Chart:
     """A figure: its SVG, the name of its file without suffix, and what it shows in words.
 
-    `narrow` is the same figure for a phone, where the other would be too wide.
+    `narrow` is the same figure for a phone, where the other would be too wide. `axes` are of both the place of 0 on the
+    horizontal axis and the length of 1, in units of the SVG, where the page's script marks a place.
     """
 
     name: str
@@ -27,33 +31,26 @@ class Chart:
     label: str
     caption: str = ""
     narrow: str = ""
+    axes: tuple[tuple[float, float], ...] = ()
 
     @property
     def inline(self) -> Markup:
         """Return the SVG as an element of the page."""
-        return figures.inline(self.svg, label=self.label)
+        return figures.inline(self.svg, label=self.label, axis=self.axes[0] if self.axes else None)
 
     @property
     def inline_narrow(self) -> Markup:
         """Return the narrow SVG as an element of the page; nothing where there is none."""
-        return figures.inline(self.narrow, label=self.label) if self.narrow else Markup()
+        if not self.narrow:
+            return Markup()
+        return figures.inline(self.narrow, label=self.label, axis=self.axes[1] if self.axes else None)
 
 
 def training_charts(models: Sequence[Model]) -> list[Chart]:
     """Draw a chart for each logged quantity with a line for each training: loss, terms, cosines, agreements."""
-    trained = [(model, model.training) for model in models if model.training is not None and model.training.logged]
-    words = {name: text for _, training in trained for name, text in training.words.items()}
-    terms = dict.fromkeys(name for _, training in trained for name in training.terms)
-    loss = ["loss"] if any("loss" in training.logged for _, training in trained) else []
-    diagnostics = dict.fromkeys(name for _, training in trained for name in training.diagnostics)
+    words = {name: text for model in models if model.training for name, text in model.training.words.items()}
     charts = []
-    validations = dict.fromkeys(name for _, training in trained for name in training.validations)
-    for name in [*loss, *terms, *diagnostics, *validations]:
-        lines = [
-            figures.Line(label=model.name, series=model.series, data=training.logged[name])
-            for model, training in trained
-            if name in training.logged
-        ]
+    for name, lines in _curves(models).items():
         shown = _training_title(name)
         label = f"{shown} against the training step, one line each for {', '.join(line.label for line in lines)}"
         charts.append(
@@ -65,6 +62,52 @@ def training_charts(models: Sequence[Model]) -> list[Chart]:
             )
         )
     return charts
+
+
+def curve_data(models: Sequence[Model]) -> dict[str, Any]:
+    """Return what the page's script needs to draw the `training_charts` anew, as JSON values, in their order.
+
+    A chart has the lines on held-out pairs beside those of training, where both were logged.
+    """
+    trained = [model for model in models if model.training is not None]
+    place = {model.name: number for number, model in enumerate(trained)}
+    held_out = {
+        (model.name, name.removeprefix(HELD_OUT_COLUMNS)): series
+        for model in trained
+        if model.training is not None
+        for name, series in model.training.logged.items()
+        if name.startswith(HELD_OUT_COLUMNS)
+    }
+    charts = []
+    for name, lines in _curves(models).items():
+        kind = "set" if name.startswith(VALIDATED) else ""
+        drawn = [_line_data(place[line.label], figures.thin(line.data), kind) for line in lines]
+        kept_aside = [(line.label, held_out[line.label, name]) for line in lines if (line.label, name) in held_out]
+        drawn += [_line_data(place[label], figures.thin(series), "held-out") for label, series in kept_aside]
+        charts.append({"title": _training_title(name), "lines": drawn})
+    return {"models": [{"name": model.name, "series": model.series} for model in trained], "charts": charts}
+
+
+def _line_data(model: int, series: Series, validation: str) -> dict[str, Any]:
+    values = [float(f"{value:.5g}") for value in series.value.tolist()]
+    return {"model": model, "validation": validation, "step": series.step.tolist(), "value": values}
+
+
+def _curves(models: Sequence[Model]) -> dict[str, list[figures.Line]]:
+    """Return the lines of every logged quantity that is drawn, by its column: loss, terms, diagnostics, validations."""
+    trained = [(model, model.training) for model in models if model.training is not None and model.training.logged]
+    loss = ["loss"] if any("loss" in training.logged for _, training in trained) else []
+    terms = [name for _, training in trained for name in training.terms]
+    diagnostics = [name for _, training in trained for name in training.diagnostics]
+    validations = [name for _, training in trained for name in training.validations]
+    return {
+        name: [
+            figures.Line(label=model.name, series=model.series, data=training.logged[name])
+            for model, training in trained
+            if name in training.logged
+        ]
+        for name in dict.fromkeys([*loss, *terms, *diagnostics, *validations])
+    }
 
 
 def standings_chart(table: Table) -> Chart | None:
@@ -108,6 +151,9 @@ def threshold_chart(curve: Sequence[figures.CurvePoint], metric: str, threshold:
         svg=figures.threshold_curve(curve, metric=metric, threshold=threshold),
         narrow=figures.threshold_curve(curve, metric=metric, threshold=threshold, width=figures.NARROW),
         label="Removed share, number of groups and largest group against the threshold; the table has the numbers",
+        axes=tuple(
+            figures.threshold_axis(curve[-1].threshold, width=width) for width in (figures.WIDTH, figures.NARROW)
+        ),
     )
 
 

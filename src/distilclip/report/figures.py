@@ -46,6 +46,8 @@ MAX_POINTS = 250  # of a line: more cannot be seen at the width of a page
 
 WIDTH = 10.9  # inches of a figure as wide as the text; one inch is 96 px on the page
 NARROW = 3.7  # inches of the same figure for a phone
+RIGHT = 0.12  # inches beside the panels
+THRESHOLD_MARGIN = 1.03  # the threshold curve's axis is this much longer than the curve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +118,7 @@ def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: flo
         "largest group": ([point.largest_group for point in points], "--series-3"),
     }
     with _style(f"threshold {width}"):
-        left = 1.6 if width == WIDTH else 1.15
-        figure, panels = _panels(list(rows), width=width, height=5.6, left=left, bottom=0.75)
+        figure, panels = _panels(list(rows), width=width, height=5.6, left=_threshold_left(width), bottom=0.75)
         for axes, (values, colour) in zip(panels, rows.values(), strict=True):
             axes.plot(x, values, color=PALETTE[colour], linewidth=1.7)
             axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
@@ -135,7 +136,18 @@ def threshold_curve(points: Sequence[CurvePoint], *, metric: str, threshold: flo
             ha="right" if late else "left",
         )
         _metric_axis(panels[-1], metric, narrow=width < WIDTH)
+        panels[-1].set_xlim(0, THRESHOLD_MARGIN * x[-1])
         return _svg(figure)
+
+
+def threshold_axis(last: float, *, width: float = WIDTH) -> tuple[float, float]:
+    """Return where the threshold 0 lies in the threshold curve up to `last`, and how long 1 is, in units of its SVG."""
+    left = _threshold_left(width)
+    return 72 * left, 72 * (width - left - RIGHT) / (THRESHOLD_MARGIN * last)
+
+
+def _threshold_left(width: float) -> float:
+    return 1.6 if width == WIDTH else 1.15
 
 
 def score_histogram(
@@ -270,8 +282,10 @@ def _dots(
     return dots
 
 
-def inline(svg: str, *, label: str) -> Markup:
+def inline(svg: str, *, label: str, axis: tuple[float, float] | None = None) -> Markup:
     """Return an SVG file as an element of the page: named for screen readers, in the page's colours and font.
+
+    `axis` tells the page's script where 0 lies and how long 1 is, so that it can mark a place.
 
     The ids of matplotlib's groups are left out: they would repeat from figure to figure, and nothing refers to them.
     """
@@ -287,6 +301,8 @@ def inline(svg: str, *, label: str) -> Markup:
     assert box is not None, "matplotlib always writes a viewBox"
     width = float(box.group(1)) * 96 / 72
     opening = f'<svg viewBox="{box.group(0)[9:-1]}" style="width:{width:.0f}px" role="img" aria-label="{escape(label)}"'
+    if axis is not None:
+        opening += f' data-axis="{axis[0]:.2f} {axis[1]:.4f}"'
     return Markup(f'{opening} xmlns:xlink="http://www.w3.org/1999/xlink">{rest.strip()}')
 
 
@@ -327,7 +343,7 @@ def _panels(
     figure = Figure(figsize=(width, height))
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0].tolist()
     figure.subplots_adjust(
-        left=left / width, right=1 - 0.12 / width, bottom=bottom / height, top=1 - top / height, hspace=0.3
+        left=left / width, right=1 - RIGHT / width, bottom=bottom / height, top=1 - top / height, hspace=0.3
     )
     for axes, name in zip(panels, names, strict=True):
         axes.spines[["top", "right", "left"]].set_visible(False)

@@ -74,12 +74,13 @@ def choose_removals(
     num_groups: int,
     num_pictures: int,
     seed: int,
+    num_pages: int = 1,
 ) -> dict[str, list[Strip]]:
-    """Choose up to `num_groups` groups of each of `KINDS`, none twice: the kept sample, then some of the removed.
+    """Choose up to `num_groups` groups of each of `KINDS` for a page, none twice: the kept sample, then some removed.
 
     The arrays hold the removed samples only. Ties fall to the smaller id, so equal input gives equal choices. Of the
     borderline groups, the removed samples are those whose distances lie nearest to `threshold`. Of the others, they
-    are spread evenly over the distances, the farthest included.
+    are spread evenly over the distances, the farthest included. A page is chosen when those before it are full.
     """
     if not len(samples):
         return {kind: [] for kind in KINDS}
@@ -88,15 +89,17 @@ def choose_removals(
     members = np.split(order, np.cumsum(counts)[:-1])
     gap = np.abs(distance.astype(np.float64) - threshold)
     free = np.ones(len(kept), bool)
-
-    def take(candidates: Sequence[int] | Int[np.ndarray, " c"]) -> list[int]:
-        chosen = list(dict.fromkeys(int(c) for c in candidates if free[c]))[:num_groups]
-        free[chosen] = False
-        return sorted(chosen, key=lambda c: (-counts[c], c))
-
-    largest = take(np.lexsort((kept, -counts)))
-    borderline = take(place[np.lexsort((samples, gap))])
-    drawn = take(np.random.default_rng(seed).permutation(len(kept)))
+    order_of: dict[str, Int[np.ndarray, " c"]] = {
+        "largest": np.lexsort((kept, -counts)),
+        "borderline": place[np.lexsort((samples, gap))],
+        "random": np.random.default_rng(seed).permutation(len(kept)),
+    }
+    taken: dict[str, list[int]] = {kind: [] for kind in KINDS}
+    for _ in range(num_pages):
+        for kind, candidates in order_of.items():
+            chosen = _first_different(candidates[free[candidates]], num_groups)
+            free[chosen] = False
+            taken[kind] += sorted(chosen, key=lambda c: (-counts[c], c))
 
     def removal(group: int, key: Float[np.ndarray, " n"], spread: bool) -> Strip:
         rows = members[group]
@@ -112,10 +115,18 @@ def choose_removals(
         )
 
     return {
-        "largest": [removal(g, distance, True) for g in largest],
-        "random": [removal(g, distance, True) for g in drawn],
-        "borderline": [removal(g, gap, False) for g in borderline],
+        kind: [removal(g, gap, False) if kind == "borderline" else removal(g, distance, True) for g in groups]
+        for kind, groups in taken.items()
     }
+
+
+def _first_different(candidates: Int[np.ndarray, " c"], number: int) -> list[int]:
+    found: dict[int, None] = {}
+    for candidate in map(int, candidates):
+        found[candidate] = None
+        if len(found) == number:
+            break
+    return list(found)
 
 
 def choose_pairs(pairs: Sequence[Mapping[str, Any]], *, num_pairs: int) -> list[Strip]:
@@ -140,15 +151,21 @@ def choose_clusters(
     *,
     num_clusters: int,
     num_pictures: int,
+    num_pages: int = 1,
 ) -> dict[str, list[Strip]]:
-    """Choose the `num_clusters` largest and smallest clusters that have any member, none twice.
+    """Choose for a page the `num_clusters` largest and smallest clusters that have any member, none twice.
 
     Each strip runs from the sample nearest to the center to the farthest. Ties fall to the smaller cluster number.
     """
     found, place, counts = np.unique(cluster, return_inverse=True, return_counts=True)
     by_size = np.lexsort((found, -counts))
-    largest = by_size[:num_clusters].tolist()
-    smallest = by_size[num_clusters:][::-1][:num_clusters].tolist()
+    largest: list[int] = []
+    smallest: list[int] = []
+    for _ in range(num_pages):
+        largest += by_size[:num_clusters].tolist()
+        by_size = by_size[num_clusters:]
+        smallest += by_size[::-1][:num_clusters].tolist()
+        by_size = by_size[: max(len(by_size) - num_clusters, 0)]
 
     def strip(index: int) -> Strip:
         rows = np.flatnonzero(place == index)

@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import importlib.resources
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
 from distilclip.report import phrases
-from distilclip.report.charts import Chart, standings_chart, training_charts
+from distilclip.report.charts import Chart, curve_data, standings_chart, training_charts
 from distilclip.report.comparison import Table, compare
+from distilclip.report.embedding_map import EmbeddingMap, MapSize, map_data
 from distilclip.report.figures import PALETTE
 from distilclip.report.headline import story
 from distilclip.report.leaks import copy_sections
 from distilclip.report.load import Results
 from distilclip.report.roles import Model, models
-from distilclip.report.sections import GallerySize, balance_sections, cluster_sections, selection_sections
+from distilclip.report.sections import (
+    GallerySize,
+    balance_sections,
+    cluster_sections,
+    make_map_of,
+    selection_sections,
+)
 from distilclip.sets.published import PublishedRow, published_notes
 from distilclip.sets.score import Score, title
 from distilclip.vectors.tolerance import equivalents
@@ -24,18 +36,34 @@ from distilclip.vectors.tolerance import equivalents
 # The order in which a run makes them; other stages follow.
 STAGES = ("corpus", "embed", "import", "balance", "select", "cluster", "weigh", "train", "evaluate")
 
+SCRIPTS = ("elements", "galleries", "thresholds", "plot", "curves", "map")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """The HTML, its figures by file name, and the sections without content, each with the stage that would fill it."""
+    """The HTML, its figures by file name, and the sections without content, each with the stage that would fill it.
+
+    `map` is the map of embeddings that the page shows, where it was asked for and can be made.
+    """
 
     html: str
     figures: dict[str, str]
     absent: list[tuple[str, str]]
+    map: EmbeddingMap | None = None
 
 
-def build(results: Results, *, heading: str, size: GallerySize, published: Sequence[PublishedRow] = ()) -> Page:
-    """Render the page of some results; `published` rows stand below the models' and are compared with nothing."""
+def build(
+    results: Results,
+    *,
+    heading: str,
+    size: GallerySize,
+    published: Sequence[PublishedRow] = (),
+    map_size: MapSize | None = None,
+) -> Page:
+    """Render the page of some results; `published` rows stand below the models' and are compared with nothing.
+
+    With `map_size` it has a map of the first store.
+    """
     compared = models(results)
     scores = results.scores
     table = compare([score for score in scores if score.task != "agreement"], compared)
@@ -47,6 +75,7 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
     selections = selection_sections(results, size)
     clusterings = cluster_sections(results, size)
     leaks = copy_sections(results, size)
+    mapped, map_problem = make_map_of(results, map_size) if map_size is not None else (None, "")
     absent = _absent(results, has_diagnostics=any(model.training and model.training.diagnostics for model in compared))
     html = _template().render(
         heading=heading,
@@ -68,10 +97,18 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
         selections=selections,
         clusterings=clusterings,
         leaks=leaks,
+        map=mapped,
+        map_problem=map_problem,
         folders=sorted(results.folders, key=lambda f: STAGES.index(f.stage) if f.stage in STAGES else len(STAGES)),
         unfinished=results.unfinished,
         absent=absent,
         palette=PALETTE,
+        data={
+            "sliders": [section.slider for section in balances],
+            "curves": curve_data(compared),
+            "map": map_data(mapped) if mapped is not None else None,
+        },
+        script=Markup(script()),
     )
     sections = (*balances, *selections, *clusterings)
     charts: list[Chart | None] = [standings, *curves, *(section.chart for section in sections)]
@@ -79,6 +116,7 @@ def build(results: Results, *, heading: str, size: GallerySize, published: Seque
         html=html,
         figures={f"{chart.name}.svg": chart.svg for chart in charts if chart is not None},
         absent=absent,
+        map=mapped,
     )
 
 
@@ -170,6 +208,28 @@ def in_metrics(threshold: float, metric: str) -> dict[str, float]:
     return {metric: same[metric], **same}
 
 
+def script() -> str:
+    """Return the page's script: the files of `scripts/`, one after the other, in a scope of their own."""
+    folder = importlib.resources.files("distilclip.report").joinpath("scripts")
+    parts = [folder.joinpath(f"{name}.js").read_text(encoding="utf-8") for name in SCRIPTS]
+    return "\n".join(['"use strict";', "{", *parts, "}", ""])
+
+
+def island(value: Any) -> Markup:
+    """Return a value as JSON that can stand in a script element: no text in it can end the element or begin another.
+
+    >>> print(island({"caption": "</script>"}))
+    {"caption":"\\u003c/script\\u003e"}
+    """
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)
+    return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def sha256(text: str) -> str:
+    """Return the digest of a script as a content security policy names it."""
+    return base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+
+
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distilclip.report", package_path=""),
@@ -189,5 +249,7 @@ def _template() -> jinja2.Template:
         plain=phrases.plain,
         title=title,
         in_metrics=in_metrics,
+        island=island,
+        sha256=sha256,
     )
     return environment.get_template("page.html.j2")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from distilclip.data.side_files import kept_rows, read_groups, read_labels
 from distilclip.data.store import Store, sample_id
 from distilclip.errors import InputError
 from distilclip.report.charts import Chart, cluster_chart, score_chart, threshold_chart
+from distilclip.report.embedding_map import EmbeddingMap, MapSize, make_map
 from distilclip.report.figures import CurvePoint
 from distilclip.report.gallery import (
     KINDS,
@@ -24,6 +26,7 @@ from distilclip.report.gallery import (
     read_strips,
 )
 from distilclip.report.load import Results
+from distilclip.report.thresholds import NUM_PLACES, outcomes_of, read_near_pairs, slider_data
 from distilclip.report.truth import Truth, read_truth
 from distilclip.stage_folder import StageRecord
 
@@ -32,22 +35,30 @@ from distilclip.stage_folder import StageRecord
 class GallerySize:
     """How many pictures to show: `num_groups` and `num_clusters` of each kind, `num_pictures` removed ones in each.
 
-    `thumbnail` is a picture's longer side in pixels; `seed` draws the random groups.
+    A gallery has up to `num_pages` pages of as many groups or clusters; all folders of a stage share them. `thumbnail`
+    is a picture's longer side in pixels; `seed` draws the random groups.
     """
 
     num_groups: int
     num_clusters: int
     num_pictures: int
     thumbnail: int
+    num_pages: int = 1
     seed: int = 0
+
+    def share(self, num_folders: int) -> GallerySize:
+        """Return the size of each of some galleries, at least one page: the whole must stay small enough to open."""
+        return replace(self, num_pages=max(1, self.num_pages // max(num_folders, 1)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
     """What the page shows of one folder of balance, select or cluster. `problem` says why there are no pictures.
 
+    `page_size` is the number of strips on a page of a gallery, by its heading; one without has all on one page.
     Of balance, `curve` holds a few points of the chart for the table, `chosen` the one nearest to the threshold, and
-    `truth` what the made-up corpus knows of the choice.
+    `truth` what the made-up corpus knows of the choice. `slider` is what the page's script shows of other thresholds,
+    and `slider_problem` why there is none.
     """
 
     record: StageRecord
@@ -55,15 +66,19 @@ class Section:
     strips: dict[str, list[Strip]]
     """by the heading over them"""
     problem: str
+    page_size: dict[str, int] = field(default_factory=dict)
     curve: tuple[CurvePoint, ...] = ()
     chosen: CurvePoint | None = None
     truth: Truth | None = None
+    slider: dict[str, Any] | None = None
+    slider_problem: str = ""
 
 
 def balance_sections(results: Results, size: GallerySize) -> list[Section]:
     """Return a section for every finished balance folder."""
-    found = []
-    for number, record in enumerate(results.finished("balance")):
+    found, records = [], results.finished("balance")
+    size = size.share(len(records))
+    for number, record in enumerate(records):
         result = record.result
         metric, threshold = result["metric"], result["threshold"]
         curve = [
@@ -71,15 +86,20 @@ def balance_sections(results: Results, size: GallerySize) -> list[Section]:
         ]
         nearest = min(range(len(curve)), key=lambda i: abs(curve[i].threshold - threshold), default=0)
         strips, problem = read_or_explain(_balance_strips, record, results, size)
+        slider, slider_problem = _slider(record, results, num_places=max(1, NUM_PLACES // len(records)))
         found.append(
             Section(
                 record=record,
                 chart=threshold_chart(curve, metric, threshold, number) if len(curve) > 1 else None,
                 strips=strips,
                 problem=problem,
+                page_size=dict.fromkeys(SIDES.values(), 2 * size.num_groups)
+                | dict.fromkeys(KINDS.values(), size.num_groups),
                 curve=tuple(curve[place] for place in _few_places(len(curve), nearest)),
                 chosen=curve[nearest] if curve else None,
                 truth=_truth(record, results) if not problem else None,
+                slider=slider,
+                slider_problem=slider_problem,
             )
         )
     return found
@@ -87,11 +107,13 @@ def balance_sections(results: Results, size: GallerySize) -> list[Section]:
 
 def cluster_sections(results: Results, size: GallerySize) -> list[Section]:
     """Return a section for every finished cluster folder."""
-    found = []
-    for number, record in enumerate(results.finished("cluster")):
+    found, records = [], results.finished("cluster")
+    size = size.share(len(records))
+    for number, record in enumerate(records):
         strips, problem = read_or_explain(_cluster_strips, record, results, size)
         chart = cluster_chart(record.result, number)
-        found.append(Section(record=record, chart=chart, strips=strips, problem=problem))
+        pages = dict.fromkeys(strips, size.num_clusters)
+        found.append(Section(record=record, chart=chart, strips=strips, problem=problem, page_size=pages))
     return found
 
 
@@ -107,6 +129,46 @@ def selection_sections(results: Results, size: GallerySize) -> list[Section]:
             section, number = Section(record=record, chart=chart, strips=strips, problem=problem), number + 1
         found.append(section)
     return found
+
+
+def _slider(record: StageRecord, results: Results, *, num_places: int) -> tuple[dict[str, Any] | None, str]:
+    """Return the data of a balance folder's slider, or why there is none; pictures that cannot be had are left out."""
+    try:
+        outcomes = outcomes_of(record)
+    except InputError as error:
+        return None, str(error)
+    if outcomes is None:
+        return None, ""
+    try:
+        pairs = read_near_pairs(record, open_store(record, results), outcomes, num_places=num_places)
+    except InputError:
+        pairs = []  # the gallery says why
+    num_valid, metric = record.result["num_valid"], record.result["metric"]
+    return slider_data(outcomes, pairs, num_valid=num_valid, metric=metric), ""
+
+
+def make_map_of(results: Results, size: MapSize) -> tuple[EmbeddingMap | None, str]:
+    """Make the map of the first store, by its first balance (else select) and its first cluster; or say why not.
+
+    Without a store there is no map and nothing to say.
+    """
+    stores = [*results.finished("embed"), *results.finished("import")]
+    if not stores:
+        return None, ""
+
+    def folder_of(*stages: str) -> str | None:
+        found = [record for stage in stages for record in results.finished(stage)]
+        return next((r.path for r in found if len(stores) == 1 or _is_at(r.config["store"], stores[0].path)), None)
+
+    try:
+        store = Store.open(stores[0].path)
+        return make_map(store, size, groups=folder_of("balance", "select"), clusters=folder_of("cluster")), ""
+    except InputError as error:
+        return None, str(error)
+
+
+def _is_at(path: str, other: str) -> bool:
+    return files.absolute(str(path)) == files.absolute(other)
 
 
 def _truth(record: StageRecord, results: Results) -> Truth | None:
@@ -141,11 +203,11 @@ def _balance_strips(record: StageRecord, results: Results, size: GallerySize) ->
         threshold=result["threshold"],
         num_groups=size.num_groups,
         num_pictures=size.num_pictures,
+        num_pages=size.num_pages,
         seed=size.seed,
     )
-    chosen = {
-        text: choose_pairs(result["borderline"][side], num_pairs=2 * size.num_groups) for side, text in SIDES.items()
-    }
+    num_pairs = 2 * size.num_groups * size.num_pages
+    chosen = {text: choose_pairs(result["borderline"][side], num_pairs=num_pairs) for side, text in SIDES.items()}
     chosen |= {text: removals[kind] for kind, text in KINDS.items()}
     return read_strips(chosen, store, size=size.thumbnail)
 
@@ -160,7 +222,10 @@ def _cluster_strips(record: StageRecord, results: Results, size: GallerySize) ->
     """The largest and the smallest clusters, by their headings."""
     store = open_store(record, results)
     chosen = choose_clusters(
-        *_labelled_rows(record.path, store), num_clusters=size.num_clusters, num_pictures=size.num_pictures + 1
+        *_labelled_rows(record.path, store),
+        num_clusters=size.num_clusters,
+        num_pictures=size.num_pictures + 1,
+        num_pages=size.num_pages,
     )
     headings = {f"{kind.capitalize()} clusters": strips for kind, strips in chosen.items()}
     return read_strips(headings, store, size=size.thumbnail)

@@ -14,6 +14,8 @@ ALL_TASKS: tuple[Task, ...] = ("zero-shot", "linear-probe", "retrieval", "agreem
 
 VALIDATED = "validate/"
 """How a column of metrics.jsonl begins that holds what a validation while training gave: validate/SET/METRIC."""
+HELD_OUT = "held-out"
+"""The set of the pairs kept aside from training, whose metrics are the loss and its terms."""
 
 Kind = Literal["folder", "tar", "pairs"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -15,6 +15,7 @@ def main(config: Config) -> dict[str, Any]:
 
     A finished page is left as it is. Raises `InputError` where the results it was made from have changed since.
     """
+    from distilclip.report.embedding_map import write_map
     from distilclip.report.page import build  # needs the extra `report`, which Config has asked for
     from distilclip.report.sections import GallerySize
 
@@ -29,9 +30,18 @@ def main(config: Config) -> dict[str, Any]:
         num_clusters=config.num_clusters,
         num_pictures=config.num_pictures,
         thumbnail=config.thumbnail_size,
+        num_pages=config.num_pages,
         seed=config.seed,
     )
-    page = build(results, heading=config.title, size=size, published=published_rows(config.published))
+    page = build(
+        results,
+        heading=config.title,
+        size=size,
+        published=published_rows(config.published),
+        map_size=_map_size(config),
+    )
+    if page.map is not None:
+        write_map(folder.child("map.parquet"), page.map)
     for name, svg in page.figures.items():
         files.write_bytes(folder.child("figures", name), svg.encode())
     files.write_bytes(folder.child("index.html"), page.html.encode())
@@ -40,6 +50,18 @@ def main(config: Config) -> dict[str, Any]:
             "page": "index.html",
             "figures": sorted(page.figures),
             "absent": [section for section, _ in page.absent],
+            "map": None if page.map is None else {"method": page.map.method, "num_rows": len(page.map.samples)},
             "sources": sources,
         }
+    )
+
+
+def _map_size(config: Config) -> Any:
+    """Return how large the map is, None for no map."""
+    from distilclip.report.embedding_map import MapSize
+
+    if not config.num_mapped:
+        return None
+    return MapSize(
+        num_rows=config.num_mapped, method=config.map_method, thumbnail=config.thumbnail_size, seed=config.seed
     )

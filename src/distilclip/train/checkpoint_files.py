@@ -12,8 +12,8 @@ from distilclip.data.reader import Reader
 from distilclip.data.tensors import read_header
 from distilclip.errors import InputError, OtherVersionError, other_version
 from distilclip.messages import warn
-from distilclip.sets.specs import VALIDATED
-from distilclip.train.settings import HELD_OUT, MEASURES, Checkpoints
+from distilclip.sets.specs import HELD_OUT, VALIDATED
+from distilclip.train.settings import MEASURES, Checkpoints
 
 STATE_FILE = "state.json"
 FORMAT = 2

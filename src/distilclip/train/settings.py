@@ -14,8 +14,6 @@ from distilclip.sets.specs import VALIDATED
 Tracker = Literal["tensorboard", "wandb"]
 MEASURES = ("loss", "cosine_image", "cosine_text", "agreement")
 """What a line says of the training batches by which checkpoints may be compared."""
-HELD_OUT = "held-out"
-"""The set of the pairs kept aside, whose metrics are the loss and its terms."""
 
 
 @dataclass(frozen=True, kw_only=True)

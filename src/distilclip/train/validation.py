@@ -16,12 +16,11 @@ from distilclip.data.stream import Batch, PairStream
 from distilclip.losses.contrastive import row_block
 from distilclip.models.clip import Clip
 from distilclip.models.teacher import Teacher
-from distilclip.sets.specs import VALIDATED
+from distilclip.sets.specs import HELD_OUT, VALIDATED
 from distilclip.train.checkpoint import Training
 from distilclip.train.checkpoint_files import is_better
 from distilclip.train.objective import Objective
 from distilclip.train.parallel import Towers, copy_whole_
-from distilclip.train.settings import HELD_OUT
 from distilclip.train.step import Student, make_inputs, measure_terms
 
 Measure = Callable[[Clip], Mapping[str, float]]
