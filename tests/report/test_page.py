@@ -86,6 +86,16 @@ def test_the_only_script_is_the_pages_own_and_no_caption_can_end_it(page: Page) 
     assert NASTY in captions
 
 
+def test_classes_and_confusions_stand_on_the_page_where_evaluate_tells_them(page: Page) -> None:
+    text = page.html[page.html.index("shape, class by class") : page.html.index('id="training"')]
+    names = re.findall(r'<tr><th scope="row">([^<]*)</th>', text)
+    assert names[0] == "ring", "the hardest class is first"
+    assert names[1].startswith("&lt;script&gt;")
+    assert text.count('style="--share: 25.0%"') == 4, "each model's bar of the ring"
+    assert "sketch, class by class" not in page.html
+    assert re.search(r'<td class="text">ring</td><td class="text">&lt;script&gt;.*?</td><td>30</td>', text)
+
+
 def test_no_script_writes_markup(page: Page) -> None:
     for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval(", "DOMParser", "</script"):
         assert word not in script()

@@ -141,6 +141,7 @@ def test_curves_are_smoothed_hidden_read_and_drawn_on_a_logarithmic_scale(visit:
     assert not chart.locator(".reading").is_visible()
     page.get_by_role("button", name="clip-kd").press("Enter")
     assert len(drawn()) == 6
+    assert page.locator("#training figure", has_text="relational").locator("path.line").count() == 0
 
 
 def test_the_map_is_walked_zoomed_coloured_and_searched_by_keyboard(visit: Callable[..., Any]) -> None:
@@ -181,6 +182,8 @@ def test_the_map_is_walked_zoomed_coloured_and_searched_by_keyboard(visit: Calla
     assert coloured != whole
     page.locator("[data-map] .legend button").last.press("Enter")
     assert drawn() != coloured
+    page.keyboard.press("Enter")
+    assert drawn() == coloured
     page.get_by_label("Captions with").fill("ALERT")
     assert page.locator("[data-map] output").inner_text() == "2 found"
 

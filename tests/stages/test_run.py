@@ -23,6 +23,7 @@ out = "unused"
 [report]
 folders = ["@"]
 num_groups = 1
+map_method = "pca"
 [train]
 batch_size = 32
 num_steps = 4

@@ -132,7 +132,8 @@ class Protocol:
             classes_digest=classes_digest(dataset.classes),
         )
         labels = _labels_of(dataset.test, view.images)
-        return zero_shot_scores(classify(view.images.embedding, labels, view.classifier), base, headline=dataset.metric)
+        found = classify(view.images.embedding, labels, view.classifier)
+        return zero_shot_scores(found, base, headline=dataset.metric, names=dataset.classes.names)
 
     def _retrieval(self, model: Embedder, dataset: PairSet, images: ImageFeatures) -> list[Score]:
         # Captions of unreadable images go with them; the others' images are renumbered.

@@ -22,9 +22,41 @@ from distilclip.sets.score import Score
 RECALL_AT = (1, 5, 10)
 
 
-def zero_shot_scores(found: ZeroShot, base: Score, *, headline: str) -> list[Score]:
-    """Score top-1, top-5 (of more than five classes) and mean per class."""
-    return _accuracies(found.rank == 0, found.labels, base, headline=headline, top5=found.rank < 5)
+MOST_CLASSES = 100
+"""Classes that a score lists with their own shares: of more classes, half as many of either end."""
+MOST_CONFUSIONS = 20
+
+
+def zero_shot_scores(found: ZeroShot, base: Score, *, headline: str, names: Sequence[str] = ()) -> list[Score]:
+    """Score top-1, top-5 (of more than five classes) and mean per class.
+
+    With the `names` of the classes, top-1 also says how each class does, and which are taken for which.
+    """
+    scores = _accuracies(found.rank == 0, found.labels, base, headline=headline, top5=found.rank < 5)
+    told = describe_classes(found, names) if names else {}
+    return [score.with_details(**told) if score.metric == "top1" else score for score in scores]
+
+
+def describe_classes(found: ZeroShot, names: Sequence[str]) -> dict[str, list[list[str | int]]]:
+    """Return how a model does class by class.
+
+    `classes` lists name, images and how many of these are right, from the lowest share to the highest; classes without
+    an image are left out. `confusions` lists the true class, the one chosen instead, and for how many images.
+    """
+    num = len(names)
+    images = torch.bincount(found.labels, minlength=num)
+    right = torch.bincount(found.labels[found.rank == 0], minlength=num)
+    present = images.nonzero()[:, 0].tolist()
+    order = sorted(present, key=lambda at: (int(right[at]) / int(images[at]), at))
+    if len(order) > MOST_CLASSES:
+        order = [*order[: MOST_CLASSES // 2], *order[-MOST_CLASSES // 2 :]]
+    wrong = found.rank > 0
+    pairs, counts = torch.unique(found.labels[wrong] * num + found.predictions[wrong], return_counts=True)
+    most = sorted(zip(counts.tolist(), pairs.tolist(), strict=True), key=lambda pair: (-pair[0], pair[1]))
+    return {
+        "classes": [[names[at], int(images[at]), int(right[at])] for at in order],
+        "confusions": [[names[pair // num], names[pair % num], n] for n, pair in most[:MOST_CONFUSIONS]],
+    }
 
 
 def probe_scores(found: Sequence[Probe], labels: Int[Tensor, " n"], base: Score, *, headline: str) -> list[Score]:

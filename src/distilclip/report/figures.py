@@ -7,6 +7,7 @@ page a figure follows its light or dark colours, and a saved file looks as on th
 from __future__ import annotations
 
 import io
+import math
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from distilclip.report.load import Series
 from distilclip.report.phrases import magnitude, significant
@@ -148,6 +149,60 @@ def threshold_axis(last: float, *, width: float = WIDTH) -> tuple[float, float]:
 
 def _threshold_left(width: float) -> float:
     return 1.6 if width == WIDTH else 1.15
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dot:
+    """A model in a chart of scores against costs: a fraction, its interval where it has one, and a positive cost."""
+
+    label: str
+    series: int
+    cost: float
+    score: float
+    reach: tuple[float, float] | None = None
+
+
+def score_against_cost(dots: Sequence[Dot], *, measure: str, cost: str) -> str:
+    """Draw a dot for each model, the teacher hollow, over a logarithmic axis of what it cost."""
+    with _style(f"score against {cost}"):
+        figure, (axes,) = _panels([measure], width=3.6, height=2.35, left=0.55)
+        axes.set_xscale("log")
+        for dot in dots:
+            colour = _line_style(dot.series)["color"]
+            if dot.reach is not None:
+                axes.vlines(dot.cost, 100 * dot.reach[0], 100 * dot.reach[1], color=colour, linewidth=1.3)
+            axes.plot(
+                [dot.cost],
+                [100 * dot.score],
+                "o",
+                color=colour,
+                markerfacecolor=PALETTE["--paper"] if dot.series == 0 else colour,
+                markeredgewidth=1.4,
+                markersize=6,
+                zorder=3 + dot.series,
+            )
+        costs = [dot.cost for dot in dots]
+        spread = max((max(costs) / min(costs)) ** 0.12, 1.05)
+        axes.set_xlim(min(costs) / spread, max(costs) * spread)
+        axes.set_xlabel(cost, loc="right", labelpad=1)
+        axes.xaxis.set_major_locator(FixedLocator(_round_costs(min(costs) / spread, max(costs) * spread)))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: magnitude(value)))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
+        return _svg(figure)
+
+
+def _round_costs(low: float, high: float) -> list[float]:
+    """Return up to five round numbers of a logarithmic axis: powers of 10, with 2 and 5, or evenly spread ones."""
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 2, 5), (1, 3), (1,)):
+        found = [float(digit * 10**power) for power in powers for digit in digits if low <= digit * 10**power <= high]
+        if 2 <= len(found) <= 5:
+            return found
+    if len(found) > 5:
+        return found[:: -(-len(found) // 5)]
+    return [float(f"{low + share * (high - low):.2g}") for share in (0.1, 0.5, 0.9)]
 
 
 def score_histogram(

@@ -44,6 +44,8 @@ class TrainRun:
     num_parameters: int
     num_samples_seen: int
     digest: str
+    architecture: str = ""
+    """of the student, as `train --student` named it"""
     remarks: list[str] = field(default_factory=list)
     """how it drew its rows, where not each of them alike with its own caption"""
     logged: dict[str, Series] = field(default_factory=dict)
@@ -57,6 +59,15 @@ class TrainRun:
     def samples_per_second(self) -> float | None:
         """Return the median over the log without its first line, which has the warm-up; None for no log."""
         return self._median("samples_per_second")
+
+    @property
+    def seconds(self) -> float | None:
+        """Return how long the logged steps took together, by their speeds; None for no log."""
+        speed = self.logged.get("samples_per_second")
+        if speed is None or not self.num_steps or not (speed.value > 0).all():
+            return None
+        steps = np.diff(speed.step, prepend=0)
+        return float((steps * self.num_samples_seen / self.num_steps / speed.value).sum())
 
     @property
     def data_share(self) -> float | None:
@@ -191,6 +202,7 @@ def _training(folder: StageRecord) -> TrainRun:
         num_parameters=result["num_parameters"],
         num_samples_seen=result["num_samples_seen"],
         digest=result["digest"],
+        architecture=str(folder.config.get("student", "")),
         remarks=_remarks(folder),
         logged=logged,
     )

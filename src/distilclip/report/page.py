@@ -13,9 +13,12 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
+from distilclip.progress import duration
 from distilclip.report import phrases
+from distilclip.report.by_class import compare_by_class
 from distilclip.report.charts import Chart, curve_data, standings_chart, training_charts
 from distilclip.report.comparison import Table, compare
+from distilclip.report.efficiency import cost_charts, model_costs
 from distilclip.report.embedding_map import EmbeddingMap, MapSize, map_data
 from distilclip.report.figures import PALETTE
 from distilclip.report.headline import story
@@ -71,6 +74,8 @@ def build(
     agreement = compare([score for score in scores if score.task == "agreement"], students)
     curves = training_charts(compared)
     standings = standings_chart(table)
+    costs = model_costs(table, compared)
+    drawn_costs = cost_charts(costs, table)
     balances = balance_sections(results, size)
     selections = selection_sections(results, size)
     clusterings = cluster_sections(results, size)
@@ -89,9 +94,12 @@ def build(
         is_paired=any(c.difference and c.difference.basis == "images" for row in table.rows for c in row.cells),
         agreement=agreement,
         all_scores=_all_scores(scores, compared),
+        by_class=compare_by_class(scores),
         remarks=[*_remarks(scores), *_copy_remarks(results)],
         standings=standings,
         curves=curves,
+        costs=costs,
+        cost_charts=drawn_costs,
         embeddings=[*results.finished("embed"), *results.finished("import")],
         balances=balances,
         selections=selections,
@@ -111,7 +119,7 @@ def build(
         script=Markup(script()),
     )
     sections = (*balances, *selections, *clusterings)
-    charts: list[Chart | None] = [standings, *curves, *(section.chart for section in sections)]
+    charts: list[Chart | None] = [standings, *curves, *drawn_costs, *(section.chart for section in sections)]
     return Page(
         html=html,
         figures={f"{chart.name}.svg": chart.svg for chart in charts if chart is not None},
@@ -164,6 +172,10 @@ def _remarks(scores: Sequence[Score]) -> list[str]:
             unreadable[score.set] = max(score.num_unreadable, unreadable.get(score.set, 0))
     for (task, metric, reason), sets in missing.items():
         remarks.append(f"{title(task)}: no {title(metric)} score on {', '.join(sets)}, {reason}.")
+    if any(score.task == "retrieval" and score.value is not None for score in scores):
+        remarks.append(
+            "Retrieval: no examples, since evaluate does not write down which pictures were found for which words."
+        )
     for name, pictures in unreadable.items():
         remarks.append(f"{name}: {phrases.number(pictures, 'picture')} could not be read and are left out.")
     return remarks
@@ -246,6 +258,7 @@ def _template() -> jinja2.Template:
         gain=phrases.gain,
         shorten=phrases.shorten,
         breakable=phrases.breakable,
+        duration=duration,
         plain=phrases.plain,
         title=title,
         in_metrics=in_metrics,

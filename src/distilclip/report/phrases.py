@@ -25,7 +25,7 @@ def magnitude(value: int | float | None) -> str:
     """Return 1234567 as `1.23 M`."""
     if value is None:
         return DASH
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
+    for limit, unit in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             scaled = value / (1e3 if unit == "k" else limit)
             return f"{scaled:.3g} {unit}"

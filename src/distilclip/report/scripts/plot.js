@@ -89,7 +89,7 @@ function valueAt(line, step) {
 }
 
 function extent(values) {
-  return values.length ? [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))] : [0, 1];
+  return values.length ? [values.reduce((a, b) => Math.min(a, b)), values.reduce((a, b) => Math.max(a, b))] : [1, 2];  // of nothing: any range that both scales can draw
 }
 
 function scale([low, high], [from, to], log) {
