@@ -29,7 +29,7 @@ class Config:
     """number of largest clusters to show pictures of, and of smallest clusters"""
     num_pictures: int = 8
     """number of removed pictures to show of each group, and of pictures of each cluster"""
-    num_pages: int = 5
+    num_pages: int = 4
     """pages of each gallery, in a browser that runs scripts; without scripts the first one shows. All folders of
     balance share them, as do all of cluster"""
     thumbnail_size: int = 112

@@ -40,7 +40,8 @@ class ModelCost:
 
 def model_costs(table: Table, models: Sequence[Model]) -> list[ModelCost]:
     """Return the cost of every row of the comparison; where nothing was evaluated, of every trained model."""
-    shown = [(row.model, row.cells[0]) for row in table.rows if row.cells] or [(m, None) for m in models if m.training]
+    shown: list[tuple[Model, Cell | None]] = [(row.model, row.cells[0]) for row in table.rows if row.cells]
+    shown = shown or [(model, None) for model in models if model.training is not None]
     found = []
     for model, cell in shown:
         training = model.training

@@ -214,8 +214,8 @@ def _name_clusters(
         nearness[told] = (texts * centers[label[told]]).sum(axis=1)
     numbers, place, counts = np.unique(label, return_inverse=True, return_counts=True)
     names = []
-    for at, number in enumerate(numbers.tolist()):
-        members = np.flatnonzero(place == at)
+    for index, number in enumerate(numbers.tolist()):
+        members = np.flatnonzero(place == index)
         caption = captions[members[nearness[members].argmax()]]
         named = f"{number}: {shorten(caption, 60)}" if caption else f"Cluster {number}"
         names.append("no cluster" if number < 0 else named)

@@ -6,8 +6,11 @@ from typing import Any
 
 from distilclip import files, stage_folder
 from distilclip.configs.report import Config
+from distilclip.messages import warn
 from distilclip.report.load import load
 from distilclip.sets.published import published_rows
+
+LARGE = 15_000_000  # bytes of a page
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -44,7 +47,13 @@ def main(config: Config) -> dict[str, Any]:
         write_map(folder.child("map.parquet"), page.map)
     for name, svg in page.figures.items():
         files.write_bytes(folder.child("figures", name), svg.encode())
-    files.write_bytes(folder.child("index.html"), page.html.encode())
+    content = page.html.encode()
+    if len(content) > LARGE:
+        warn(
+            f"report: the page has {len(content) / 1e6:.0f} MB, and browsers open it slowly. Fewer --num-pages, fewer "
+            "--num-mapped or a smaller --thumbnail-size make it smaller; each needs another --out."
+        )
+    files.write_bytes(folder.child("index.html"), content)
     return folder.finish(
         {
             "page": "index.html",
