@@ -17,6 +17,7 @@ STAGES = {
     "select": "score every pair (caption fit, nearness to a target, a column of yours); keep the best",
     "cluster": "spherical k-means of the kept images: centers and labels",
     "weigh": "how often each kept image is drawn in training: by cluster, group and data set",
+    "pack": "shuffle the kept pairs once into files that `train --pack` reads in order",
     "train": "train a student with contrastive, feature, relational, instance and cluster terms",
     "evaluate": "zero-shot, linear probe and retrieval of any number of models, in one table",
     "export": "kept data as tars, keys or a subset; models for open_clip, transformers, timm, ONNX Runtime",

@@ -31,6 +31,7 @@ STEP_STAGES = (
     "select",
     "cluster",
     "weigh",
+    "pack",
     "train",
     "evaluate",
     "export",

@@ -26,6 +26,7 @@ SUMMARIES = {
     "select": "kept {num_kept:,} of {num_scored:,} pairs, {description}",
     "cluster": "{num_labelled:,} images in {num_centers:,} clusters",
     "weigh": "{num_drawn:,} of {num_rows:,} rows are drawn; they vary as {effective_rows:,.0f} of equal weight",
+    "pack": "{num_rows:,} pairs in {num_shards:,} shards, {num_resized:,} pictures made smaller",
     "train": "{num_samples_seen:,} samples seen, {num_parameters:,} parameters",
     "evaluate": "measured {models} models on {sets} sets",
     "export": "exported {what}",

@@ -16,7 +16,7 @@ from distilclip.data.crops import Augmentation
 from distilclip.data.shards import OpenShards
 from distilclip.data.side_files import Groups, read_groups, write_groups
 from distilclip.data.store import Store, sample_id
-from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, open_stream
+from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, Task, open_stream
 from distilclip.errors import InputError
 from tests.conftest import encoded, picture, write_tar
 from tests.data.conftest import embedding, tokenize, write_store
@@ -71,7 +71,7 @@ def test_a_batch_of_many_tasks_is_that_of_one(joined: dict[str, str], monkeypatc
     expected = list(stream(batch_size=7, **joined).batches(stop=3))
     monkeypatch.setattr("distilclip.data.stream.TASK_ROWS", 3)
     opened = stream(batch_size=7, **joined)
-    assert [len(rows) for _, rows, _ in opened._tasks(1)] == [3, 2, 2]
+    assert [len(rows) for _, rows, _, _ in opened._tasks(range(1, 2), ahead=1)] == [3, 2, 2]
     for num_workers in (0, 2):
         found = list(opened.batches(stop=3, num_workers=num_workers))
         assert len(found) == len(expected)
@@ -291,7 +291,7 @@ def test_sizes_that_do_not_fit_are_refused(pair_tars: PairTars) -> None:
 
 def test_the_loader_can_be_pickled_for_processes_that_do_not_fork(joined: dict[str, str]) -> None:
     opened = stream(**joined)
-    task = opened.rows_at(0)
+    task = Task(*opened.rows_at(0))
     before = opened.loader[task]
     after = pickle.loads(pickle.dumps(opened.loader))[task]
     assert isinstance(before, Batch)

@@ -136,6 +136,7 @@ def cases(world: World) -> dict[str, StageCase]:
         world.case("embed", "embed", "--data", at / "pairs", "--model", at / "teacher", "--num-workers", 0),
         world.case("balance", "balance", "--store", store, "--metric", "cosine", "--threshold", 0.01),
         world.case("cluster", "cluster", *kept, "--num-centers", 5),
+        world.case("pack", "pack", *kept, "--clusters", at / "clusters", "--shard-rows", 6, "--packet-rows", 2),
         world.case("train", "train", *train, *kept, "--clusters", at / "clusters", "--objective", "clip-cid"),
         world.case("evaluate", "evaluate", "--models", at / "teacher", "--sets", f"folder:{at / 'set'}"),
         world.case("report", "report", "--folders", store, groups, at / "clusters", at / "student"),

@@ -49,6 +49,8 @@ class Config:
     weighting: Weighting = field(default_factory=Weighting)
     store: str | None = None
     """folder of `embed`: the teacher's embeddings of the pairs, and where the pairs are"""
+    pack: str | None = None
+    """folder of `pack`, in place of --store, --groups and --clusters: the pairs in files that are read in order"""
     other_stores: tuple[str, ...] = ()
     """stores of further teachers of the same pairs; FOLDER=0.5 gives one half the weight of the first"""
     groups: str | None = None
@@ -99,13 +101,15 @@ class Config:
 
     def __post_init__(self) -> None:
         method = weights_of(self.objective, self.terms)
-        if not self.data and not self.store:
-            raise InputError("train needs pairs: give --data, or a --store, which knows where its pairs are.")
+        if self.pack:
+            self._check_pack()
+        elif not self.data and not self.store:
+            raise InputError("train needs pairs: give --data, a --pack, or a --store, which knows where its pairs are.")
         if self.store and self.columns.is_given:
             raise InputError("The store knows the columns of its CSV files: leave out the --csv flags.")
-        if method.needs_teacher and not (self.store or self.live_teacher):
+        if method.needs_teacher and not (self.store or self.pack or self.live_teacher):
             raise InputError(f"The objective {self.objective!r} needs a teacher: give --store or --live-teacher.")
-        if method.needs("centers") and not self.clusters:
+        if method.needs("centers") and not (self.clusters or self.pack):
             raise InputError("The cluster term needs --clusters, a folder of `distilclip cluster`.")
         if method.needs("centers") and self.live_teacher:
             raise InputError("The centers of the cluster term belong to the store's teacher: leave out --live-teacher.")
@@ -117,7 +121,7 @@ class Config:
         self._check_length()
         if self.micro_batch is not None and not 1 <= self.micro_batch <= self.batch_size:
             raise InputError(f"micro_batch is {self.micro_batch}; it must be from 1 to batch_size, {self.batch_size}.")
-        if (self.other_stores or self.crops.views) and not self.store:
+        if (self.other_stores or self.crops.views) and not (self.store or self.pack):
             raise InputError("--other-stores and --views need a --store.")
         if self.live_teacher and (self.other_stores or self.crops.views):
             raise InputError("--other-stores and --views work with stored teachers only: leave out --live-teacher.")
@@ -126,6 +130,27 @@ class Config:
         if (self.num_workers or 0) < 0 or self.seed < 0:
             raise InputError("num_workers and seed must be at least 0.")
         self._check_validation(needs_teacher=method.needs_teacher)
+
+    def _check_pack(self) -> None:
+        """Raise `InputError` for options that say what a pack has settled, or that need what it does not hold."""
+        inside = {"store": self.store, "groups": self.groups, "clusters": self.clusters, "data": self.data}
+        if given := [f"--{name}" for name, value in inside.items() if value]:
+            raise InputError(
+                f"--pack holds the pairs, embeddings and labels that were packed: leave out {', '.join(given)}, or make "
+                "another pack (`distilclip pack`)."
+            )
+        outside = {
+            "--row-weights": self.weighting.row_weights,
+            "--other-stores": self.other_stores,
+            "--student-captions": self.student_captions,
+            "--captions of-group": self.captions != "own",
+            "the --csv flags": self.columns.is_given,
+        }
+        if given := [name for name, value in outside.items() if value]:
+            raise InputError(
+                f"{', '.join(given)}: a pack does not hold what this needs. Leave it out, or train with the --store "
+                "that was packed."
+            )
 
     def _check_length(self) -> None:
         if self.num_steps is not None and self.num_epochs is not None:
@@ -150,7 +175,8 @@ class Config:
         published = [name for name, kind, _ in parsed if kind == "known"]
         if published and values.data_root is None:
             raise InputError(f"The set {published[0]} needs --data-root, the folder that published sets lie in.")
-        stored = (self.store, *self.weight_of_store) if self.store else ()
+        first = self.store or self.pack
+        stored = (first, *self.weight_of_store) if first else ()
         if values.held_out and stored and len(values.held_out) != len(stored):
             raise InputError(
                 f"--held-out names {len(values.held_out)} folders; with {len(stored)} teachers' stores it needs as "
@@ -210,7 +236,7 @@ class Config:
 
     def inputs(self) -> list[tuple[str, str]]:
         """Return the finished folders that this stage reads, each with its stage."""
-        named = ((self.store, "embed"), (self.groups, "balance"), (self.clusters, "cluster"))
+        named = ((self.store, "embed"), (self.pack, "pack"), (self.groups, "balance"), (self.clusters, "cluster"))
         found = [(path, stage) for path, stage in named if path is not None]
         found += [(path, "embed") for path in self.weight_of_store]
         if (weights := self.weighting.row_weights) is not None:

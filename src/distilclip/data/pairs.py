@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -102,6 +103,15 @@ def digest_beginnings(image_sha256: pa.ChunkedArray) -> UInt64[np.ndarray, " n"]
     return numbers[whole.offset : whole.offset + len(whole), 0].copy()
 
 
+def assert_image(image: bytes | None, digest: int, *, where: str) -> None:
+    """Raise `InputError` where a picture is not the one that was embedded; `digest` is 0 where that is not known."""
+    if image is not None and digest and int.from_bytes(hashlib.sha256(image).digest()[:8], "little") != digest:
+        raise InputError(
+            f"{where}: its picture is not the one that was embedded (SHA-256 differs). Give the files that were "
+            "embedded (--data), or embed these into another folder."
+        )
+
+
 def join_stores(
     stores: Sequence[Store], *, data: Sequence[str] = (), groups: str | None = None, clusters: str | None = None
 ) -> PairTable:
@@ -117,12 +127,7 @@ def join_stores(
     store = stores[0]
     for each in stores:
         each.require_pictures()
-    uris = list(data) or [shard.uri for shard in store.shards]
-    if len(uris) != store.num_shards:
-        raise InputError(
-            f"The data are {len(uris)} files, but the store {store.path} was made from {store.num_shards}, "
-            f"{store.shards[0].uri} first. Give the same files in the same order."
-        )
+    uris = source_uris(store, data)
     for other in stores[1:]:
         _check_same_rows(store, other)
 
@@ -135,13 +140,27 @@ def join_stores(
             table = other.columns(shard, *sides)
             sides = {name: has & table[name].to_numpy() for name, has in sides.items()}
         keep = keep & (sides["has_image"] | sides["has_text"])
-        cluster = None if clusters is None else _clusters(clusters, shard, keep)
+        cluster = None if clusters is None else clusters_of_rows(clusters, shard, keep)
         part = _part(rows.key, rows.offset, rows.size, keep, cluster)
         has_image, has_text = (has[keep] for has in sides.values())
         return dataclasses.replace(part, image_digest=rows.image_digest[keep], has_image=has_image, has_text=has_text)
 
     with ThreadPoolExecutor(16) as pool:  # each shard of a remote store takes a few requests
         return _table(uris, list(pool.map(join, range(store.num_shards))), store.csv_columns)
+
+
+def source_uris(store: Store, data: Sequence[str]) -> list[str]:
+    """Return where the shards of a store lie: as `data` says, or where they were embedded.
+
+    Raises `InputError` where `data` are more or fewer files.
+    """
+    uris = list(data) or [shard.uri for shard in store.shards]
+    if len(uris) != store.num_shards:
+        raise InputError(
+            f"The data are {len(uris)} files, but the store {store.path} was made from {store.num_shards}, "
+            f"{store.shards[0].uri} first. Give the same files in the same order."
+        )
+    return uris
 
 
 def _check_same_rows(store: Store, other: Store) -> None:
@@ -224,7 +243,8 @@ def _table(uris: list[str], parts: list[_Part], columns: CsvColumns | None) -> P
     )
 
 
-def _clusters(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int32[np.ndarray, " n"]:
+def clusters_of_rows(clusters: str, shard: int, keep: Bool[np.ndarray, " r"]) -> Int32[np.ndarray, " n"]:
+    """Return the clusters of the n kept rows of a shard, -1 where a row has none."""
     labels = read_labels(clusters, shard)
     cluster = np.full(max(len(keep), int(labels.row.max(initial=0)) + 1), -1, np.int32)
     cluster[labels.row] = labels.cluster
@@ -291,10 +311,15 @@ def check_labels(table: PairTable, clusters: str) -> None:
     missing = table.cluster < 0 if table.has_image is None else (table.cluster < 0) & table.has_image
     if missing.any():
         at = int(np.argmax(missing))
-        raise InputError(
-            f"{clusters}: row {table.row[at]} of shard {table.shard[at]} has no label. Train with the groups that the "
-            "clusters were made with, or run `distilclip cluster` again."
-        )
+        raise unlabelled(clusters, shard=int(table.shard[at]), row=int(table.row[at]))
+
+
+def unlabelled(clusters: str, *, shard: int, row: int) -> InputError:
+    """Return the error of a row with a picture that has no label in the folder `clusters`."""
+    return InputError(
+        f"{clusters}: row {row} of shard {shard} has no label. Give the groups that the clusters were made with, or "
+        "run `distilclip cluster` again."
+    )
 
 
 def find_parts(parts: Sequence[DataPart]) -> tuple[list[str], list[int]]:

@@ -210,6 +210,15 @@ class _Copier:
             request.done = True
 
 
+def shared_copy(uri: str) -> str | None:
+    """Return the path of a copy of a remote file that all processes of this machine share; None where there is no room.
+
+    It lies where the copies of `_request_copy` lie.
+    """
+    folder = _open_folder()
+    return None if folder is None else _copy(uri, folder, None)
+
+
 def _open_folder() -> str | None:
     """Return the folder of copies, which belongs to this user alone."""
     named = os.environ.get(COPIES_VARIABLE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -73,6 +74,23 @@ def open_shard(uri: str, columns: CsvColumns | None = None) -> Shard:
         f"{uri}: data is read from .tar (webdataset), .parquet (with image bytes) and .csv or .tsv "
         f"(columns filepath, caption), not .{suffix}. Name such files, or a pattern as in 'data/{{00000..00012}}.tar'."
     )
+
+
+@contextlib.contextmanager
+def opened_whole(uri: str, columns: CsvColumns | None = None) -> Iterator[Shard]:
+    """Yield a shard of which most samples will be read; `columns` as in `open_shard`.
+
+    A remote file is downloaded for it, since that costs less than a request for each sample. Tables that name image
+    files are read where they lie, and so are the images.
+    """
+    with contextlib.ExitStack() as stack:
+        names_files = uri.lower().endswith((".csv", ".tsv", "/"))
+        shard = open_shard(uri if names_files else stack.enter_context(files.local_copy(uri)), columns)
+        if shard.uri != uri and isinstance(shard, ParquetShard) and shard.names_files:
+            shard.close()
+            shard = open_shard(uri, columns)
+        stack.callback(shard.close)
+        yield shard
 
 
 class OpenShards(OpenFiles[str, Shard]):

@@ -193,8 +193,28 @@ class StoreShard:
         return self.xxh3 or self.sha256
 
 
+class StoredTeacher:
+    """The teacher whose embeddings a folder holds, as `teacher` describes it; `dim` is their width."""
+
+    path: str
+    dim: int
+    teacher: dict[str, Any]
+    views: Views | None
+
+    @property
+    def scale(self) -> float:
+        """The teacher's factor of cosine similarities. Raises `InputError` where it was imported without it."""
+        scale = float(self.teacher["scale"])
+        if math.isnan(scale):
+            raise InputError(
+                f"{self.path} was imported without the scale of its teacher, which is needed here. Import it again, "
+                "into another --out, with --teacher-scale (exp of the model's logit_scale; of OpenAI's models 100)."
+            )
+        return scale
+
+
 @dataclass(frozen=True)
-class Store:
+class Store(StoredTeacher):
     """A finished store, opened for reading. Embeddings are memory maps where the store is local.
 
     `has_pictures` is false for one that was imported and does not know where they are.
@@ -226,18 +246,7 @@ class Store:
             views = Views.from_json(metadata["views"]) if "views" in metadata else None
             csv_columns = CsvColumns(**json.loads(metadata["csv_columns"])) if "csv_columns" in metadata else None
             has_pictures = metadata.get("pictures") != NOT_KNOWN
-            return cls(path, shards, int(metadata["dim"]), _teacher_of(metadata), views, csv_columns, has_pictures)
-
-    @property
-    def scale(self) -> float:
-        """The teacher's factor of cosine similarities. Raises `InputError` where it was imported without it."""
-        scale = float(self.teacher["scale"])
-        if math.isnan(scale):
-            raise InputError(
-                f"{self.path} was imported without the scale of its teacher, which is needed here. Import it again, "
-                "into another --out, with --teacher-scale (exp of the model's logit_scale; of OpenAI's models 100)."
-            )
-        return scale
+            return cls(path, shards, int(metadata["dim"]), teacher_of(metadata), views, csv_columns, has_pictures)
 
     def require_pictures(self) -> None:
         """Raise `InputError` where the store was imported without its pictures."""
@@ -380,7 +389,7 @@ def write_shard(
 ) -> None:
     """Write one shard: views, embeddings, then the row table, whose presence says that the shard is finished."""
     assert len(rows) == len(image) == len(text), "one embedding of either kind per row"
-    described = _teacher_metadata(teacher)
+    described = teacher_metadata(teacher)
     if views is not None:
         write_views(folder, shard, views, described)
     written = write_tensors(
@@ -445,7 +454,7 @@ def write_manifest(
     `has_pictures` as in `Store`.
     """
     columns = dict(zip(MANIFEST_SCHEMA.names, zip(*(vars(s).values() for s in shards), strict=True), strict=True))
-    metadata = {"dim": str(dim), **_teacher_metadata(teacher), **({"views": views.to_json()} if views else {})}
+    metadata = {"dim": str(dim), **teacher_metadata(teacher), **({"views": views.to_json()} if views else {})}
     if csv_columns is not None and csv_columns.is_given:
         metadata["csv_columns"] = json.dumps(dataclasses.asdict(csv_columns))
     if not has_pictures:
@@ -498,13 +507,15 @@ def read_payload_metadata(folder: str, shard: int) -> dict[str, str]:
 _EMBED_AGAIN = "Embed the data again, into a new folder."
 
 
-def _teacher_metadata(teacher: Mapping[str, Any]) -> dict[str, str]:
+def teacher_metadata(teacher: Mapping[str, Any]) -> dict[str, str]:
+    """Return what describes a teacher as strings, for the metadata of a file."""
     return {
         f"teacher_{key}": str(teacher[key]) for key in (*TEACHER_KEYS, BIAS_KEY) if key in (*TEACHER_KEYS, *teacher)
     }
 
 
-def _teacher_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+def teacher_of(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what `teacher_metadata` wrote."""
     teacher: dict[str, Any] = {key: metadata[f"teacher_{key}"] for key in TEACHER_KEYS}
     teacher["scale"] = float(teacher["scale"])
     if f"teacher_{BIAS_KEY}" in metadata:

@@ -5,11 +5,12 @@ A global batch is a pure function of (seed, step): it does not depend on the num
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from distilclip.data.pairs import (
     GroupRows,
     PairTable,
     WeighedPairs,
+    assert_image,
     check_labels,
     find_parts,
     follow_store,
@@ -37,8 +39,8 @@ from distilclip.data.pairs import (
 )
 from distilclip.data.samples import BadSample, Sample, first_caption, judge_memory
 from distilclip.data.shards import OpenShards, assert_key, find_shards
-from distilclip.data.store import Store
-from distilclip.data.views import caption_in, view_in
+from distilclip.data.store import Store, StoredTeacher
+from distilclip.data.views import Views, caption_in, view_in
 from distilclip.data.workers import Tokenize, map_tasks
 from distilclip.draws import Draws
 from distilclip.errors import InputError
@@ -89,6 +91,25 @@ class Presentation:
     num_views: int = 0
     max_pixels: int = MAX_PIXELS
     student_columns: Sequence[str] = ()
+
+    def generator(self, epoch: int, shard: int, row: int, *, repeat: int = 0, attempt: int = 0) -> np.random.Generator:
+        """Return the random numbers of one sample in one epoch, the same in any batch, process or run."""
+        again = [repeat] if repeat else []
+        return np.random.Generator(np.random.PCG64([self.seed, epoch, shard, row, attempt, *again]))
+
+    def show(
+        self, image: bytes, views: Views | None, *, epoch: int, shard: int, row: int, where: str, repeat: int = 0
+    ) -> list[UInt8[Tensor, "3 _ _"]]:
+        """Return the crop of a picture at each of `sizes`: one of `views`, or drawn. Raises `BadSample`."""
+
+        def draw(width: int, height: int) -> Crop:
+            if views is None:
+                return self.augmentation.draw(width, height, self.generator(epoch, shard, row, repeat=repeat))
+            view = view_in(epoch + repeat, shard, row, num_views=self.num_views)
+            return views.crop(width, height, shard=shard, row=row, view=view)
+
+        with judge_memory(where):
+            return decode_crop(image, self.sizes, draw=draw, max_pixels=self.max_pixels, where=where)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +215,7 @@ def open_stream(
     elif source.data:
         uris = find_shards(list(source.data))
     if stores:
-        _check_views(stores, presentation.num_views)
+        require_views(stores, presentation.num_views)
         table = join_stores(stores, data=uris, groups=source.groups, clusters=source.clusters)
     elif source.groups or source.clusters or presentation.num_views or source.captions != "own":
         raise InputError(
@@ -215,21 +236,71 @@ def open_stream(
     return PairStream(loader, policy, batch_size=batch_size, rank=rank, world=world)
 
 
-def _check_views(stores: Sequence[Store], num_views: int) -> None:
-    """Raise `InputError` where a store has too few views, or two stores have different ones."""
+def require_views(stores: Sequence[StoredTeacher], num_views: int) -> None:
+    """Raise `InputError` where a store or pack has too few views, or two have different ones."""
     if not num_views:
         return
     for store in stores:
         there = 0 if store.views is None else store.views.num
         if num_views > there:
             raise InputError(
-                f"The store {store.path} has {there} views, not {num_views}: ask for that many, or embed with --views."
+                f"{store.path} has {there} views, not {num_views}: ask for that many, or embed with --views."
             )
         if store.views != stores[0].views:
             raise InputError(
                 f"The views of {store.path} are not those of {stores[0].path}. Embed with the same --views, --seed, "
                 "--min-crop and --flip."
             )
+
+
+class Task(NamedTuple):
+    """What a loader makes a batch of: rows in an epoch, how often it had each before; and the rows of its next task."""
+
+    epoch: int
+    rows: Int64[np.ndarray, " n"]
+    repeats: Int64[np.ndarray, " n"]
+    next_rows: Int64[np.ndarray, " m"] = np.empty(0, np.int64)
+
+
+class Loader(Dataset, abc.ABC):
+    """Makes batches of its rows, and says which of them an epoch has, and in which order."""
+
+    presentation: Presentation
+
+    @property
+    @abc.abstractmethod
+    def num_rows(self) -> int:
+        """Number of rows that are drawn."""
+
+    @property
+    @abc.abstractmethod
+    def num_sides(self) -> dict[str, int]:
+        """How many of the rows have both a picture and a caption, a picture, and a caption: as `Term.applies` asks."""
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """How rows are drawn, for the result; empty where all are drawn alike."""
+        return {}
+
+    @property
+    def group_captions(self) -> dict[str, int]:
+        """How many captions pictures are shown with, and the most for one; empty where each is with its own."""
+        return {}
+
+    @abc.abstractmethod
+    def draw(self, epoch: int, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """Return the rows at places `start` to `stop` of an epoch, and how many places before each have the same."""
+
+    @abc.abstractmethod
+    def load(self, task: Task) -> Batch:
+        """Return the batch of a task. Raises `InputError`."""
+
+    def __getitem__(self, task: Task) -> Batch | InputError:
+        """Return the batch of a task, or an `InputError`: raised here, it would lose its type."""
+        try:
+            return self.load(task)
+        except InputError as error:
+            return error
 
 
 class PairStream:
@@ -239,75 +310,37 @@ class PairStream:
     once, or as often as its weight says. Draws that fill no batch are left out of the epoch.
     """
 
-    def __init__(
-        self, loader: PairLoader, policy: ErrorPolicy, *, batch_size: int, rank: int = 0, world: int = 1
-    ) -> None:
+    def __init__(self, loader: Loader, policy: ErrorPolicy, *, batch_size: int, rank: int = 0, world: int = 1) -> None:
         if batch_size % world:
             raise InputError(f"batch_size {batch_size} does not divide among {world} processes; choose a multiple.")
-        if len(loader.table) < batch_size:
+        if loader.num_rows < batch_size:
             raise InputError(
-                f"There are {len(loader.table)} usable pairs, fewer than one batch of {batch_size}. Lower batch_size."
+                f"There are {loader.num_rows} usable pairs, fewer than one batch of {batch_size}. Lower batch_size."
             )
         if loader.presentation.seed < 0:
             raise InputError(f"seed is {loader.presentation.seed}; it must not be negative.")
         self.loader, self.policy = loader, policy
         self.batch_size, self.rank, self.world = batch_size, rank, world
-        self._latest: tuple[int, Int64[np.ndarray, " rows"], int] = -1, np.empty(0, np.int64), 0
 
     @property
     def num_rows(self) -> int:
         """Number of rows that batches are drawn from."""
-        return len(self.loader.table)
-
-    @property
-    def num_sides(self) -> dict[str, int]:
-        """How many of the rows have both a picture and a caption, a picture, and a caption: as `Term.applies` asks."""
-        has_image, has_text, tellers = self.loader.table.has_image, self.loader.texts.has_text, self.loader.tellers
-        if has_text is not None and tellers is not None:  # any of the captions of a row's group
-            has_text = np.logical_or.reduceat(has_text, tellers.first[:-1])
-        if has_image is None and has_text is None:
-            return dict.fromkeys(("num_pairs", "num_images", "num_texts"), self.num_rows)
-        everywhere = np.ones(self.num_rows, bool)
-        has_image, has_text = (everywhere if has is None else has for has in (has_image, has_text))
-        counted = {"num_pairs": has_image & has_text, "num_images": has_image, "num_texts": has_text}
-        return {name: int(has.sum()) for name, has in counted.items()}
+        return self.loader.num_rows
 
     @property
     def steps_per_epoch(self) -> int:
         """Number of full global batches in an epoch."""
         return self.num_rows // self.batch_size
 
-    @property
-    def mixture(self) -> dict[str, Any]:
-        """How rows are drawn, for the result; empty where all are drawn alike.
-
-        `parts` of a mixture as in `WeighedPairs`; `effective_rows`, how many rows of equal weight vary as little;
-        `most_often`, the draws of the row of the largest weight in an epoch.
-        """
-        if not self.loader.is_weighed:
-            return {}
-        parts, draws = list(self.loader.parts), self.loader.draws
-        counts = {"effective_rows": draws.effective_rows, "most_often": draws.most_often}
-        return {"parts": parts, **counts} if parts else counts
-
-    @property
-    def group_captions(self) -> dict[str, int]:
-        """For the result, how many captions pictures are shown with, and the most for one; empty where each own one."""
-        tellers = self.loader.tellers
-        if tellers is None:
-            return {}
-        return {"num_captions": len(tellers.table), "most_for_a_picture": int(np.diff(tellers.first).max())}
-
     def rows_at(self, step: int) -> tuple[int, Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
-        """Return the epoch of a step, which rows of the table this rank has in its batch, and each one's repeat.
+        """Return the epoch of a step, which rows of the loader this rank has in its batch, and each one's repeat.
 
         That is how often the epoch has the same row besides, in places that count as earlier: 0 without weights.
         """
         epoch, batch = divmod(step, self.steps_per_epoch)
         local = self.batch_size // self.world
         start = batch * self.batch_size + self.rank * local
-        places, shift = self._order(epoch)
-        return epoch, *self.loader.draws.rows(places[start : start + local], shift)
+        return epoch, *self.loader.draw(epoch, start, start + local)
 
     def batches(self, *, start: int = 0, stop: int, num_workers: int = 0) -> Iterator[Batch]:
         """Yield the batches of steps `start` to `stop`, the same for any `num_workers` (0 decodes in this process).
@@ -316,7 +349,7 @@ class PairStream:
             InputError: a shard is not the one that was embedded, or more samples fail than the policy allows.
         """
         local = self.batch_size // self.world
-        tasks = (task for step in range(start, stop) for task in self._tasks(step))
+        tasks = self._tasks(range(start, stop), ahead=max(1, num_workers))
         parts = map_tasks(self.loader, tasks, num_workers=num_workers, pinned=local <= TASK_ROWS)
         for _ in range(start, stop):
             batch = Batch.of_parts(parts, local)
@@ -326,20 +359,20 @@ class PairStream:
             self.policy.check()
             yield batch
 
-    def _tasks(self, step: int) -> Iterator[tuple[int, Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]]:
-        """Yield what `rows_at` says of a step in tasks of at most `TASK_ROWS` rows, nearly alike in size."""
-        epoch, rows, repeats = self.rows_at(step)
-        num_tasks = -(-len(rows) // TASK_ROWS)
-        for part in zip(np.array_split(rows, num_tasks), np.array_split(repeats, num_tasks), strict=True):
-            yield epoch, *part
+    def _tasks(self, steps: range, *, ahead: int) -> Iterator[Task]:
+        """Yield what `rows_at` says of the steps in tasks of at most `TASK_ROWS` rows, nearly alike in size.
 
-    def _order(self, epoch: int) -> tuple[Int64[np.ndarray, " rows"], int]:
-        """Return the shuffled places of an epoch, and the shift of its draws."""
-        if self._latest[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self.loader.presentation.seed, epoch]))
-            places = generator.permutation(self.num_rows)
-            self._latest = epoch, places, int(generator.integers(self.loader.draws.length))
-        return self._latest[1:]
+        Loader processes get tasks in turn, so that who has one now gets the one `ahead` of it next.
+        """
+        coming: deque[Task] = deque()
+        for step in steps:
+            epoch, rows, repeats = self.rows_at(step)
+            num_tasks = -(-len(rows) // TASK_ROWS)
+            for part in zip(np.array_split(rows, num_tasks), np.array_split(repeats, num_tasks), strict=True):
+                coming.append(Task(epoch, *part))
+                if len(coming) > ahead:
+                    yield coming.popleft()._replace(next_rows=coming[-1].rows)
+        yield from coming
 
 
 @dataclass(frozen=True)
@@ -359,7 +392,7 @@ class _ShownPair:
     num_captions: int
 
 
-class PairLoader(Dataset):
+class PairLoader(Loader):
     """Maps (epoch, rows of the table, repeats) to their batch. Picklable; opens files in the process that reads them.
 
     A row that an epoch has several times shows another crop, or the next view and caption, each time. With `tellers` a
@@ -383,15 +416,59 @@ class PairLoader(Dataset):
         self.embeddings = [Embeddings(store) for store in stores]
         self.views = stores[0].views if presentation.num_views else None
         self._shards = OpenShards(columns=self.table.columns)
+        self._latest: tuple[int, Int64[np.ndarray, " rows"], int] = -1, np.empty(0, np.int64), 0
 
-    def __getitem__(self, task: tuple[int, Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]) -> Batch | InputError:
-        """Return the batch of a task, or an `InputError`: raised here, it would lose its type."""
-        try:
-            return self._batch(*task)
-        except InputError as error:
-            return error
+    @property
+    def num_rows(self) -> int:
+        """Number of rows that are drawn."""
+        return len(self.table)
 
-    def _batch(self, epoch: int, wanted: Int64[np.ndarray, " n"], repeats: Int64[np.ndarray, " n"]) -> Batch:
+    @property
+    def num_sides(self) -> dict[str, int]:
+        """How many of the rows have both a picture and a caption, a picture, and a caption: as `Term.applies` asks."""
+        has_image, has_text, tellers = self.table.has_image, self.texts.has_text, self.tellers
+        if has_text is not None and tellers is not None:  # any of the captions of a row's group
+            has_text = np.logical_or.reduceat(has_text, tellers.first[:-1])
+        if has_image is None and has_text is None:
+            return dict.fromkeys(("num_pairs", "num_images", "num_texts"), self.num_rows)
+        everywhere = np.ones(self.num_rows, bool)
+        has_image, has_text = (everywhere if has is None else has for has in (has_image, has_text))
+        counted = {"num_pairs": has_image & has_text, "num_images": has_image, "num_texts": has_text}
+        return {name: int(has.sum()) for name, has in counted.items()}
+
+    @property
+    def mixture(self) -> dict[str, Any]:
+        """How rows are drawn, for the result; empty where all are drawn alike.
+
+        `parts` of a mixture as in `WeighedPairs`; `effective_rows`, how many rows of equal weight vary as little;
+        `most_often`, the draws of the row of the largest weight in an epoch.
+        """
+        if not self.is_weighed:
+            return {}
+        parts, draws = list(self.parts), self.draws
+        counts = {"effective_rows": draws.effective_rows, "most_often": draws.most_often}
+        return {"parts": parts, **counts} if parts else counts
+
+    @property
+    def group_captions(self) -> dict[str, int]:
+        """How many captions pictures are shown with, and the most for one; empty where each is with its own."""
+        tellers = self.tellers
+        if tellers is None:
+            return {}
+        return {"num_captions": len(tellers.table), "most_for_a_picture": int(np.diff(tellers.first).max())}
+
+    def draw(self, epoch: int, start: int, stop: int) -> tuple[Int64[np.ndarray, " n"], Int64[np.ndarray, " n"]]:
+        """Return the rows at places `start` to `stop` of an epoch, and how many places before each have the same."""
+        if self._latest[0] != epoch:
+            generator = np.random.Generator(np.random.PCG64([self.presentation.seed, epoch]))
+            places = generator.permutation(self.num_rows)
+            self._latest = epoch, places, int(generator.integers(self.draws.length))
+        _, places, shift = self._latest
+        return self.draws.rows(places[start:stop], shift)
+
+    def load(self, task: Task) -> Batch:
+        """Return the batch of a task. Raises `InputError`."""
+        epoch, wanted, repeats, _ = task
         bad: list[tuple[str, str]] = []
         turns = (epoch + repeats).tolist()
         ahead = zip(self._read_ahead(wanted, turns), repeats.tolist(), strict=True)
@@ -486,18 +563,12 @@ class PairLoader(Dataset):
             captions = telling[0].captions or captions
             place = int(self.texts.shard[teller]), int(self.texts.row[teller])
             number = caption_in(turn, *place, num_views=shown.num_views, num_captions=len(captions))
-
-        def draw(width: int, height: int) -> Crop:
-            if self.views is not None:
-                return self.views.crop(width, height, shard=shard, row=row, view=view)
-            return shown.augmentation.draw(width, height, self._generator(epoch, index, repeat))
-
         student_caption = captions[number]
         if has_text and shown.student_columns:
             student_caption = _text_for_student(telling[0], shown.student_columns, turn + row, where=telling[1])
         if has_image and sample.image is not None:
-            with judge_memory(where):
-                pixels = decode_crop(sample.image, shown.sizes, draw=draw, max_pixels=shown.max_pixels, where=where)
+            place_in = {"epoch": epoch, "repeat": repeat, "shard": shard, "row": row}
+            pixels = shown.show(sample.image, self.views, where=where, **place_in)
         else:
             pixels = [torch.zeros(3, size, size, dtype=torch.uint8) for size in self._blank_sizes]
         return _ShownPair(index, teller, captions[number], student_caption, pixels, view, number, len(captions))
@@ -508,13 +579,8 @@ class PairLoader(Dataset):
         sample = self._shards[uri].read(int(table.offset[index]), int(table.size[index]))
         assert_key(sample.key, table.key[index].as_py(), uri=uri, row=row)
         where, digests = f"{uri}: {sample.key}", table.image_digest
-        if sample.image is None or digests is None or not digests[index]:
-            return sample, where
-        if int.from_bytes(hashlib.sha256(sample.image).digest()[:8], "little") != int(digests[index]):
-            raise InputError(
-                f"{where}: its picture is not the one that was embedded (SHA-256 differs). Give the files that were "
-                "embedded (--data), or embed these into another folder."
-            )
+        if digests is not None:
+            assert_image(sample.image, int(digests[index]), where=where)
         return sample, where
 
     def _check_captions(self, tellers: Int64[np.ndarray, " n"], num_captions: Int64[np.ndarray, " n"]) -> None:
@@ -531,8 +597,7 @@ class PairLoader(Dataset):
     def _generator(self, epoch: int, index: int, repeat: int, attempt: int = 0) -> np.random.Generator:
         """Return the random numbers of one sample in one epoch, the same in any batch, process or run."""
         shard, row = int(self.table.shard[index]), int(self.table.row[index])
-        again = [repeat] if repeat else []
-        return np.random.Generator(np.random.PCG64([self.presentation.seed, epoch, shard, row, attempt, *again]))
+        return self.presentation.generator(epoch, shard, row, repeat=repeat, attempt=attempt)
 
 
 def _sides_of(has: Bool[np.ndarray, " n"] | None, rows: Int64[np.ndarray, " m"]) -> Bool[np.ndarray, " m"] | None:

@@ -112,10 +112,13 @@ def find_records(model: str, *, digest: str, evaluation: str | None = None) -> R
     train = next((record for path in folders if (record := read_finished(path, stage="train"))), None)
     if train is None:
         return Records(scores=scores)
+    pack = train.config.get("pack")
+    packed = read_finished(pack, stage="pack") if pack else None
+    options = train.config if packed is None else packed.config  # what a pack was made from
     found = {
         stage: read_finished(path, stage=stage)
         for stage, option in (("embed", "store"), ("balance", "groups"), ("cluster", "clusters"))
-        if (path := _first(train.config.get(option)))
+        if (path := _first(options.get(option)))
     }
     return Records(train=train, scores=scores, **found)
 

@@ -7,17 +7,19 @@ from distilclip.errors import InputError
 from distilclip.integrity.findings import Findings, open_findings
 from distilclip.integrity.group_tables import check_groups
 from distilclip.integrity.label_tables import check_labels
+from distilclip.integrity.pack_files import check_pack
 from distilclip.integrity.selection_files import check_selection
 from distilclip.integrity.store_files import Sources, check_store
 from distilclip.integrity.training_files import check_training
 from distilclip.integrity.weight_files import check_weights
 
-ORDER = ("embed", "import", "balance", "select", "cluster", "weigh", "train")  # each after what it is made from
+ORDER = ("embed", "import", "balance", "select", "cluster", "weigh", "pack", "train")  # each after what it is made from
 CHECKS = {
     "balance": check_groups,
     "select": check_selection,
     "cluster": check_labels,
     "weigh": check_weights,
+    "pack": check_pack,
     "train": check_training,
 }
 

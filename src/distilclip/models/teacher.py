@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from distilclip.data.store import Store
+from distilclip.data.store import StoredTeacher
 from distilclip.data.stream import Batch
 from distilclip.errors import InputError
 from distilclip.losses.features import Features
@@ -30,7 +30,7 @@ Teacher = Callable[[Batch], tuple[Features, ...]]
 """The features of every teacher; the first is the one whose clusters and diagnostics are used."""
 
 
-def stored_teachers(stores: Sequence[Store], *, device: torch.device) -> Teacher:
+def stored_teachers(stores: Sequence[StoredTeacher], *, device: torch.device) -> Teacher:
     """Return the teachers whose embeddings the stream has joined from these stores, with the scales recorded there.
 
     Raises `InputError` for a store of `embed --model perceptual`, which knows nothing of texts.

@@ -37,7 +37,7 @@ from distilclip.sets.score import Score, title
 from distilclip.vectors.tolerance import equivalents
 
 # The order in which a run makes them; other stages follow.
-STAGES = ("corpus", "embed", "import", "balance", "select", "cluster", "weigh", "train", "evaluate")
+STAGES = ("corpus", "embed", "import", "balance", "select", "cluster", "weigh", "pack", "train", "evaluate")
 
 SCRIPTS = ("elements", "galleries", "thresholds", "plot", "curves", "map")
 

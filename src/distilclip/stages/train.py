@@ -7,14 +7,18 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
+from jaxtyping import Float32
 
 from distilclip import digests, distributed, files, stage_folder
 from distilclip.configs.train import Config
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.limits import MAX_PIXELS
+from distilclip.data.pack_loader import open_pack_stream
+from distilclip.data.packs import Pack
 from distilclip.data.side_files import read_centers
-from distilclip.data.store import Store
+from distilclip.data.store import Store, StoredTeacher
 from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, open_stream
 from distilclip.data.workers import default_workers
 from distilclip.devices import PRECISIONS
@@ -145,7 +149,7 @@ def _fit(
 
 
 def _open_held_out(
-    config: Config, method: Objective, shown: Clip, live: Clip | None, stores: Sequence[Store]
+    config: Config, method: Objective, shown: Clip, live: Clip | None, stores: Sequence[StoredTeacher]
 ) -> HeldOut:
     """The pairs kept aside, in batches as large as those of the training, or as there are pairs."""
     paths, world = config.validation.held_out, distributed.world()
@@ -159,14 +163,14 @@ def _open_held_out(
     source = PairSource(data=() if stores else paths, stores=[store.path for store in held_out], columns=config.columns)
     policy = ErrorPolicy("skip" if config.max_bad_ratio else "raise", config.max_bad_ratio)
     loader = open_stream(source, _presentation(config, shown, live, num_views=0), batch_size=1, policy=policy).loader
-    batch_size = max(1, min(config.batch_size, len(loader.table)) // world) * world
+    batch_size = max(1, min(config.batch_size, loader.num_rows) // world) * world
     return HeldOut(
         stream=PairStream(loader, policy, batch_size=batch_size, rank=distributed.rank(), world=world),
         objective=method,
         teacher=_teacher(config, method, held_out, live, shown.device),
         micro_batch=config.micro_batch or config.batch_size,
         seed=config.seed,
-        centers=torch.tensor(read_centers(config.clusters or "")) if method.needs("centers") else None,
+        centers=torch.tensor(_read_centers(config)) if method.needs("centers") else None,
     )
 
 
@@ -286,7 +290,9 @@ def _describe_captions(config: Config, stream: PairStream) -> dict[str, Any]:
     return {"captions": captions} if captions else {}
 
 
-def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Student:
+def _student(
+    config: Config, method: Objective, clip: Clip, *, stores: Sequence[StoredTeacher], live: Clip | None
+) -> Student:
     """The student with its heads, wrapped for the processes there are; built alike on every one of them."""
     heads = _heads(config, method, clip, stores=stores, live=live).to(clip.device)
     if (config.micro_batch or config.batch_size) * distributed.world() < config.batch_size:
@@ -310,10 +316,20 @@ def _student(config: Config, method: Objective, clip: Clip, *, stores: Sequence[
     )
     if not method.needs("centers"):
         return Student(clip=clip, heads=heads, towers=towers)
-    centers = read_centers(config.clusters or "")
+    centers = _read_centers(config)
     state_device = clip.device if config.centers_state == "device" else "cpu"
     class_head = ClassHead.of_this_rank(centers, config.optimization, device=clip.device, state_device=state_device)
     return Student(clip=clip, heads=heads, towers=towers, class_head=class_head)
+
+
+def _read_centers(config: Config) -> Float32[np.ndarray, "k dim"]:
+    """The first class centers. Raises `InputError` where a pack has none."""
+    if config.pack is not None and not Pack.open(config.pack).facts.has_clusters:
+        raise InputError(
+            f"{config.pack} was packed without --clusters, which the cluster term needs. Pack the store again, into "
+            "another folder, with --clusters."
+        )
+    return read_centers(config.pack or config.clusters or "")
 
 
 def _training(config: Config, student: Student, stream: PairStream) -> Training:
@@ -330,8 +346,13 @@ def _training(config: Config, student: Student, stream: PairStream) -> Training:
     )
 
 
-def _open_stores(config: Config) -> list[Store]:
-    """The stores of all teachers; the first must be the one that groups, clusters and weights were made from."""
+def _open_stores(config: Config) -> Sequence[StoredTeacher]:
+    """The stores of all teachers; the first must be the one that groups, clusters and weights were made from.
+
+    A pack stands for the store that it was made from.
+    """
+    if config.pack is not None:
+        return [Pack.open(config.pack)]
     if config.store is None:
         return []
     for path, stage in ((config.groups, "balance"), (config.clusters, "cluster")):
@@ -361,8 +382,13 @@ def _presentation(config: Config, clip: Clip, live: Clip | None, *, num_views: i
     )
 
 
-def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip | None) -> PairStream:
+def _open_stream(config: Config, clip: Clip, stores: Sequence[StoredTeacher], live: Clip | None) -> PairStream:
     """The batches of this process."""
+    shown = _presentation(config, clip, live, num_views=config.crops.views)
+    place = {"batch_size": config.batch_size, "rank": distributed.rank(), "world": distributed.world()}
+    policy = ErrorPolicy("skip" if config.max_bad_ratio else "raise", config.max_bad_ratio)
+    if isinstance(stores[0] if stores else None, Pack):
+        return open_pack_stream(stores[0], shown, policy=policy, **place)
     return open_stream(
         PairSource(
             data=config.data,
@@ -373,15 +399,15 @@ def _open_stream(config: Config, clip: Clip, stores: Sequence[Store], live: Clip
             weighting=config.weighting,
             captions=config.captions,
         ),
-        _presentation(config, clip, live, num_views=config.crops.views),
-        batch_size=config.batch_size,
-        policy=ErrorPolicy("skip" if config.max_bad_ratio else "raise", config.max_bad_ratio),
-        rank=distributed.rank(),
-        world=distributed.world(),
+        shown,
+        policy=policy,
+        **place,
     )
 
 
-def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[Store], live: Clip | None) -> Heads:
+def _heads(
+    config: Config, method: Objective, clip: Clip, *, stores: Sequence[StoredTeacher], live: Clip | None
+) -> Heads:
     """The heads for every teacher's width; their first weights follow from the seed alone."""
     dims = [live.dim] if live is not None else [store.dim for store in stores] or [clip.dim]
     weights = [1.0, *config.weight_of_store.values()]
@@ -398,13 +424,14 @@ def _heads(config: Config, method: Objective, clip: Clip, *, stores: Sequence[St
 
 
 def _teacher(
-    config: Config, method: Objective, stores: Sequence[Store], live: Clip | None, device: torch.device
+    config: Config, method: Objective, stores: Sequence[StoredTeacher], live: Clip | None, device: torch.device
 ) -> Teacher | None:
     """Every teacher as one callable; None where no term compares with one."""
     if not method.needs_teacher:
         return None
     if live is None:
-        return _checked(stored_teachers(stores, device=device), stores)
+        teacher = stored_teachers(stores, device=device)
+        return _checked(teacher, [store for store in stores if isinstance(store, Store)])  # a pack checks what it reads
     precision, micro_batch = PRECISIONS[config.precision], config.micro_batch or config.batch_size
     return live_teacher(live, precision=precision, micro_batch=micro_batch)
 
