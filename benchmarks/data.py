@@ -225,8 +225,9 @@ def measure_latency(quick: bool) -> list[str]:
     ]
     said = [f"{rate:,.0f} samples/s ({1e6 * cpu:,.0f} us of CPU a sample)" for rate, cpu in rates]
     return [
-        f"One loader process, {num_images:,} JPEGs of 32x32 and embeddings of {DIM}, storage that waits 50 ms a request: "
-        f"{said[0]} from a pack, {said[1]} from its store without copies. Packing took {packing:,.0f} pairs per CPU second."
+        f"One loader process, {num_images:,} JPEGs of 32x32, embeddings of {DIM}, storage that waits 50 ms a request: "
+        f"{said[0]} from a pack, {said[1]} from its store without copies. "
+        f"Packing took {packing:,.0f} pairs per CPU second."
     ]
 
 
@@ -267,7 +268,7 @@ def measure_index(num_rows: int) -> list[str]:
     size = files.size(f"{folder}/{INDEX_FILE}")
     return [
         f"The index of a pack of {opened.num_rows:,} rows: {size / opened.num_rows:.2f} bytes a row, mapped; opened in "
-        f"{seconds:.2f} s ({cpu:.2f} s of CPU, its digest checked); the first 4,096 rows of a block drawn in {drawn:.3f} s."
+        f"{seconds:.2f} s ({cpu:.2f} s of CPU, its digest checked); the first 4,096 rows of a block in {drawn:.3f} s."
     ]
 
 

@@ -12,8 +12,11 @@ from safetensors import safe_open
 
 from distilclip.data.bad_samples import _REMEDIES
 from distilclip.data.columns import FORMAT_VERSION
+from distilclip.data.packs import INDEX_FILE, PackFacts, RowCounts, ShardPackets, pack_schema, write_index
 from distilclip.data.side_files import ForestEdges, WeightedRows, write_centers, write_forest, write_weights
+from distilclip.data.store import Store
 from distilclip.scoring.near_tables import NearPictures, write_near
+from tests.data.conftest import TEACHER
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "formats.md").read_text()
@@ -28,6 +31,23 @@ def documented(heading: str, first_column: str) -> list[list[str]]:
 
 def columns(heading: str) -> dict[str, str]:
     return {name.strip("`"): type_ for name, type_, _ in documented(heading, "column")}
+
+
+def test_a_documented_pack_is_the_written_one(tmp_path: Path) -> None:
+    schema = pack_schema(4, 2)
+    found = {field.name: str(field.type).replace("[pyarrow]", "") for field in schema}
+    assert list(columns("### `shards/000000.arrow`").items()) == list(found.items())
+    one = np.zeros(1, np.int64)
+    counts = RowCounts(num_images=0, num_texts=0, num_pairs=0, num_resized=0)
+    places = {"start": one, "size": one.astype(np.int32), "digest": one.astype(np.uint64)}
+    shard = ShardPackets(num_rows=1, counts=counts, sha256="", **places)
+    facts = PackFacts(packet_rows=16, max_side=256, has_clusters=False, counts=counts)
+    write_index(str(tmp_path), [shard], facts, teacher=Store("", [], 4, TEACHER))
+    with safe_open(str(tmp_path / INDEX_FILE), "np") as file:
+        tensors = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+        assert set(file.metadata()) >= {"format", "dim", "packet_rows", "max_side", "has_clusters", *vars(counts)}
+    table = documented("### `index.safetensors`", "tensor")
+    assert {name.strip("`"): dtype.split()[0] for name, dtype, _ in table} == tensors
 
 
 def written(path: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ import itertools
 import pickle
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,13 +17,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
+from distilclip import stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.crops import Augmentation
 from distilclip.data.decode import shrink_picture
 from distilclip.data.pack_loader import BlockOrder, PackLoader, open_pack_stream
+from distilclip.data.packing import Packing
 from distilclip.data.packs import (
     INDEX_FILE,
     Pack,
@@ -34,7 +36,7 @@ from distilclip.data.packs import (
     write_index,
 )
 from distilclip.data.side_files import write_centers
-from distilclip.data.store import Store, StoredTeacher, sample_id, split_id
+from distilclip.data.store import Store, sample_id, split_id
 from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, Task, open_stream
 from distilclip.errors import InputError
 from distilclip.stages import pack
@@ -47,8 +49,6 @@ SHOWN = Presentation(sizes=[8], augmentation=Augmentation(min_crop=0.3), tokeniz
 
 def finish(folders: dict[str, str], name: str, stage: str, made_from: dict[str, str]) -> None:
     """Let a folder look as its stage would have left it."""
-    from distilclip import stage_folder
-
     path = Path(folders[name])
     stage_folder.write_json(str(path / "config.json"), {"stage": stage, "store": folders["store"]})
     stage_folder.write_json(str(path / "inputs.json"), made_from)
@@ -58,8 +58,6 @@ def finish(folders: dict[str, str], name: str, stage: str, made_from: dict[str, 
 @pytest.fixture
 def stages(joined: dict[str, str]) -> dict[str, str]:
     """The folders of `joined` as stages leave them: 15 kept rows in three shards."""
-    from distilclip import stage_folder
-
     finish(joined, "store", "embed", {})
     made_from = {"embed": stage_folder.result_digest(joined["store"])}
     finish(joined, "groups", "balance", made_from)
@@ -177,9 +175,7 @@ def made_up(path: Path, num_rows: list[int], *, packet_rows: int) -> Pack:
     facts = PackFacts(
         packet_rows=packet_rows, max_side=256, has_clusters=False, counts=RowCounts.total([s.counts for s in shards])
     )
-    teacher = StoredTeacher()
-    teacher.dim, teacher.teacher, teacher.views = DIM, TEACHER, None
-    write_index(str(path), shards, facts, teacher=teacher)
+    write_index(str(path), shards, facts, teacher=Store("", [], DIM, TEACHER))
     return Pack.open(str(path))
 
 
@@ -230,39 +226,34 @@ def test_a_packet_that_has_changed_is_an_error_that_names_it(stages: dict[str, s
         next(stream.batches(stop=1))
 
 
-def test_a_remote_pack_is_read_by_one_request_a_packet_and_before_its_turn(
-    stages: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow_storage: list[str]
+class AskedFileSystem(LocalFileSystem):
+    """Local files behind a URL; notes for what is asked."""
+
+    protocol = "asked"
+    asked: ClassVar[list[str]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("asked://"))
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        self.asked.append(path)
+        return super().cat_file(path, start=start, end=end, **options)
+
+
+def test_a_remote_pack_is_read_by_one_request_a_packet_and_its_index_is_shared(
+    stages: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     local = packed(stages, tmp_path / "pack")
-    remote = fsspec.filesystem("slow")
-    remote.put(str(tmp_path / "pack"), "/pack", recursive=True)
+    fsspec.register_implementation("asked", AskedFileSystem, clobber=True)
     monkeypatch.setenv("DISTILCLIP_COPIES", str(tmp_path / "copies"))
-    opened = Pack.open("slow://pack")
+    opened = Pack.open(f"asked://{tmp_path}/pack")
     assert isinstance(opened.start.base, np.memmap)
     expected = list(open_pack_stream(local, SHOWN, batch_size=7).batches(stop=4))
-    slow_storage.clear()
+    AskedFileSystem.asked.clear()
     found = list(open_pack_stream(opened, SHOWN, batch_size=7).batches(stop=4))
     assert all(same(a, b) for a, b in zip(found, expected, strict=True))
-    assert len(slow_storage) <= 2 * (opened.num_packets + 3)  # two epochs, and packets that two batches share
-
-
-@pytest.fixture
-def slow_storage() -> Iterator[list[str]]:
-    """A file system in memory that notes what is asked for."""
-    asked: list[str] = []
-
-    class Slow(MemoryFileSystem):  # with files of its own
-        protocol = "slow"
-        store: ClassVar[dict[str, Any]] = {}
-        pseudo_dirs: ClassVar[list[str]] = [""]
-
-        def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
-            asked.append(path)
-            return super().cat_file(path, start=start, end=end, **options)
-
-    fsspec.register_implementation("slow", Slow, clobber=True)
-    yield asked
-    fsspec.registry._registry.pop("slow")
+    assert len(AskedFileSystem.asked) <= 2 * opened.num_packets  # two epochs; what two batches share is kept
 
 
 def test_a_student_that_sees_more_than_the_pack_has_is_refused(stages: dict[str, str], tmp_path: Path) -> None:
@@ -293,8 +284,6 @@ def test_a_kill_between_the_passes_costs_what_is_not_written(
     stages: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = packed(stages, tmp_path / "whole")
-    from distilclip.data.packing import Packing
-
     scatter: Callable[..., Any] = Packing.scatter
 
     def killed(self: Packing, num_parts: int, shard: int) -> Any:

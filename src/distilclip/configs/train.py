@@ -136,8 +136,8 @@ class Config:
         inside = {"store": self.store, "groups": self.groups, "clusters": self.clusters, "data": self.data}
         if given := [f"--{name}" for name, value in inside.items() if value]:
             raise InputError(
-                f"--pack holds the pairs, embeddings and labels that were packed: leave out {', '.join(given)}, or make "
-                "another pack (`distilclip pack`)."
+                f"--pack holds the pairs, embeddings and labels that were packed: leave out {', '.join(given)}, or "
+                "make another pack (`distilclip pack`)."
             )
         outside = {
             "--row-weights": self.weighting.row_weights,
