@@ -74,8 +74,8 @@ def number(identity: int) -> int:
 def test_batches_equal_a_naive_reference(source: dict[str, Any]) -> None:
     opened, own = stream(source), stream(source, captions="own")
     assert opened.num_rows == own.num_rows == 6
-    assert opened.group_captions == {"num_captions": 16, "most_for_a_picture": 5}
-    assert own.group_captions == {}
+    assert opened.loader.group_captions == {"num_captions": 16, "most_for_a_picture": 5}
+    assert own.loader.group_captions == {}
     for step, (batch, plain) in enumerate(zip(opened.batches(stop=40), own.batches(stop=40), strict=True)):
         kept = [number(identity) for identity in batch.ids.tolist()]
         tellers = [told(row, opened.rows_at(step)[0]) for row in kept]
@@ -112,7 +112,7 @@ def test_a_row_that_an_epoch_has_several_times_is_shown_with_another_caption_eac
     weights[3] = 1e-3
     np.save(tmp_path / "w.npy", weights)
     opened = stream(source, batch_size=2, weighting=Weighting(row_weights=str(tmp_path / "w.npy")))
-    assert opened.group_captions == {"num_captions": 9, "most_for_a_picture": 5}
+    assert opened.loader.group_captions == {"num_captions": 9, "most_for_a_picture": 5}
     for batch in opened.batches(stop=20):
         captions = [c for c, i in zip(batch.captions, batch.ids.tolist(), strict=True) if number(i) == 35]
         assert len(set(captions)) == len(captions) >= 1
@@ -142,7 +142,7 @@ def test_views_go_with_captions_of_other_rows(tmp_path: Path, pair_tars: PairTar
         write_groups(str(tmp_path / "groups"), shard,
                      Groups(first, ids, ids, np.zeros(4, np.float32), np.isin(first, kept[shard])))  # fmt: skip
     opened = stream({"stores": [store.path], "groups": str(tmp_path / "groups")}, batch_size=1, num_views=3)
-    assert opened.group_captions == {"num_captions": 8, "most_for_a_picture": 8}
+    assert opened.loader.group_captions == {"num_captions": 8, "most_for_a_picture": 8}
     loader, pairs = opened.loader, set()
     for turn in range(3 * 8 * 3):
         teller, own_turn = loader._teller(0, turn)

@@ -90,10 +90,10 @@ def test_a_part_has_its_share_of_the_draws(tars: list[str]) -> None:
     assert set(counts[:7].tolist()) <= {2, 3, 4}  # 1.5 an epoch
     assert set(counts[7:].tolist()) <= {0, 1, 2}  # 0.75 an epoch
     assert counts[:7].sum() == pytest.approx(21, abs=2)
-    assert [part["num_rows"] for part in opened.mixture["parts"]] == [7, 14]
-    assert [part["share"] for part in opened.mixture["parts"]] == [0.5, 0.5]
-    assert opened.mixture["most_often"] == pytest.approx(1.5)
-    assert opened.mixture["effective_rows"] == pytest.approx(21**2 / (7 * 1.5**2 + 14 * 0.75**2), abs=0.1)
+    assert [part["num_rows"] for part in opened.loader.mixture["parts"]] == [7, 14]
+    assert [part["share"] for part in opened.loader.mixture["parts"]] == [0.5, 0.5]
+    assert opened.loader.mixture["most_often"] == pytest.approx(1.5)
+    assert opened.loader.mixture["effective_rows"] == pytest.approx(21**2 / (7 * 1.5**2 + 14 * 0.75**2), abs=0.1)
 
 
 def test_rows_of_weight_0_are_left_out_and_an_epoch_is_that_much_shorter(tars: list[str], tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_rows_of_weight_0_are_left_out_and_an_epoch_is_that_much_shorter(tars: l
     assert counts[4] == pytest.approx(36, abs=1)  # 18 draws among weights of 19: 2 x 18 / 19 an epoch
     opened = stream(data=[f"{tars[0]}=0", f"{tars[1]}=1", f"{tars[2]}=1"])
     assert opened.num_rows == 14
-    assert [part["num_rows"] for part in opened.mixture["parts"]] == [0, 7, 7]
+    assert [part["num_rows"] for part in opened.loader.mixture["parts"]] == [0, 7, 7]
 
 
 def test_row_weights_divide_the_share_of_their_part(tars: list[str], tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_the_parts_of_a_store_are_named_in_any_order_and_after_a_move_in_its_own
         assert opened.loader.table.uris == tars
         by_shard = drawn(opened, num_epochs=4).reshape(3, ROWS).sum(1)
         assert by_shard[0] == pytest.approx(by_shard[1:].sum(), abs=10)
-        assert [part["share"] for part in opened.mixture["parts"]] == [0.5, 0.5]
+        assert [part["share"] for part in opened.loader.mixture["parts"]] == [0.5, 0.5]
     moved = [str(Path(uri).rename(tmp_path / f"{number}.tar")) for number, uri in enumerate(tars)]
     opened = stream(stores=[store], data=[f"{moved[0]}=0", f"{{{moved[1]},{moved[2]}}}=1"])
     assert set(opened.loader.table.shard.tolist()) == {1, 2}

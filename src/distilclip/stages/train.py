@@ -219,7 +219,7 @@ def _fit_to_rows(
     A tower that no row has anything for keeps its weights. Raises `InputError` where no term is left, and for batch
     norms, whose statistics the black pictures of rows without any would spoil.
     """
-    sides = stream.num_sides
+    sides = stream.loader.num_sides
     if sides["num_pairs"] == stream.num_rows:
         return method, ("image", "text")
     idle = [name for name, weight in method.weights.items() if weight and not TERMS[name].applies(**sides)]
@@ -260,7 +260,7 @@ def _describe_batch_norm(config: Config, clip: Clip) -> dict[str, str]:
 
 def _describe_mixture(config: Config, stream: PairStream) -> dict[str, Any]:
     """What result.json says of rows that are drawn by weight; also said now, before hours are spent on it."""
-    mixture = stream.mixture
+    mixture = stream.loader.mixture
     if not mixture:
         return {}
     if distributed.rank() == 0:
@@ -281,7 +281,7 @@ def _describe_mixture(config: Config, stream: PairStream) -> dict[str, Any]:
 
 def _describe_captions(config: Config, stream: PairStream) -> dict[str, Any]:
     """What result.json says of pictures that are shown with captions of others; also said now."""
-    captions = stream.group_captions
+    captions = stream.loader.group_captions
     if captions and distributed.rank() == 0:
         say(
             f"train {config.out}: {stream.num_rows:,} pictures are taught with {captions['num_captions']:,} captions, "
