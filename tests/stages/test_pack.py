@@ -127,6 +127,7 @@ def test_verify_finds_a_damaged_shard_and_the_stage_makes_it_anew(
         assert all(after[name] == content for name, content in before.items() if name != "env.json")
 
 
+@pytest.mark.slow
 def test_workers_write_the_same_bytes(made: Prepared, tmp_path: Path) -> None:
     pack_of(made, tmp_path / "one")
     argv = ["--store", made.store, "--groups", made.groups, "--clusters", made.clusters, "--packet-rows", "4"]

@@ -11,7 +11,7 @@ from distilclip import digests, files, folder_lock, stage_folder
 from distilclip.errors import InputError, OtherVersionError
 
 RESULT = "result.json"
-STAGES_OF_INPUTS = {"store": "embed", "groups": "balance", "clusters": "cluster"}
+STAGES_OF_INPUTS = {"store": "embed", "groups": "balance", "clusters": "cluster", "pack": "pack"}
 """Options that name the folder of another stage."""
 
 
