@@ -215,10 +215,10 @@ def _with_views(rows: PackedRows, store: Store, shard: int, row: Int64[np.ndarra
                 f"{store.path}: row {row[at]} of shard {shard} has other captions than when it was embedded. Embed the "
                 "data again."
             )
-    chosen = np.concatenate([np.arange(a, b) for a, b in zip(first, after, strict=True)]) if others.any() else []
+    spans = [np.arange(*span) for span in zip(first.tolist(), after.tolist(), strict=True)]
     return dataclasses.replace(
         rows,
         view_embeddings=views.image[row],
-        other_embeddings=views.text[np.array(chosen, np.int64)],
+        other_embeddings=views.text[np.concatenate([np.empty(0, np.int64), *spans])],
         other_first=np.concatenate([[0], np.cumsum(others)]),
     )
