@@ -387,8 +387,9 @@ def _open_stream(config: Config, clip: Clip, stores: Sequence[StoredTeacher], li
     shown = _presentation(config, clip, live, num_views=config.crops.views)
     place = {"batch_size": config.batch_size, "rank": distributed.rank(), "world": distributed.world()}
     policy = ErrorPolicy("skip" if config.max_bad_ratio else "raise", config.max_bad_ratio)
-    if isinstance(stores[0] if stores else None, Pack):
-        return open_pack_stream(stores[0], shown, policy=policy, **place)
+    first = stores[0] if stores else None
+    if isinstance(first, Pack):
+        return open_pack_stream(first, shown, policy=policy, **place)
     return open_stream(
         PairSource(
             data=config.data,
