@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from distilclip import digests, files, stage_folder
-from distilclip.clustering.fit_parts import shard_runs
+from distilclip.clustering.fit_parts import shard_ranges
 from distilclip.configs.pack import Config
 from distilclip.data.limits import MAX_PIXELS
 from distilclip.data.packing import PARTS, Packing, Part
@@ -40,8 +40,8 @@ def main(config: Config) -> dict[str, Any]:
     if not num_rows.sum():
         raise InputError(f"{config.store}: no row is valid and kept, so there is nothing to pack.")
     packing = dataclasses.replace(packing, num_shards=-(-int(num_rows.sum()) // config.shard_rows))
-    runs = shard_runs(num_rows.tolist(), least=config.shard_rows)
-    parts = [(number, *dataclasses.astuple(run)) for number, run in enumerate(runs)]
+    ranges = shard_ranges(num_rows.tolist(), num_parts=packing.num_shards)
+    parts = [(number, each.first, each.last) for number, each in enumerate(ranges)]
     with connected(config.execution) as workers:
         shards = _write_shards(packing, parts, workers)
     names = [INDEX_FILE, *([CENTERS_FILE] if config.clusters else [])]
