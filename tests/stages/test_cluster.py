@@ -146,6 +146,16 @@ def test_processes_give_the_bytes_of_kmeans_and_the_driver_adds_up_no_sums(
     assert result["objective"] == pytest.approx(whole.objective)
 
 
+def test_only_the_last_round_keeps_its_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, _, _ = write_store(tmp_path / "store")
+    monkeypatch.setattr(fit_parts.Rounds, "_write_centers", forbidden)
+    with pytest.raises(AssertionError, match="for workers"):
+        main(Config(store=store, out=str(tmp_path / "cut"), fit=FIT, device="cpu"))
+    rounds = tmp_path / "cut" / "rounds"
+    assert sorted(path.name for path in rounds.glob("0*")) == ["0001", "0002", "0003"]  # the last one never began
+    assert [path.parent.name for path in rounds.rglob("sums-*")] == ["0002"]
+
+
 def test_a_part_that_was_cut_off_is_summed_anew_without_a_search(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ few centers that were split; `centers-*` of each range, which round 2 wrote; `su
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -115,13 +116,12 @@ class Rounds:
     def resume(self, most: int) -> int | None:
         """Return the last round, of `most` at most, that was begun; None before the first.
 
-        Files that are not needed any more are removed.
+        Without one, what an older version began, or a start that was not finished, is removed.
         """
         begun = [number for number in range(most + 1) if files.exists(self._path("begun", number))]
         if not begun:
-            files.remove_folder(self.folder)  # what an older version began, or a start that was not finished
+            files.remove_folder(self.folder)
             return None
-        self._remove_former(begun[-1])
         return begun[-1]
 
     def objectives(self, number: int) -> list[float]:
@@ -160,16 +160,13 @@ class Rounds:
     def _begin(
         self, number: int, objectives: Sequence[float], centers: Mapping[int, Float32[np.ndarray, " dim"]]
     ) -> None:
-        """Write what begins a round: the objectives so far and the centers that were split. Remove the round before."""
+        """Write what begins a round: the objectives so far, the centers that were split. Remove what is of no use."""
         index = np.array(sorted(centers), np.int64)
         table = np.array([centers[center] for center in index.tolist()], np.float32).reshape(-1, self.dim)
         described = {"objectives": json.dumps(list(objectives))}
         write_tensors(self._path("begun", number), {"index": index, "centers": table}, described)
-        self._remove_former(number)
-
-    def _remove_former(self, number: int) -> None:
-        if number:
-            files.remove_folder(files.join(self.folder, f"{number - 1:04d}"))
+        if number > 1:  # of the round before, workers remove the sums, which are large
+            files.remove_folder(files.join(self.folder, f"{number - 2:04d}"))
 
     def prepare_sums(self, number: int) -> Callable[[Range], None]:
         """Read, in a worker, what all parts of the first wave of a round share."""
@@ -195,9 +192,12 @@ class Rounds:
 
     def _sum(self, number: int, images: ImageMatrix, rows: np.ndarray, assignment: Assignment, part: Range) -> None:
         """Write the sums of a range of shards in this round, unless that is done already."""
-        path = self._path(f"sums-{part}", number)
+        path, former = (self._path(f"sums-{part}", of) for of in (number, number - 1))
         if files.exists(path):
             return
+        if number and files.exists(former):
+            with contextlib.suppress(FileNotFoundError):  # the same part is computed somewhere else, too
+                files.remove(former)
         sums = assignment.begin_sums()
         for shard in range(part.first, part.last):
             start, stop = images.starts[shard : shard + 2].tolist()
