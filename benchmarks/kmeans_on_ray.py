@@ -80,7 +80,7 @@ def drive(config: Config, *, labels: bool, answer: Any) -> None:
     with contextlib.suppress(RoundsAreOver):
         cluster.main(config)
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    answer.put(
+    answer.send(
         {
             "begun": begun,
             "ended": time.monotonic(),
@@ -105,15 +105,16 @@ def watch_workers(peaks: dict[int, int], over: threading.Event) -> None:
 def measured(config: Config, *, labels: bool) -> dict[str, Any]:
     """Run the stage in a process of its own; what it took, and the largest memory of any worker."""
     context = multiprocessing.get_context("spawn")
-    answer = context.Queue()
+    receive, answer = context.Pipe(duplex=False)
     peaks: dict[int, int] = {}
     over = threading.Event()
     watcher = threading.Thread(target=watch_workers, args=(peaks, over))
     driver = context.Process(target=drive, args=(config,), kwargs={"labels": labels, "answer": answer})
     watcher.start()
     driver.start()
+    answer.close()  # the driver has its own: where it fails, there is an end and no answer
     try:
-        found: dict[str, Any] = answer.get()
+        found: dict[str, Any] = receive.recv()
     finally:
         driver.join()
         over.set()
@@ -124,7 +125,7 @@ def measured(config: Config, *, labels: bool) -> dict[str, Any]:
 def on_two_nodes(config: Callable[[str], Config], *, labels: bool) -> dict[str, Any]:
     """Run the stage on two nodes of one core each; `config` is told the address of the cluster."""
     os.environ["RAY_TMPDIR"] = "/tmp"  # a socket's path may have 107 characters
-    os.environ["RAY_raylet_start_wait_time_s"] = "120"  # noqa: SIM112 - half a minute is too short on a busy machine
+    os.environ["RAY_raylet_start_wait_time_s"] = "600"  # noqa: SIM112 - half a minute is too short on a busy machine
     import ray.cluster_utils
 
     nodes = ray.cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
@@ -153,7 +154,7 @@ def shares(found: dict[str, Any]) -> dict[str, float]:
 def run(place: Path, *, num_rows: int, dim: int, num_centers: int, quick: bool) -> dict[str, Any]:
     """One case: its line of the table, and the sentences below it."""
     rows = clip_like(num_rows, dim)
-    write_store(place / "store", rows, rows[:, :1], rows_of_shard=-(-num_rows // NUM_SHARDS))
+    write_store(place / "store", rows, rows, rows_of_shard=-(-num_rows // NUM_SHARDS))
     del rows
     fit = FitOptions(num_centers=num_centers, num_iterations=NUM_ROUNDS - 1)
 
