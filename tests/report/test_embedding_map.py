@@ -71,6 +71,7 @@ def test_a_map_holds_valid_rows_with_what_is_known_of_each(run: Path, tmp_path: 
         "no cluster",
     )
     assert cluster.counts == [8, 4, 2, 8]
+    assert cluster.without == 3
     assert "data_set" not in found.categories, "all shards lie in one folder"
     write_map(str(tmp_path / "map.parquet"), found)
     table = pq.read_table(tmp_path / "map.parquet").to_pylist()

@@ -64,11 +64,15 @@ class MapSize:
 
 @dataclass(frozen=True, kw_only=True)
 class Category:
-    """Something to colour the map by: the names of its values, and the place in them of each row's."""
+    """Something to colour the map by: the names of its values, and the place in them of each row's.
+
+    `without` is the place of the name of rows that have no value, -1 where all have one.
+    """
 
     title: str
     names: tuple[str, ...]
     of: Int[np.ndarray, " n"]
+    without: int = -1
 
     @property
     def counts(self) -> list[int]:
@@ -220,7 +224,12 @@ def _name_clusters(
         named = f"{number}: {shorten(caption, 60)}" if caption else f"Cluster {number}"
         names.append("no cluster" if number < 0 else named)
     order = np.lexsort((numbers, -counts, numbers < 0))
-    return Category(title="cluster", names=tuple(names[i] for i in order), of=np.argsort(order)[place])
+    return Category(
+        title="cluster",
+        names=tuple(names[i] for i in order),
+        of=np.argsort(order)[place],
+        without=len(names) - 1 if numbers[0] < 0 else -1,
+    )
 
 
 def map_data(found: EmbeddingMap) -> dict[str, Any]:
@@ -235,7 +244,7 @@ def map_data(found: EmbeddingMap) -> dict[str, Any]:
         "side": SHEET,
         "sheets": _sheets(found.pictures),
         "categories": [
-            {"title": c.title, "names": list(c.names), "of": c.of.tolist(), "counts": c.counts}
+            {"title": c.title, "names": list(c.names), "of": c.of.tolist(), "counts": c.counts, "without": c.without}
             for c in found.categories.values()
         ],
     }

@@ -33,7 +33,7 @@ if (data.map) {
       for (let i = 0; i < x.length; i++) {
         if (isMeant(i) !== isDrawnLast) continue;
         const value = category ? category.of[i] : 0, [left, top] = position(i);
-        brush.fillStyle = value < NUM_COLOURS ? palette[value] : grey;
+        brush.fillStyle = value < NUM_COLOURS && value !== category?.without ? palette[value] : grey;
         brush.globalAlpha = isDrawnLast ? 0.8 : 0.1;
         brush.beginPath();
         brush.arc(left, top, radius, 0, 2 * Math.PI);
@@ -136,7 +136,8 @@ if (data.map) {
 
   function entries(category) {
     if (!category) return [];
-    const named = category.names.slice(0, NUM_COLOURS).map((name, i) => [name, colourOf(i + 2), category.counts[i], i]);
+    const named = category.names.slice(0, NUM_COLOURS).map((name, i) =>
+      [name, i === category.without ? "var(--muted)" : colourOf(i + 2), category.counts[i], i]);
     const rest = category.counts.slice(NUM_COLOURS);
     return rest.length ? [...named, [`${count(rest.length)} others`, "var(--muted)", rest.reduce((a, b) => a + b), NUM_COLOURS]] : named;
   }
