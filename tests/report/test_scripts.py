@@ -206,9 +206,11 @@ def test_without_scripts_the_page_shows_its_tables_charts_and_pictures(visit: Ca
 def test_what_the_script_adds_fits_the_page(visit: Callable[..., Any], width: int) -> None:
     page = visit(width)
     page.get_by_label("Threshold", exact=True).press("End")
+    page.locator("[data-map] canvas[tabindex]").press("ArrowRight")
     assert page.evaluate("document.documentElement.scrollWidth - window.innerWidth") <= 0
     ends = page.evaluate(
         "[...document.querySelectorAll('.control > *, .pager > *, [data-fact], .slider img, .plot')]"
+        ".concat(document.querySelector('[data-map] .reading'))"
         ".map(e => e.getBoundingClientRect()).map(b => [b.left, b.right])"
     )
     assert len(ends) > 20

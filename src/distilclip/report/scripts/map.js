@@ -58,10 +58,10 @@ if (data.map) {
       const facts = categories.map((category) => element("span", {}, element("small", {}, `${category.title}: `), category.names[category.of[i]]));
       box.replaceChildren(...thumbnail(i), caption, ...facts);
       const [left, top] = position(i), isRight = left > canvas.clientWidth / 2, isLow = top > canvas.clientHeight / 2;
-      box.style.left = isRight ? "auto" : `${left + 14}px`;
-      box.style.right = isRight ? `${canvas.clientWidth - left + 14}px` : "auto";
-      box.style.top = isLow ? "auto" : `${Math.max(top, 4)}px`;
-      box.style.bottom = isLow ? `${Math.max(canvas.clientHeight - top, 4)}px` : "auto";
+      const beside = isRight ? left - 10 - box.offsetWidth : left + 10;
+      box.style.left = `${Math.max(4, Math.min(beside, canvas.clientWidth - box.offsetWidth - 4))}px`;
+      box.style.top = isLow ? "auto" : `${Math.max(top + 10, 4)}px`;
+      box.style.bottom = isLow ? `${Math.max(canvas.clientHeight - top + 10, 4)}px` : "auto";
     }
     draw();
   }
