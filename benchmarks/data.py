@@ -34,13 +34,13 @@ from fsspec.implementations.local import LocalFileSystem
 from PIL import Image
 
 from distilclip import digests, files, stage_folder
-from distilclip.data.pack_loader import BlockOrder, open_pack_stream
-from distilclip.data.packs import INDEX_FILE, Pack, PackFacts, RowCounts, ShardPackets, write_index
 from distilclip.data.shards import open_shard
 from distilclip.data.side_files import Groups, write_groups
 from distilclip.data.store import Rows, SourceFile, Store, finished_shard, sample_id, write_manifest, write_shard
 from distilclip.data.stream import PairSource, PairStream, Presentation, open_stream
 from distilclip.models.clip import normalise_pixels
+from distilclip.packs.pack import INDEX_FILE, Pack, PackFacts, RowCounts, ShardPackets, write_index
+from distilclip.packs.pack_loader import BlockOrder, open_pack_stream
 from distilclip.stages import pack
 
 SIZE = (512, 384)

@@ -41,7 +41,7 @@ LEVELS = [
         "row_weights",
     },
     {"losses", "vectors", "measures", "data", "corpus", "plan"},
-    {"grouping", "clustering", "scoring", "sets", "models"},
+    {"grouping", "clustering", "scoring", "packs", "sets", "models"},
     {"train", "evaluate", "export", "intake", "report"},
     {"integrity"},
     {"configs"},

@@ -12,9 +12,9 @@ from safetensors import safe_open
 
 from distilclip.data.bad_samples import _REMEDIES
 from distilclip.data.columns import FORMAT_VERSION
-from distilclip.data.packs import INDEX_FILE, PackFacts, RowCounts, ShardPackets, pack_schema, write_index
 from distilclip.data.side_files import ForestEdges, WeightedRows, write_centers, write_forest, write_weights
 from distilclip.data.store import Store
+from distilclip.packs.pack import INDEX_FILE, PackFacts, RowCounts, ShardPackets, pack_schema, write_index
 from distilclip.scoring.near_tables import NearPictures, write_near
 from tests.data.conftest import TEACHER
 

@@ -24,9 +24,11 @@ from distilclip import stage_folder
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.crops import Augmentation
 from distilclip.data.decode import shrink_picture
-from distilclip.data.pack_loader import BlockOrder, PackLoader, open_pack_stream
-from distilclip.data.packing import Packing
-from distilclip.data.packs import (
+from distilclip.data.side_files import write_centers
+from distilclip.data.store import Store, sample_id, split_id
+from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, Task, open_stream
+from distilclip.errors import InputError
+from distilclip.packs.pack import (
     INDEX_FILE,
     Pack,
     PackFacts,
@@ -35,10 +37,8 @@ from distilclip.data.packs import (
     shard_name,
     write_index,
 )
-from distilclip.data.side_files import write_centers
-from distilclip.data.store import Store, sample_id, split_id
-from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, Task, open_stream
-from distilclip.errors import InputError
+from distilclip.packs.pack_loader import BlockOrder, PackLoader, open_pack_stream
+from distilclip.packs.packing import Packing
 from distilclip.stages import pack
 from tests.conftest import encoded, picture
 from tests.data.conftest import DIM, TEACHER, tokenize

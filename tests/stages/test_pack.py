@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from distilclip import cli
-from distilclip.data.packs import INDEX_FILE, Pack, shard_name
 from distilclip.data.stream import Batch, PairStream
 from distilclip.errors import InputError
+from distilclip.packs.pack import INDEX_FILE, Pack, shard_name
 from distilclip.stages import embed, pack, train
 from tests.stages.made_training import Prepared, config, contents, final_digest, prepare
 

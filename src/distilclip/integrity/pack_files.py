@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import partial
 
-from distilclip.data.packs import INDEX_FILE, Pack, shard_name
 from distilclip.data.side_files import CENTERS_FILE
 from distilclip.integrity.findings import Findings, list_parts, read_or_report
+from distilclip.packs.pack import INDEX_FILE, Pack, shard_name
 
 
 def check_pack(found: Findings) -> None:

@@ -11,14 +11,14 @@ from distilclip import digests, files, stage_folder
 from distilclip.clustering.fit_parts import shard_ranges
 from distilclip.configs.pack import Config
 from distilclip.data.limits import MAX_PIXELS
-from distilclip.data.packing import PARTS, Packing, Part
-from distilclip.data.packs import INDEX_FILE, PackFacts, RowCounts, ShardPackets, shard_name, write_index
 from distilclip.data.pairs import source_uris
 from distilclip.data.shards import find_shards
 from distilclip.data.side_files import CENTERS_FILE, read_centers, write_centers
 from distilclip.data.store import Store
 from distilclip.engine import Workers, connected
 from distilclip.errors import InputError
+from distilclip.packs.pack import INDEX_FILE, PackFacts, RowCounts, ShardPackets, shard_name, write_index
+from distilclip.packs.packing import PARTS, Packing, Part
 from distilclip.progress import progress
 
 P = TypeVar("P")

@@ -15,8 +15,6 @@ from distilclip import digests, distributed, files, stage_folder
 from distilclip.configs.train import Config
 from distilclip.data.bad_samples import ErrorPolicy
 from distilclip.data.limits import MAX_PIXELS
-from distilclip.data.pack_loader import open_pack_stream
-from distilclip.data.packs import Pack
 from distilclip.data.side_files import read_centers
 from distilclip.data.store import Store, StoredTeacher
 from distilclip.data.stream import Batch, PairSource, PairStream, Presentation, open_stream
@@ -33,6 +31,8 @@ from distilclip.models.heads import Heads
 from distilclip.models.initial import initialise
 from distilclip.models.patch_dropout import set_patch_dropout
 from distilclip.models.teacher import Teacher, live_teacher, stored_teachers
+from distilclip.packs.pack import Pack
+from distilclip.packs.pack_loader import open_pack_stream
 from distilclip.stages._validation import open_validator
 from distilclip.train.checkpoint import Progress, Training, count_unusable, load_checkpoint
 from distilclip.train.checkpoint_files import (

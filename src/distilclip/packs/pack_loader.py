@@ -13,7 +13,6 @@ from torch import Tensor
 
 from distilclip import files
 from distilclip.data.bad_samples import ErrorPolicy
-from distilclip.data.packs import Pack, PackedRows, shard_name
 from distilclip.data.reader import OpenFiles, Reader
 from distilclip.data.samples import BadSample
 from distilclip.data.shards import MAX_OPEN_SHARDS
@@ -21,6 +20,7 @@ from distilclip.data.store import split_id
 from distilclip.data.stream import MAX_REPLACEMENTS, Batch, Loader, PairStream, Presentation, Task, require_views
 from distilclip.data.views import caption_in, view_in
 from distilclip.errors import InputError
+from distilclip.packs.pack import Pack, PackedRows, shard_name
 
 MAX_BLOCK_ROWS = 2**22
 """Rows of a block: as many packets as are shuffled at once, in files that are read in one go and then left alone."""

@@ -19,14 +19,6 @@ from jaxtyping import Bool, Int64
 
 from distilclip import files
 from distilclip.data.decode import shrink_picture
-from distilclip.data.packs import (
-    PackedRows,
-    ShardPackets,
-    find_packets,
-    pack_schema,
-    shard_name,
-    write_packets,
-)
 from distilclip.data.pairs import Index, assert_image, check_source, clusters_of_rows, unlabelled
 from distilclip.data.samples import BadSample, Sample, judge_memory
 from distilclip.data.shards import Shard, assert_key, opened_whole
@@ -34,6 +26,14 @@ from distilclip.data.side_files import kept_rows
 from distilclip.data.store import Store, not_unit, sample_id
 from distilclip.data.tensors import read_tensors, write_tensors
 from distilclip.errors import InputError
+from distilclip.packs.pack import (
+    PackedRows,
+    ShardPackets,
+    find_packets,
+    pack_schema,
+    shard_name,
+    write_packets,
+)
 
 Part = tuple[int, int, int]
 """A part's number, its first shard of the store, and the one after its last."""
