@@ -63,7 +63,7 @@ def shrink_picture(data: bytes, *, max_side: int, quality: int, max_pixels: int 
     width, height = image.size if how_to_turn(image) not in _SIDEWAYS else image.size[::-1]
     ratio = max_side / min(width, height)
     size = max(1, round(width * ratio)), max(1, round(height * ratio))
-    pixels = _decode(data, image, reduction=_reduction(Crop(0, 0, 1, 1), width, height, max_side), where="")
+    pixels = _decode(data, image, reduction=_reduction(Crop(0.0, 0.0, 1.0, 1.0), width, height, max_side), where="")
     smaller = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC))
     return simplejpeg.encode_jpeg(smaller, quality=quality, colorspace="RGB", colorsubsampling="420")
 

@@ -72,7 +72,13 @@ def cost_charts(costs: Sequence[ModelCost], table: Table) -> list[Chart]:
     charts = []
     for name, cost_of in against.items():
         dots = [
-            figures.Dot(label=cost.model.name, series=cost.model.series, cost=value, score=cost.cell.value, reach=reach)
+            figures.Dot(
+                label=cost.model.name,
+                series=cost.model.series,
+                cost=float(value),
+                score=cost.cell.value,
+                reach=reach,
+            )
             for cost in costs
             if (value := cost_of(cost)) and cost.cell is not None and cost.cell.value is not None
             for reach in [_reach(cost.cell)]
