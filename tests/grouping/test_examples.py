@@ -17,6 +17,7 @@ from distilclip.grouping import (
     reach,
     representatives,
     search_parts,
+    sorted_rows,
 )
 from distilclip.vectors import tolerance
 
@@ -34,6 +35,7 @@ MODULES = (
     reach,
     representatives,
     search_parts,
+    sorted_rows,
     tolerance,
 )
 

@@ -93,16 +93,16 @@ def test_an_accelerator_compares_all_tiles_to_the_same_pairs(
     threshold = equivalents(0.1 * length, "euclidean")[metric] if metric != "cosine" else 0.005
     points = Points.of(x, metric=metric)
     rows = distinct(points.values, np.arange(len(x))).first
-    for split in (None, 170):
+    for num_searched in (0, 170):
         both = AllPairs(), AllPairs()
         tolerance, cpu = Tolerance(threshold, metric), torch.device("cpu")
-        search(points, rows, tolerance, into=both[0], split=split)
-        compare_all(points, rows, tolerance, into=both[1], size=64, device=cpu, split=split)
+        search(points, rows, tolerance, into=both[0], num_searched=num_searched)
+        compare_all(points, rows, tolerance, into=both[1], size=64, device=cpu, num_searched=num_searched)
         ours, all_tiles = (sorted(zip(*(c.tolist() for c in pairs.joined()), strict=True)) for pairs in both)
         assert len(all_tiles) > 50
         assert sorted((min(i, j), max(i, j), d) for i, j, d in ours) == all_tiles
         forests = ForestBuilder(len(x), batch=100), ForestBuilder(len(x))
-        compare_all(points, rows, tolerance, into=forests[0], size=64, device=cpu, split=split)
+        compare_all(points, rows, tolerance, into=forests[0], size=64, device=cpu, num_searched=num_searched)
         forests[1].add(*both[1].joined())
         assert (forests[0].forest().left == forests[1].forest().left).all()
         assert (forests[0].forest().distance == forests[1].forest().distance).all()

@@ -94,11 +94,13 @@ def test_the_forest_is_that_of_all_pairs(kind: str, num_cells: int, small_tiles:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("num_cells", "split"), [(1, 300), (20, 60), (20, 450)])
-def test_a_split_finds_the_pairs_across_it(kind: str, num_cells: int, split: int, small_tiles: None) -> None:
+@pytest.mark.parametrize(("num_cells", "num_searched"), [(1, 300), (20, 60), (20, 450), (20, 600)])
+def test_pairs_of_two_searched_rows_are_left_out(
+    kind: str, num_cells: int, num_searched: int, small_tiles: None
+) -> None:
     x = rows_of(kind)
     left, right, _ = naive(x, 0.3, "euclidean")
-    across = (left < split) & (right >= split)
+    wanted = right >= num_searched
     pairs = AllPairs()
     search(
         Points.of(x, metric="euclidean"),
@@ -106,13 +108,13 @@ def test_a_split_finds_the_pairs_across_it(kind: str, num_cells: int, split: int
         Tolerance(0.3, "euclidean"),
         into=pairs,
         num_cells=num_cells,
-        split=split,
+        num_searched=num_searched,
     )
     found_left, found_right, _ = pairs.joined()
-    assert across.any()
-    assert len(found_left) == across.sum()
+    assert wanted.any()
+    assert len(found_left) == wanted.sum()
     both = np.sort(np.stack([found_left, found_right]), axis=0).T.tolist()
-    assert sorted(both) == np.stack([left[across], right[across]], axis=1).tolist()
+    assert sorted(both) == np.stack([left[wanted], right[wanted]], axis=1).tolist()
 
 
 def test_a_dense_group_is_decided_for_few_of_its_pairs(monkeypatch: pytest.MonkeyPatch, small_tiles: None) -> None:

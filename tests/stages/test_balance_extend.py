@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import distilclip as dc
@@ -16,7 +15,7 @@ from distilclip import cli, stage_folder
 from distilclip.data.store import Store, write_manifest
 from distilclip.engine import Engine
 from distilclip.errors import InputError
-from distilclip.grouping.search_parts import StoreSearch, pair_blocks
+from distilclip.grouping import search_parts
 from distilclip.stages.balance import Config, main
 from tests.conftest import encoded, picture, write_tar
 from tests.stages.conftest import contents, write_store
@@ -49,6 +48,7 @@ RULES: list[dict[str, Any]] = [
     {"threshold": 0.7, "rule": "complete"},
     {"target_removed": 0.2, "max_threshold": 0.9},
     {"target_removed": 0.2, "max_threshold": 0.9, "rule": "cover", "block_rows": 35},
+    {"threshold": 0.7, "block_rows": 13},
 ]
 
 
@@ -59,18 +59,10 @@ def test_an_extension_equals_a_search_of_all_rows(
     store, old = grown
     before = contents(Path(old))
     whole = main(config(store, tmp_path / "whole", **options))
-    searched: list[str] = []
-    compute = StoreSearch._compute
-    monkeypatch.setattr(
-        StoreSearch,
-        "_compute",
-        lambda self, images, copied, pair: (searched.append(str(pair)), compute(self, images, copied, pair)),
-    )
+    monkeypatch.setattr(search_parts, "default_num_cells", lambda num_points: min(12, num_points))
     assert main(config(store, tmp_path / "extended", extend=old, **options)) == whole
     assert contents(tmp_path / "extended") == contents(tmp_path / "whole")
     assert contents(Path(old)) == before
-    assert len(searched) == len({*searched}) == (2 if "block_rows" not in options else 4 * 3 + 3 + 3)
-    assert all(int(name.split("-")[3]) > 120 for name in searched)  # never two blocks of old rows
     assert 0 < whole["num_kept"] < whole["num_valid"]
     assert cli.main(["verify", str(tmp_path / "extended")]) == 0
 
@@ -156,20 +148,6 @@ def test_a_folder_of_another_store_or_rule_or_of_all_rows_is_refused(grown: tupl
     ):
         with pytest.raises(InputError, match=message):
             main(config(store, tmp_path / folder.name / "out", threshold=0.3, extend=str(folder)))
-
-
-def test_every_pair_with_a_new_row_is_in_one_part() -> None:
-    random = np.random.default_rng(0)
-    for _ in range(50):
-        num_rows, block_rows = int(random.integers(1, 30)), int(random.integers(1, 12))
-        num_searched = int(random.integers(0, num_rows))
-        count = np.zeros((num_rows, num_rows), int)
-        for pair in pair_blocks(num_rows, block_rows=block_rows, num_searched=num_searched):
-            assert max(pair.num_rows) <= block_rows
-            count[slice(*pair.left), slice(*pair.right)] += 1
-        expected = np.triu(np.ones((num_rows, num_rows), int))
-        expected[:num_searched, :num_searched] = 0
-        np.testing.assert_array_equal(np.triu(count), expected)
 
 
 def test_from_pictures_to_groups(tmp_path: Path, pair_tars: Callable[..., list[str]]) -> None:

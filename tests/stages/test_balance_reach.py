@@ -30,7 +30,7 @@ def test_nothing_is_searched_and_the_folder_takes_a_larger_threshold(
 ) -> None:
     store, _, _ = write_store(tmp_path / "store")
     with monkeypatch.context() as patched:
-        patched.setattr(stage, "pair_blocks", None)  # a search would fail
+        patched.setattr(stage, "connected", None)  # a search would fail
         with pytest.raises(InputError, match=r"target_removed=0\.3 is out of reach of max_threshold=0\.01"):
             main(config(store, tmp_path / "out", max_threshold=0.01, **options))
     result = main(config(store, tmp_path / "out", max_threshold=1.0, **options))

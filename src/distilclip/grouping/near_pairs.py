@@ -90,21 +90,21 @@ def near_pairs(
     tolerance: Tolerance,
     *,
     into: Collector,
-    split: int | None = None,
+    num_searched: int = 0,
     memory_gb: float | None = None,
     device: str | torch.device | None = None,
 ) -> None:
     """Hand the near pairs among `rows` (ascending) to `into`, save those that its links rule out.
 
-    With `split`, only pairs of one of `rows[:split]` and one of `rows[split:]`.
+    Pairs of two of the first `num_searched` rows are left out.
     """
     check_budget(memory_gb)
     where = as_device(device)
     if where.type == "cpu":
-        search(points, rows, tolerance, into=into, memory_gb=memory_gb, split=split)
+        search(points, rows, tolerance, into=into, memory_gb=memory_gb, num_searched=num_searched)
     else:
         size = tile_rows(points.dim, memory_gb, most=1 << 14)
-        compare_all(points, rows, tolerance, into=into, size=size, device=where, split=split)
+        compare_all(points, rows, tolerance, into=into, size=size, device=where, num_searched=num_searched)
 
 
 def nearest(

@@ -1,7 +1,7 @@
 """Search for near pairs on the CPU: cells say which points may be near, few dimensions propose, all dimensions decide.
 
 1. Points are projected to few dimensions and sorted into cells.
-2. Each cell is compared with itself and with the later cells that can hold a neighbour.
+2. Each cell is compared with itself and with the points of later cells that can have a neighbour in it.
 3. A product of the projected points proposes pairs; where it proposes too many, a product of the whole points does.
 4. Each proposal is decided by direct difference in float64.
 
@@ -34,7 +34,7 @@ from distilclip.grouping._tiles import (
     sample_proposals,
     set_left,
 )
-from distilclip.grouping.cells import Cells, Side, partition
+from distilclip.grouping.cells import Cells, partition
 from distilclip.grouping.forest import NO_DISTANCES, NO_LINKS, NO_ROWS, ForestBuilder, Links
 from distilclip.vectors.kernels import kernel_view
 from distilclip.vectors.points import Points
@@ -80,56 +80,72 @@ def search(
     into: Collector,
     memory_gb: float | None = None,
     num_cells: int | None = None,
-    split: int | None = None,
+    num_searched: int = 0,
 ) -> None:
     """Hand every near pair of `rows` to `into`, once, save those that its links rule out.
 
-    With `split`, only pairs of one of `rows[:split]` and one of `rows[split:]`.
+    Pairs of two of the first `num_searched` rows are left out.
     """
     if len(rows) < 2:
         return
-    num_cells = num_cells or default_num_cells(_num_balanced(len(rows), split))
+    num_cells = num_cells or default_num_cells(_num_balanced(len(rows), num_searched))
     _check_memory(len(rows), num_cells, memory_gb)
     # 1. Project the points to few dimensions [m, width] and sort these into cells.
     projection = Projection.fit(points, rows, width=WIDTH)
     projected = projection.project(points, rows)
-    cells = partition(projected.values, num_cells=num_cells, radius=projected.radius)
+    cells = partition(projected.values, num_cells=num_cells, radius=projected.radius, num_searched=num_searched)
     rounding = Rounding.of(
         error=projected.error, radius=projected.radius, mean_length=float(projection.mean.norm()), dim=points.dim
     )
+    # 2. Compare them.
+    search_cells(points, rows, cells, range(num_cells), tolerance, rounding=rounding, into=into)
+
+
+def search_cells(
+    points: Points,
+    rows: Int[np.ndarray, " m"],
+    cells: Cells,
+    seeking: range,
+    tolerance: Tolerance,
+    *,
+    rounding: Rounding,
+    into: Collector,
+) -> None:
+    """Hand every near pair of a seeking point and any other to `into`, once, save those that its links rule out.
+
+    Args:
+        points: the points as they are; `rows` are those that were sorted into `cells`.
+        cells: the projected points.
+        seeking: the cells that hold points that seek.
+        tolerance: what is near.
+        rounding: how far a tile of projected points may err.
+        into: collects the pairs.
+    """
     query = _Query(
         points=points,
         cells=cells,
         rows=rows[cells.order],
+        limits=cells.gaps.limits(rounding.distance(tolerance.squared), seeking),
+        first=seeking.start,
         tolerance=tolerance,
         rounding=rounding,
         into=into,
-        meetings=_meetings(cells, split),
     )
-    # 2. All cells by themselves, then all cells with later ones: near pairs found first rule out more of the others.
+    # All cells by themselves, then all cells with later ones: near pairs found first rule out more of the others.
     links = _TileLinks(query)
     crew = [_Worker(query, links) for _ in range(torch.get_num_threads())]
     with workers(len(crew)) as map_threads:
         for meet in (_Worker.meet_itself, _Worker.meet_others):
-            todo = iter(range(len(cells)))  # shared: who is free takes the next
+            todo = iter(seeking)  # shared: who is free takes the next
             map_threads(lambda worker, meet=meet, todo=todo: [meet(worker, cell) for cell in todo], crew)
 
 
-def _meetings(cells: Cells, split: int | None) -> list[tuple[Side, Side]]:
-    """Return which points of a cell meet which of a later one: all of them all, or either side the other."""
-    if split is None:
-        everyone = cells.everyone()
-        return [(everyone, everyone)]
-    before, after = cells.sides(split)
-    return [(before, after), (after, before)]
-
-
-def _num_balanced(num_points: int, split: int | None) -> int:
-    """Return how many points, half of them on each side of a split, have as many pairs as these do across theirs.
+def _num_balanced(num_points: int, num_searched: int) -> int:
+    """Return how many points have as many pairs as these have, those of two searched points left out.
 
     Of few points compared with many, most of the work is to sort the many into cells, so they get fewer cells.
     """
-    return num_points if split is None else int(2 * (split * (num_points - split)) ** 0.5)
+    return int((num_points**2 - num_searched**2) ** 0.5)
 
 
 def default_num_cells(num_points: int) -> int:
@@ -154,10 +170,11 @@ class _Query:
     points: Points
     cells: Cells
     rows: Int[np.ndarray, " n"]  # in the order of the cells
+    limits: Float32[np.ndarray, "q c"]  # of the gaps towards the cells whose points seek, see `Gaps.limits`
+    first: int  # of these cells
     tolerance: Tolerance
     rounding: Rounding
     into: Collector
-    meetings: list[tuple[Side, Side]]
 
 
 class _TileLinks:
@@ -199,30 +216,29 @@ class _Worker:
 
     def meet_itself(self, cell: int) -> None:
         """Find the near pairs inside a cell."""
-        mine, others = self._query.meetings[0]  # one and the same side, where all meet all: then each pair once
-        for number, tile in enumerate(self._tiles(mine, cell)):
+        tiles = self._tiles(cell)
+        for number, tile in enumerate(tiles):
             self._set_left(tile)
-            for other in self._tiles(others, cell)[number if mine is others else 0 :]:
+            for other in [other for other in tiles[number:] if other.start >= self._query.cells.num_met]:
                 self._right[: len(other)] = self._query.cells.z[other.start : other.stop]
                 self._compare(self._rows(tile), self._rows(other), tile == other)
 
     def meet_others(self, cell: int) -> None:
-        """Find the near pairs of a cell with later cells."""
-        distance = self._query.rounding.distance(self._limit)
-        for mine, others in self._query.meetings:
-            tiles = self._tiles(mine, cell)
-            if not tiles:
-                continue
-            found, values = self._found, as_bits(self._right)
-            for count in self._query.cells.reach(cell, distance, among=others, found=found, rows=values):
-                right = self._query.rows[found[:count]]
-                for tile in tiles:
-                    self._set_left(tile)
-                    self._compare(self._rows(tile), right, False)
+        """Find the near pairs of a cell with what comes after it."""
+        tiles = self._tiles(cell)
+        if not tiles:
+            return
+        found, values = self._found, as_bits(self._right)
+        limit = self._query.limits[cell - self._query.first]
+        for count in self._query.cells.reach(cell, limit, found=found, rows=values):
+            right = self._query.rows[found[:count]]
+            for tile in tiles:
+                self._set_left(tile)
+                self._compare(self._rows(tile), right, False)
 
-    def _tiles(self, side: Side, cell: int) -> list[range]:
-        start, stop = int(side.first[cell]), int(side.last[cell])
-        return [range(first, min(first + HEIGHT, stop)) for first in range(start, stop, HEIGHT)]
+    def _tiles(self, cell: int) -> list[range]:
+        seeking = self._query.cells.seeking(cell)
+        return [range(first, min(first + HEIGHT, seeking.stop)) for first in range(seeking.start, seeking.stop, HEIGHT)]
 
     def _rows(self, tile: range) -> Int[np.ndarray, " a"]:
         return self._query.rows[tile.start : tile.stop]

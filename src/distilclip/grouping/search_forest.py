@@ -28,15 +28,15 @@ def search_forest(
     valid: Bool[np.ndarray, " n"],
     rule: Rule,
     *,
-    split: int | None = None,
+    num_searched: int = 0,
     memory_gb: float | None = None,
     device: str | torch.device | None = None,
 ) -> Finding:
     """Search the valid rows, as the rule says: every near pair, or the paper's lists of each row's `top_k` nearest.
 
-    With `split`, only pairs of a row before it and a row from it on, and pairs of equal rows wherever they are: this
-    forest and the forests of both sides merge to the forest of all. For lists, also says which share of the rows has a
-    full list below the threshold: such a row may have further neighbours that its list has no place for.
+    Pairs of two of the first `num_searched` rows are left out, unless they are equal: this forest and that of these
+    rows merge to the forest of all. For lists, also says which share of the rows has a full list below the threshold:
+    such a row may have further neighbours that its list has no place for.
     """
     # 1. Collapse equal rows: each is joined to its copies at distance 0, and only the distinct rows are searched.
     rows = np.flatnonzero(valid)
@@ -46,11 +46,11 @@ def search_forest(
     _join_copies(same, rows, forest)
     if rule.top_k is None:
         # 2a. Every near pair, reduced to a forest as it is found.
-        across = None if split is None else int(np.searchsorted(same.first, split))
-        near_pairs(points, same.first, reach, into=forest, split=across, memory_gb=memory_gb, device=device)
+        before = int(np.searchsorted(same.first, num_searched))
+        near_pairs(points, same.first, reach, into=forest, num_searched=before, memory_gb=memory_gb, device=device)
         return Finding(forest=forest.forest())
     # 2b. The nearest [m, top_k] of every distinct row, as edges.
-    assert split is None
+    assert not num_searched
     lists = nearest(points, same.first, reach, k=rule.top_k, memory_gb=memory_gb, device=device)
     near = lists.row >= 0
     forest.add(np.repeat(same.first, near.sum(axis=1)), lists.row[near], lists.distance[near])

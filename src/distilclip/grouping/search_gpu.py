@@ -28,6 +28,8 @@ LONGEST = 100.0  # of points whose products surely fit float16
 BLOCK = 1 << 16  # rows moved to the device at a time
 CANDIDATES = 1 << 24  # pairs listed at a time
 
+Bounds = tuple[int, int]  # the first of some places, and that after the last
+
 
 def compare_all(
     points: Points,
@@ -37,33 +39,67 @@ def compare_all(
     into: Collector,
     size: int,
     device: torch.device,
-    split: int | None = None,
+    num_searched: int = 0,
 ) -> None:
     """Hand every near pair of `rows` to `into`, save those that its links rule out.
 
-    Tiles have `size` rows on either side. With `split`, only pairs of one of `rows[:split]` and one of `rows[split:]`.
+    Tiles have `size` rows on either side. Pairs of two of the first `num_searched` rows are left out.
     """
+    lefts = [*_bounds(0, num_searched, size), *_bounds(num_searched, len(rows), size)]
+    tiles = [(left, _bounds(max(left[0], num_searched), len(rows), size)) for left in lefts]
+    _compare(points, rows, tolerance, tiles, into=into, device=device)
+
+
+def compare_across(
+    points: Points,
+    rows: Int[np.ndarray, " m"],
+    tolerance: Tolerance,
+    *,
+    into: Collector,
+    size: int,
+    device: torch.device,
+    num_searched: int,
+) -> None:
+    """Hand every near pair of one of the first `num_searched` rows and one of the others to `into`."""
+    rights = _bounds(num_searched, len(rows), size)
+    tiles = [(left, rights) for left in _bounds(0, num_searched, size)]
+    _compare(points, rows, tolerance, tiles, into=into, device=device)
+
+
+def _compare(
+    points: Points,
+    rows: Int[np.ndarray, " m"],
+    tolerance: Tolerance,
+    tiles: list[tuple[Bounds, list[Bounds]]],
+    *,
+    into: Collector,
+    device: torch.device,
+) -> None:
+    """Compare the rows at some places with those at others."""
     radius = float(points.norm[rows].max(initial=0.0))
     kind = torch.float16 if radius <= LONGEST else torch.float32
     error = inner_product_error(points.dim, radius, kind)
     blocks = _Blocks(points, rows, kind=kind, device=device)
-    end = len(rows) if split is None else split
     with float32_sums():
-        for a in range(0, end, size):
-            left, left_block = blocks.at(a, min(a + size, end))
-            for b in range(a if split is None else split, len(rows), size):
-                right, right_block = blocks.at(b, min(b + size, len(rows)))
+        for (a, a_stop), rights in tiles:
+            left, left_block = blocks.at(a, a_stop)
+            for b, b_stop in rights:
+                right, right_block = blocks.at(b, b_stop)
                 # 1. The tile [a, b] of inner products, and the bound below which none of its pairs is near.
                 product = left_block @ right_block.T
                 shortest = float(points.norm[left].min() ** 2 + points.norm[right].min() ** 2)
                 bound = (shortest - tolerance.squared) / 2 - error
                 near = product >= bound - 2 * HALF_ROUNDING * abs(bound)  # the number itself is rounded to the tile's
-                if split is None and a == b:
+                if a == b:
                     near.triu_(diagonal=1)
                 # 2. What passes the bound is decided from the rows themselves.
                 for i, j in _list_places(near):
                     pairs = left[i.cpu().numpy()], right[j.cpu().numpy()]
                     _decide(points, *pairs, product[i, j].float().cpu().numpy(), error, tolerance, into)
+
+
+def _bounds(start: int, stop: int, size: int) -> list[Bounds]:
+    return [(first, min(first + size, stop)) for first in range(start, stop, size)]
 
 
 class _Blocks:

@@ -7,7 +7,7 @@ searched already is read back, so a run that was killed goes on.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -19,33 +19,33 @@ from distilclip.data.images import ImageMatrix
 from distilclip.data.side_files import Groups, groups_name, groups_path, write_groups
 from distilclip.data.store import Store
 from distilclip.devices import resolve_device
-from distilclip.engine import map_parts
+from distilclip.engine import Workers, connected
 from distilclip.errors import InputError
 from distilclip.grouping.balance import Balance, balance_parts
 from distilclip.grouping.extension import read_former_search
 from distilclip.grouping.forecast import BYTES_PER_EDGE, calibrate
-from distilclip.grouping.forest import Forest
+from distilclip.grouping.forest import NO_ROWS, Forest
 from distilclip.grouping.reach import check_reach
 from distilclip.grouping.representatives import Choose, choose_in_batches
 from distilclip.grouping.rule import Rule
 from distilclip.grouping.search_forest import Finding
 from distilclip.grouping.search_parts import (
     ROW_BYTES,
-    BlockPair,
+    EqualRows,
     StoreSearch,
     load_forest,
-    pair_blocks,
     remove_parts,
     rows_of_budget,
     save_forest,
 )
+from distilclip.grouping.sorted_rows import SortedRows, cut, sorted_row_bytes
 from distilclip.messages import say, warn
 from distilclip.progress import duration, progress
 from distilclip.vectors.points import Points
 from distilclip.vectors.tolerance import equivalents
 
 FORECAST_FROM = 100_000  # rows; fewer are searched in about the time that a forecast, or a look at a sample, takes
-NUM_BLOCKS_SHARED = 8  # blocks at least, where parts are shared among workers: 36 parts
+PARTS_PER_WORKER = 4  # at least, where parts are shared among workers, so that all end at about the same time
 NUM_EXAMPLES = 12  # pairs on either side of the threshold, and largest groups, in the result
 
 
@@ -144,15 +144,17 @@ def _with_ways_on(error: str, forest_path: str, path: str) -> str:
 
 def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Iterator[Finding]:
     """Yield the copies of image files, and then what each part of the search finds."""
+    former = None if config.extend is None else read_former_search(config.extend, images, rule)
     search = StoreSearch(
         store=config.store,
         folder=path,
         rule=rule,
         memory_gb=config.memory_gb,
         device=config.device,
+        block_rows=_block_rows(config, len(images)),
         groups=config.groups,
+        num_searched=0 if former is None else former.num_rows,
     )
-    former = None if config.extend is None else read_former_search(config.extend, images, rule)
     search.write_copies(images)
     copies = search.copies(images)
     if rule.target_removed is not None and len(images) >= FORECAST_FROM:
@@ -161,17 +163,49 @@ def _search(config: Config, rule: Rule, path: str, images: ImageMatrix) -> Itera
     if rule.top_k is not None:
         yield search.search_lists(images)
         return
-    num_searched = 0
     if former is not None:
         yield Finding(forest=former.forest)
-        num_searched = former.num_rows
-        say(f"balance: {len(images) - num_searched:,} new rows are compared with {len(images):,}")
-    pairs = pair_blocks(len(images), block_rows=_block_rows(config, len(images)), num_searched=num_searched)
-    if former is None and len(images) >= FORECAST_FROM:
-        say(_forecast(config, rule, images, pairs))
-    with progress(f"search {path}", len(pairs)) as advance:
-        for pair, _ in map_parts(search.prepare, pairs, engine=config.execution, device=config.device):
-            yield Finding(forest=search.forest(pair, images))
+        say(f"balance: {len(images) - former.num_rows:,} new rows are compared with {len(images):,}")
+    elif len(images) >= FORECAST_FROM:
+        say(_forecast(config, rule, images, search.block_rows))
+    with connected(config.execution, device=config.device) as workers:
+        for forest in _forests(search, images, path, workers):
+            yield Finding(forest=forest)
+
+
+def _forests(search: StoreSearch, images: ImageMatrix, path: str, workers: Workers) -> Iterator[Forest]:
+    """Yield what each part of a search finds, of all rows or of sorted ones."""
+    if search.block_rows >= len(images) or search.searched(images).sum() < 2:
+        for _ in _show(f"search {path}", workers, search.prepare_all, ["all"]):
+            yield search.forest_of_all(images)
+        return
+    # 1. Sort the rows, and choose what each part reads.
+    search.fit(images)
+    for _ in _show(f"sort {path}", workers, search.prepare_sort, search.sort.blocks):
+        pass
+    search.sort.join()
+    for _ in _show(f"choose {path}", workers, search.prepare_choice, search.sort.blocks):
+        pass
+    # 2. Search the parts. What is equal to the byte is put together when all are known.
+    equal = EqualRows(len(images))
+    for pairs in search.sort.equal():
+        equal.add(pairs, left=NO_ROWS, right=NO_ROWS)
+    for part, _ in _show(f"search {path}", workers, search.prepare_search, SortedRows(search.sort).parts):
+        found = search.result(part)
+        near, same = found.distance > 0, found.distance == 0
+        equal.add(found.equal, left=found.left[same], right=found.right[same])
+        edges = found.left[near], found.right[near], found.distance[near]
+        yield Forest(**dict(zip(("left", "right", "distance"), edges, strict=True)), num_rows=len(images))
+    yield equal.forest()
+
+
+def _show(
+    name: str, workers: Workers, prepare: Callable[[], Callable[[Any], None]], parts: list[Any]
+) -> Iterator[tuple[Any, None]]:
+    """Compute parts, and show how far they are."""
+    with progress(name, len(parts)) as advance:
+        for part, result in workers.map_parts(prepare, parts) if parts else ():
+            yield part, result
             advance(1, 0)
 
 
@@ -188,26 +222,32 @@ def _check_reach(config: Config, rule: Rule, path: str, images: ImageMatrix, cop
 def _block_rows(config: Config, num_rows: int) -> int:
     if config.block_rows is not None:
         return config.block_rows
-    fit = rows_of_budget(num_rows, config.memory_gb)
-    return fit if config.execution.engine == "local" else min(fit, num_rows // NUM_BLOCKS_SHARED + 1)
+    fit = rows_of_budget(config.memory_gb)
+    fit = max(1, num_rows) if num_rows <= fit else max(1, fit // 2)  # all together, or a part and what is near it
+    return (
+        fit if config.execution.engine == "local" else min(fit, num_rows // (PARTS_PER_WORKER * _workers(config)) + 1)
+    )
 
 
-def _forecast(config: Config, rule: Rule, images: ImageMatrix, pairs: list[BlockPair]) -> str:
+def _workers(config: Config) -> int:
+    return 1 if config.execution.engine == "local" else config.execution.engine_workers or os.cpu_count() or 1
+
+
+def _forecast(config: Config, rule: Rule, images: ImageMatrix, block_rows: int) -> str:
     """Say what the search will need, measured on a sample of the rows."""
     device = resolve_device(config.device)
     searched = np.flatnonzero(images.valid())
     growth = calibrate(images.take, searched, rule=rule, memory_gb=config.memory_gb, device=device)
-    num_workers = 1 if config.execution.engine == "local" else config.execution.engine_workers or os.cpu_count() or 1
-    share = len(searched) / max(len(images), 1)
-    counts = [[round(share * rows) for rows in pair.num_rows] for pair in pairs]
-    seconds = sum(growth.within(*count) if len(count) == 1 else growth.across(*count) for count in counts)
-    num_read = sum(pairs[0].num_rows)
+    seconds = growth.within(len(searched)) / _workers(config)
+    num_parts = len(cut(0, len(images), block_rows))
+    num_read = min(len(images), 2 * block_rows)
+    sorted_bytes = len(searched) * sorted_row_bytes(images.store.dim) if num_parts > 1 else 0
     return (
-        f"balance: {len(searched):,} rows of {images.store.dim}, in {len(pairs)} parts. "
-        f"Time: about {duration(seconds / num_workers)} (grows as n^{growth.exponent:.2f} here). "
+        f"balance: {len(searched):,} rows of {images.store.dim}, in {num_parts} parts. "
+        f"Time: about {duration(seconds)} (grows as n^{growth.exponent:.2f} here). "
         f"Memory of each worker: {num_read * images.store.dim * 2 / 1e9:.2f} GB of rows and "
         f"{num_read * ROW_BYTES / 1e9:.2f} GB to search them. "
-        f"Disk: at most {len(pairs) * num_read * BYTES_PER_EDGE / 1e9:.2f} GB."
+        f"Disk: at most {(sorted_bytes + 2 * len(images) * BYTES_PER_EDGE) / 1e9:.2f} GB."
     )
 
 
