@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from distilclip.errors import InputError
+from distilclip.grouping.sorted_rows import sorted_row_bytes
 from distilclip.plan import costs
 from distilclip.plan.architecture_costs import Cost
 from distilclip.plan.flops import cost_of, count_cost
@@ -44,7 +45,9 @@ def test_every_stage_by_hand() -> None:
     assert embed.disk_bytes == pytest.approx(1e6 * (2 * 512 * 2 + constant("row_table_bytes")))
     balance = costs.balance(DATA, GPU, dim=512, block_rows=100_000)
     assert balance.gpu_seconds == pytest.approx(0.5e12 * 1024 / (1e15 * constant("tile_utilisation")))
-    assert balance.read_bytes == pytest.approx(10 * 1e6 * 1024)
+    assert balance.read_bytes == pytest.approx((1 + 10) * 1e6 * 1024 + 1e6 * 120)  # to sort, and for 10 parts
+    assert balance.disk_bytes == pytest.approx(1e6 * (sorted_row_bytes(512) + 20 + 25))
+    assert balance.gpu_bytes == 2 * 100_000 * 1024
     fit = costs.cluster(DATA, GPU, dim=512, num_centers=1000, num_iterations=10, points_per_center=100)
     assert fit.gpu_seconds == pytest.approx((10 * 1e5 + 7.5e5) * 1000 * 1024 / (1e15 * constant("tile_utilisation")))
     machines = costs.Machines(gpu=GPU, num_gpus=4, price=2.0)

@@ -47,7 +47,7 @@ class Config:
     memory_gb: float = changeable(1.0)
     """working memory in GB of each worker's search, without the embeddings that it reads in half precision"""
     block_rows: int | None = changeable(None)
-    """number of rows in a block; a part of the search compares two blocks (default: what --memory-gb allows)"""
+    """number of rows whose neighbours a part of the search looks for (default: what --memory-gb allows)"""
     device: str = changeable("auto")
     """auto (CUDA, then MPS, then CPU) or a torch device; each worker of --engine gets a GPU of its own"""
     execution: Engine = field(default_factory=Engine)

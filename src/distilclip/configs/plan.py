@@ -33,7 +33,7 @@ class Config:
     removed_ratio: float = 0.437
     """share of the pairs that balance removes"""
     block_rows: int = 2_000_000
-    """rows of each of the two blocks that a worker of balance compares"""
+    """rows of a part of balance; a worker holds as many again that may be near them"""
     num_centers: int = 1_000_000
     """clusters"""
     num_iterations: int = 20

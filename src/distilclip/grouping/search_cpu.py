@@ -88,7 +88,7 @@ def search(
     """
     if len(rows) < 2:
         return
-    num_cells = num_cells or default_num_cells(_num_balanced(len(rows), num_searched))
+    num_cells = num_cells or default_num_cells(num_balanced(len(rows), num_searched))
     _check_memory(len(rows), num_cells, memory_gb)
     # 1. Project the points to few dimensions [m, width] and sort these into cells.
     projection = Projection.fit(points, rows, width=WIDTH)
@@ -140,7 +140,7 @@ def search_cells(
             map_threads(lambda worker, meet=meet, todo=todo: [meet(worker, cell) for cell in todo], crew)
 
 
-def _num_balanced(num_points: int, num_searched: int) -> int:
+def num_balanced(num_points: int, num_searched: int) -> int:
     """Return how many points have as many pairs as these have, those of two searched points left out.
 
     Of few points compared with many, most of the work is to sort the many into cells, so they get fewer cells.

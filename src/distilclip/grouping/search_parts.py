@@ -32,7 +32,7 @@ from distilclip.devices import resolve_device
 from distilclip.grouping.forest import Forest, ForestBuilder
 from distilclip.grouping.near_pairs import tile_rows
 from distilclip.grouping.rule import Rule
-from distilclip.grouping.search_cpu import default_num_cells, search_cells
+from distilclip.grouping.search_cpu import default_num_cells, num_balanced, search_cells
 from distilclip.grouping.search_forest import Finding, search_forest
 from distilclip.grouping.search_gpu import compare_across, compare_all
 from distilclip.grouping.sorted_rows import Block, CellSort, Neighbourhood, Range, SortedRows, check_unit
@@ -97,7 +97,8 @@ class StoreSearch:
     def fit(self, images: ImageMatrix) -> None:
         """Fit the cells that the rows are sorted into."""
         searched = self.searched(images)
-        self.sort.fit(images, searched, default_num_cells(int(searched.sum())))
+        num_points = num_balanced(int(searched.sum()), int(searched[: self.num_searched].sum()))
+        self.sort.fit(images, searched, default_num_cells(num_points))
 
     def prepare_sort(self) -> Callable[[Block], None]:
         """Sort the rows of a block."""

@@ -217,6 +217,7 @@ class SortedRows:
         self._before = np.cumsum(counts, axis=0) - counts
         self._first = np.cumsum(counts, axis=1) - counts  # of each cell in its block
         self._counts = counts
+        self._known_limits: dict[Range, np.ndarray] = {}
 
     @property
     def parts(self) -> list[Range]:
@@ -240,11 +241,9 @@ class SortedRows:
         write_tensors(path, {"bounds": bounds, "reached": np.concatenate(lists)}, {})
 
     def _reached(self, arrays: dict[str, np.ndarray], block: Block, part: Range) -> Int[np.ndarray, " r"]:
-        cells = self.cells_of(part)
-        limits = np.ascontiguousarray(self._gaps.limits(self.rounding.distance(self._sort.near.squared), cells).T)
-        first = self._place(block, part[1])
+        cells, limits, first = self.cells_of(part), self._limits(part), self._place(block, part[1])
         reached = np.zeros(len(arrays["label"]) - first, bool)
-        z, label, own = (arrays[name][first:] for name in ("projected", "label", "own"))
+        z, label, own = (np.asarray(arrays[name])[first:] for name in ("projected", "label", "own"))
         centers = self._gaps.centers[cells.start : cells.stop]
         in_threads(
             lambda start, stop: _mark_reached(
@@ -254,6 +253,13 @@ class SortedRows:
             at_least=4096,
         )
         return (first + np.flatnonzero(reached)).astype(np.int32)
+
+    def _limits(self, part: Range) -> Float32[np.ndarray, "c q"]:
+        """Return the limits of the gaps towards the cells of a part; they are the same for all blocks."""
+        if part not in self._known_limits:
+            distance = self.rounding.distance(self._sort.near.squared)
+            self._known_limits[part] = np.ascontiguousarray(self._gaps.limits(distance, self.cells_of(part)).T)
+        return self._known_limits[part]
 
     def _place(self, block: Block, position: int) -> int:
         """Return how many of a block's rows come before a position."""

@@ -10,6 +10,8 @@ from distilclip.plan.hardware import Gpu, constant
 
 BYTES_PER_EDGE = 20  # of a forest, before compression
 GROUP_BYTES = 25  # of a row of the groups, before compression
+PROJECTED_BYTES = 120  # of a row that balance has sorted: its projection, from which it chooses what a part reads
+SORTED_BYTES = PROJECTED_BYTES + 16  # of such a row beside its embedding
 FORWARD_AND_BACKWARD = 3  # forward passes that cost as much arithmetic; the backward pass costs two
 ADAM_BYTES = 16  # of a parameter in training: weight, gradient, two moments in float32
 CLUSTER_PRODUCTS = 6  # n x k x d products of the cluster term: student's and teacher's logits, twice, and two gradients
@@ -81,18 +83,23 @@ def embed(data: Data, gpu: Gpu, teacher: Cost) -> StageCost:
 
 
 def balance(data: Data, gpu: Gpu, *, dim: int, block_rows: int) -> StageCost:
-    """Cost the comparison of every two rows, once, in tiles. A worker reads the two blocks that it compares."""
+    """Cost the comparison of every two rows, once, in tiles: the most that it can be, at a wide threshold.
+
+    Rows are sorted once. A part then reads `block_rows` of them with as many later ones that may be near, again and
+    again until there are no more; at a narrow threshold few may be.
+    """
     products = data.num_pairs**2 / 2 * constant("rounds_of_search")
     rate = gpu.peak_flops * constant("tile_utilisation")
-    num_blocks = data.num_pairs / block_rows
+    num_parts = data.num_pairs / block_rows
     return StageCost(
         stage="balance",
         gpu_seconds=products * 2 * dim / rate,
         gpu_bytes=2.0 * block_rows * dim * 2,
-        disk_bytes=float(data.num_pairs * (BYTES_PER_EDGE + GROUP_BYTES)),
-        read_bytes=num_blocks * data.num_pairs * dim * 2,
+        disk_bytes=float(data.num_pairs * (2 * dim + SORTED_BYTES + BYTES_PER_EDGE + GROUP_BYTES)),
+        read_bytes=data.num_pairs * ((1 + num_parts) * dim * 2 + PROJECTED_BYTES),
         decoded=0.0,
-        because=f"{products:.2g} pairs of {dim} dimensions at {rate / 1e12:,.0f} TFLOP/s a GPU",
+        because=f"at most {products:.2g} pairs of {dim} dimensions at {rate / 1e12:,.0f} TFLOP/s a GPU, "
+        f"in {num_parts:,.0f} parts",
     )
 
 

@@ -28,6 +28,7 @@ from distilclip.grouping.forest import NO_ROWS, Forest
 from distilclip.grouping.reach import check_reach
 from distilclip.grouping.representatives import Choose, choose_in_batches
 from distilclip.grouping.rule import Rule
+from distilclip.grouping.search_cpu import default_num_cells
 from distilclip.grouping.search_forest import Finding
 from distilclip.grouping.search_parts import (
     ROW_BYTES,
@@ -38,7 +39,7 @@ from distilclip.grouping.search_parts import (
     rows_of_budget,
     save_forest,
 )
-from distilclip.grouping.sorted_rows import SortedRows, cut, sorted_row_bytes
+from distilclip.grouping.sorted_rows import MOST_CELLS, SortedRows, cut, sorted_row_bytes
 from distilclip.messages import say, warn
 from distilclip.progress import duration, progress
 from distilclip.vectors.points import Points
@@ -241,7 +242,10 @@ def _forecast(config: Config, rule: Rule, images: ImageMatrix, block_rows: int) 
     seconds = growth.within(len(searched)) / _workers(config)
     num_parts = len(cut(0, len(images), block_rows))
     num_read = min(len(images), 2 * block_rows)
-    sorted_bytes = len(searched) * sorted_row_bytes(images.store.dim) if num_parts > 1 else 0
+    sorted_bytes = 0
+    if num_parts > 1:  # the rows, and in each block a table of cells
+        num_cells = min(MOST_CELLS, default_num_cells(len(searched)))
+        sorted_bytes = len(searched) * sorted_row_bytes(images.store.dim) + num_parts * 4 * num_cells**2
     return (
         f"balance: {len(searched):,} rows of {images.store.dim}, in {num_parts} parts. "
         f"Time: about {duration(seconds)} (grows as n^{growth.exponent:.2f} here). "
