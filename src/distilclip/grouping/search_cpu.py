@@ -98,7 +98,8 @@ def search(
         error=projected.error, radius=projected.radius, mean_length=float(projection.mean.norm()), dim=points.dim
     )
     # 2. Compare them.
-    search_cells(points, rows, cells, range(num_cells), tolerance, rounding=rounding, into=into)
+    seeking = range(len(cells.gaps.centers))
+    search_cells(points, rows, cells, seeking, tolerance, rounding=rounding, into=into)
 
 
 def search_cells(

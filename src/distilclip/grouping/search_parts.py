@@ -191,7 +191,7 @@ class StoreSearch:
         return ImageMatrix(Store.open(self.store), self.groups)
 
     def _path(self, part: Range | Literal["all"]) -> str:
-        if part == "all":
+        if isinstance(part, str):
             return files.join(self.folder, "search", "all.parquet")
         return files.join(self.sort.folder, f"found-{part[0]:012d}-{part[1]:012d}.safetensors")
 

@@ -195,8 +195,9 @@ def _forests(search: StoreSearch, images: ImageMatrix, path: str, workers: Worke
         found = search.result(part)
         near, same = found.distance > 0, found.distance == 0
         equal.add(found.equal, left=found.left[same], right=found.right[same])
-        edges = found.left[near], found.right[near], found.distance[near]
-        yield Forest(**dict(zip(("left", "right", "distance"), edges, strict=True)), num_rows=len(images))
+        yield Forest(
+            left=found.left[near], right=found.right[near], distance=found.distance[near], num_rows=len(images)
+        )
     yield equal.forest()
 
 
