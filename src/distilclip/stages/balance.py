@@ -242,7 +242,7 @@ def _forecast(config: Config, rule: Rule, images: ImageMatrix, block_rows: int) 
     growth = calibrate(images.take, searched, rule=rule, memory_gb=config.memory_gb, device=device)
     seconds = growth.within(len(searched)) / _workers(config)
     num_parts = len(cut(0, len(images), block_rows))
-    num_read = min(len(images), 2 * block_rows)
+    num_read = min(len(images), max(2 * block_rows, rows_of_budget(config.memory_gb)))
     sorted_bytes = 0
     if num_parts > 1:  # the rows, and in each block a table of cells
         num_cells = min(MOST_CELLS, default_num_cells(len(searched)))
