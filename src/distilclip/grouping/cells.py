@@ -11,7 +11,7 @@ and 80 + 100 < 2 * 9.5 * 10 = 190: it may. The gap of 12 is 120: it cannot.
 
 >>> line = torch.tensor([0.0, 1, 2, 10, 11, 12, 30, 31, 32, 33]).bfloat16()[:, None]
 >>> cells = partition(line, num_cells=3, radius=33.0)
->>> cells.centers[:, 0].tolist()
+>>> cells.gaps.centers[:, 0].tolist()
 [1.0, 11.0, 31.5]
 >>> found, rows = np.empty(4, np.int64), np.empty((4, cells.z.shape[1]), np.int16)
 >>> limits = cells.gaps.limits(9.5, range(3))
