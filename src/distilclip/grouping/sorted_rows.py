@@ -20,7 +20,7 @@ import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import no_type_check
+from typing import cast, no_type_check
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from distilclip.errors import InputError
 from distilclip.grouping._tiles import WIDTH, Rounding, as_bits
 from distilclip.grouping.cells import POINTS_PER_CENTER, Cells, Gaps, assign_cells, fit_centers
 from distilclip.vectors.kernels import SUM, widened
+from distilclip.vectors.metric import Metric
 from distilclip.vectors.points import Points, distinct
 from distilclip.vectors.projection import SAMPLE, Projection
 from distilclip.vectors.threads import in_threads
@@ -92,7 +93,7 @@ class CellSort:
         num_cells = min(num_cells, MOST_CELLS)
         rows = np.flatnonzero(searched)
         sample = rows[:: max(1, len(rows) // max(SAMPLE, num_cells * POINTS_PER_CENTER))]
-        points = Points.of(images.take(sample), metric=self.near.metric)
+        points = Points.of(images.take(sample), metric=cast(Metric, self.near.metric))
         everyone = np.arange(len(points))
         projection = Projection.fit(points, everyone, width=WIDTH)
         centers = order_centers(fit_centers(projection.project(points, everyone).values, num_cells))
@@ -110,7 +111,7 @@ class CellSort:
         # 1. The rows of the block, without those equal to an earlier one of it; those that do not seek by themselves,
         # because their pairs are not searched.
         values = np.asarray(images.read(*block))
-        points = Points.of(values, metric=self.near.metric, valid=searched[slice(*block)])
+        points = Points.of(values, metric=cast(Metric, self.near.metric), valid=searched[slice(*block)])
         check_unit(points, searched[slice(*block)], images, metric=self.near.metric, first=block[0])
         rows = np.flatnonzero(searched[slice(*block)])
         seeks = block[0] + rows >= self.num_searched
