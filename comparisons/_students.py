@@ -12,7 +12,7 @@ import re
 import statistics
 import sys
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,27 @@ def parse(description: str, methods: Sequence[str], *, num_steps: int) -> argpar
     parser.add_argument("--num-centers", type=int, default=100)
     parser.add_argument("--methods", nargs="*", default=list(methods), choices=list(methods))
     return parser.parse_args()
+
+
+def compare(
+    given: argparse.Namespace,
+    student: Callable[[Path, str, int, argparse.Namespace], str],
+    *,
+    teacher: str,
+    tars: list[str],
+    sets: list[str],
+    base: str,
+    head: str,
+) -> None:
+    """Train and measure a student of every method and seed; write the table anew after each seed."""
+    out = Path(given.out)
+    tails = find_tails(tars, sets)
+    for seed in range(given.seeds):
+        students = [student(out, method, seed, given) for method in given.methods]
+        evaluate(out, [f"teacher={teacher}", *students], seed, sets)
+        text = table(out, given.methods, seeds=seed + 1, tails=tails, base=base, head=head)
+        (out / "table.md").write_text(text)
+        print(text, flush=True)
 
 
 def run(*words: object) -> None:

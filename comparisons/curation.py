@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from _students import evaluate, find_tails, parse, prepare_teacher, run, sets_of, table, train_student
+from _students import compare, parse, prepare_teacher, run, sets_of, train_student
 
 from distilclip.data.side_files import read_centers, read_labels
 from distilclip.data.store import Store
@@ -51,13 +51,7 @@ def main() -> int:
     tars = prepare(out, given, teacher)
     sets = sets_of(out / "prepared/corpus", given)
     choose(out, Store.open(str(out / "prepared/embed")), given)
-    for seed in range(given.seeds):
-        students = [student(out, method, seed, given.num_steps) for method in given.methods]
-        evaluate(out, [f"teacher={teacher}", *students], seed, sets)
-        tails = find_tails(tars, sets)
-        text = table(out, given.methods, seeds=seed + 1, tails=tails, base="random half", head="pairs trained on")
-        (out / "table.md").write_text(text)
-        print(text, flush=True)
+    compare(given, student, teacher=teacher, tars=tars, sets=sets, base="random half", head="pairs trained on")
     return 0
 
 
@@ -119,12 +113,12 @@ def semdedup(store: Store, clusters: str) -> np.ndarray:
     return values
 
 
-def student(out: Path, method: str, seed: int, num_steps: int) -> str:
+def student(out: Path, method: str, seed: int, given: argparse.Namespace) -> str:
     """Train a student; return it as evaluate takes it."""
     options: list[object] = []
     for option, value in ({"store": "prepared/embed"} | METHODS[method]).items():
         options += [f"--{option.replace('_', '-')}", value if option == "captions" else out / value]
-    return train_student(out, method, seed, num_steps, *options)
+    return train_student(out, method, seed, given.num_steps, *options)
 
 
 if __name__ == "__main__":

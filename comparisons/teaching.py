@@ -13,7 +13,7 @@ import glob
 import sys
 from pathlib import Path
 
-from _students import STUDENT, TEACHER, evaluate, find_tails, parse, prepare_teacher, run, sets_of, table, train_student
+from _students import STUDENT, TEACHER, compare, parse, prepare_teacher, run, sets_of, train_student
 
 FAST = 8e-3  # four times the rate of the others, which the task alone does not bear (docs/log.md)
 METHODS: dict[str, tuple[object, ...]] = {
@@ -34,13 +34,7 @@ def main() -> int:
     teacher = prepare_teacher(out, given)
     tars = prepare(out, given, teacher)
     sets = sets_of(out / "prepared/clean", given)
-    for seed in range(given.seeds):
-        students = [student(out, method, seed, given) for method in given.methods]
-        evaluate(out, [f"teacher={teacher}", *students], seed, sets)
-        tails = find_tails(tars, sets)
-        text = table(out, given.methods, seeds=seed + 1, tails=tails, base="alone", head="taught by")
-        (out / "table.md").write_text(text)
-        print(text, flush=True)
+    compare(given, student, teacher=teacher, tars=tars, sets=sets, base="alone", head="taught by")
     return 0
 
 
