@@ -40,7 +40,7 @@ def test_a_training_folder_holds_what_is_documented(
     with safe_open(str(folder / "heads.safetensors"), "np") as file:
         (described,) = (cells[1] for cells in documented("### A checkpoint", "file") if "heads" in cells[0])
         assert set(file.keys()) <= set(re.findall("`([^`]+)`", described))
-        assert len(file.keys()) == 7
+        assert len(file.keys()) == 8
     state = json.loads((folder / "state.json").read_text())
     assert set(state) == names("`state.json`:", "field") - {"gradient_scale"}  # of fp16, which needs a GPU
     line = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])

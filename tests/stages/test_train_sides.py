@@ -157,7 +157,7 @@ def test_of_several_languages_a_row_shows_the_next_in_every_epoch_and_a_missing_
     assert cli.main([*map(str, flags), "--student-captions", "othr", "--max-bad-ratio", "1"]) == 2
     assert "nothing for the student in othr" in capsys.readouterr().err
     assert cli.main([*map(str, flags[:2]), str(tmp_path / "task"), *map(str, flags[3:13])]) == 2
-    assert "None is left: give one of feature, intramodal a weight" in capsys.readouterr().err
+    assert "None is left: give one of feature, intramodal, queue a weight" in capsys.readouterr().err
 
 
 def mixed_store(folder: Path, teacher: str) -> Path:
