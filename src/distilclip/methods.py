@@ -177,9 +177,9 @@ METHODS: dict[str, Mapping[str, float]] = {
     "clip": {},
     "clip-cid": {"cluster": 1.0, "instance": 1.0},
     "clip-kd": {"relational": 1.0, "feature": 2000.0, "interactive": 1.0},
-    # What won on the corpus and on icons (docs/log.md, 2026-11-29): CLIP-KD's relations and contrast, a feature weight
-    # for short trainings, and a queue. It bears, and wants, four times the learning rate that the task alone takes,
-    # and a student as wide as its teacher.
+    # The best on the corpus, and as good as any on icons (docs/results.md): CLIP-KD's relations and contrast, a feature
+    # weight for short trainings, and a queue. It bears, and wants, four times the learning rate that the task alone
+    # takes, and a student as wide as its teacher.
     "distil": {"relational": 1.0, "feature": 200.0, "interactive": 1.0, "queue": 3.0},
     # Both papers' terms in one sum, each with its own paper's weight. Neither paper trains it: how the two methods are
     # weighed against each other is open, and whether the instance term and ICL, which both contrast student and

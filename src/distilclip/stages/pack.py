@@ -45,7 +45,7 @@ def main(config: Config) -> dict[str, Any]:
     with connected(config.execution) as workers:
         shards = _write_shards(packing, parts, workers)
     names = [INDEX_FILE, *([CENTERS_FILE] if config.clusters else [])]
-    if config.clusters is not None:
+    if config.clusters is not None and not files.exists(folder.child(CENTERS_FILE)):  # else a run goes on at its end
         described = {f"teacher_{name}": str(store.teacher[name]) for name in ("name", "digest")}
         write_centers(folder.path, read_centers(config.clusters), described)
     facts = PackFacts(
